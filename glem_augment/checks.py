@@ -18,10 +18,9 @@ Preset = Literal[
     "mef_glem",
     "glow_tiny",
     "glow_fast",
-    "jet_tiny",
-    "jet_imagenet64",
     "latent",
     "identity",
+    "stationary",
 ]
 DrawSource = Literal["gaussian", "rfcm", "mixup"]  # the source of a SyntheticDataset's latents
 Format = Literal["imagefolder", "webdataset"]  # of an export

@@ -12,17 +12,17 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeAlias
 
 import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from glem_augment.errors import ModelFileError
 
@@ -94,9 +94,12 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", 
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as `sha256sum` prints it, in little memory. ValueError: an empty file."""
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
+    """SHA-256 of a file, as `sha256sum` prints it, in little memory."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:  # can't be mapped
+            return hashlib.sha256().hexdigest()
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            return hashlib.sha256(content).hexdigest()
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
@@ -161,6 +164,8 @@ def expand(path: str | os.PathLike[str]) -> Path:
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _EXACT = {torch.bool: {"BOOL"}, torch.int64: {"I64"}, torch.int32: {"I32"}}
 _CHUNK = 2**18  # numbers per check, which bounds the memory
+Limits: TypeAlias = tuple[float, float]
+_ANY: Limits = (-math.inf, math.inf)
 
 
 @contextmanager
@@ -190,7 +195,32 @@ def header_bytes(path: Path) -> int:
     return header
 
 
-def check_header(path: Path, file: Any, expected: Mapping[str, Tensor]) -> None:
+def load_weights(
+    path: Path,
+    file: Any,
+    module: nn.Module,
+    stored: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    limits: Mapping[str, Limits] | None = None,
+) -> None:
+    """Fill `module` on the CPU from an open safetensors file (see `open_tensors`).
+
+    Args:
+        module: its tensors on the meta device get memory once the header fits; the rest keep their values' memory.
+        stored: the tensors of a state dict that the file holds, by their names there.
+        limits: lowest and highest value of some of them.
+
+    Raises:
+        ModelFileError: missing, extra or misshapen tensors; values that are not finite, or outside their limits.
+    """
+    _check_header(path, file, stored(module.state_dict()))
+    for part in module.modules():
+        if any(t.is_meta for t in (*part.parameters(recurse=False), *part.buffers(recurse=False))):
+            part.to_empty(device="cpu", recurse=False)
+    for name, target in stored(module.state_dict()).items():
+        _copy_checked(path, name, file.get_tensor(name), target, (limits or {}).get(name, _ANY))
+
+
+def _check_header(path: Path, file: Any, expected: Mapping[str, Tensor]) -> None:
     """Compare names, shapes and types in an open safetensors file with the `expected` tensors. ModelFileError: unequal.
 
     Floating-point tensors may be stored in any floating-point type.
@@ -212,7 +242,7 @@ def check_header(path: Path, file: Any, expected: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def copy_checked(path: Path, name: str, source: Tensor, target: Tensor, lowest: float = -math.inf) -> None:
+def _copy_checked(path: Path, name: str, source: Tensor, target: Tensor, limits: Limits) -> None:
     """Copy `source`, a view of the mapped file, into `target`, and check the values."""
     if source.dtype is torch.bool and bool((source.view(torch.uint8) > 1).any()):
         raise ModelFileError(f"{path}: {name} holds bytes that are neither true nor false")
@@ -221,5 +251,8 @@ def copy_checked(path: Path, name: str, source: Tensor, target: Tensor, lowest: 
     for part in target.reshape(-1).split(_CHUNK):
         if not bool(torch.isfinite(part).all()):
             raise ModelFileError(f"{path}: {name} holds values that are not finite")
-        if lowest > -math.inf and bool((part < lowest).any()):
-            raise ModelFileError(f"{path}: {name} holds values below {lowest:g}, but variances can't be negative")
+        if limits != _ANY and not limits[0] <= float(part.min()) <= float(part.max()) <= limits[1]:
+            low, high = float(part.min()), float(part.max())
+            raise ModelFileError(
+                f"{path}: {name} holds values from {low:g} to {high:g}, allowed are {limits[0]:g} to {limits[1]:g}"
+            )

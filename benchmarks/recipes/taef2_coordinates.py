@@ -2,15 +2,12 @@
 
     python benchmarks/recipes/taef2_coordinates.py
 
-Private sets measure their latents in coordinates that no private image has touched. The model is stationary: channels
-are rotated so that they are uncorrelated, and each then falls off with distance as `rho^|distance|`, along rows as along
-columns. So `coordinates` gives them for a grid of any size from 1,120 numbers. Grey images, which use TAEF2's channels
-differently, have numbers of their own.
+Private sets measure their latents in coordinates that no private image has touched: `flows.stationary`, 1,120 numbers
+for a grid of any size. Grey images, which use TAEF2's channels differently, have numbers of their own.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 
@@ -23,15 +20,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from glem_augment.autoencoders import TAESD, load_taesd
+from glem_augment.codec.autoencoder import StandardisedAutoencoder
+from glem_augment.codec.codec import LUMA
+from glem_augment.codec.taesd import load_taesd
+from glem_augment.flows.stationary import StationaryFlow
 from glem_augment.io import atomic_write
+from glem_augment.model.private_fit import clip_ratio
 
 BUNDLED = Path(__file__).parents[2] / "glem_augment" / "bundled"
 FOLDER = BUNDLED / "autoencoders" / "taef2"
 OUT = FOLDER / "coordinates.safetensors"
 SIDE, CROPS = 32, {32: 200, 48: 200, 64: 200, 96: 200, 128: 200, 192: 40, 256: 40}  # sides of crops, and how many
-POWER = 0.25  # coordinates are divided by variance^POWER; measured in findings.md
-LUMINANCE = (0.299, 0.587, 0.114)
 
 
 def crops(seed: int = 0) -> Tensor:
@@ -50,54 +49,22 @@ def crops(seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def stationary_model(model: TAESD, x: Tensor) -> dict[str, Tensor]:
-    """The numbers of the latents of images x: mean [C], rotation [C, C] (rows are channels), variance and rho [C]."""
-    h = torch.cat([model.encode(part) for part in x.split(500)]).double()
-    mean = h.mean((0, 2, 3))
-    h = h - mean[:, None, None]
-    covariance = torch.einsum("nchw,ndhw->cd", h, h) / (h.numel() / h.shape[1])
-    rotation = torch.linalg.eigh(covariance)[1].mT.flip(0)
-    h = torch.einsum("ac,nchw->nahw", rotation, h)
-    variance = h.square().mean((0, 2, 3))
-    rows = (h[:, :, 1:] * h[:, :, :-1]).mean((0, 2, 3))
-    columns = (h[..., 1:] * h[..., :-1]).mean((0, 2, 3))
-    return dict(mean=mean, rotation=rotation, variance=variance, rho=((rows + columns) / 2 / variance).clamp(0, 0.99))
-
-
-def coordinates(model: dict[str, Tensor], height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(A [d, d], c [d], prior [d]) of latents [C, height, width], flattened: u = A (latent - c) has variances `prior`
-    in the model, uncorrelated. All float64."""
-    mean, rotation, variance, rho = (model[key].double() for key in ("mean", "rotation", "variance", "rho"))
-    channels, d = len(mean), len(mean) * height * width
-    basis = torch.kron(_dct(height), _dct(width))
-    variances = [v * torch.kron(_spectrum(r, height), _spectrum(r, width)) for v, r in zip(variance, rho, strict=True)]
-    spectrum = torch.cat(variances)
-    a = torch.einsum("ac,fp->afcp", rotation, basis).reshape(d, d) * spectrum[:, None] ** -POWER
-    c = mean[:, None].expand(channels, height * width).reshape(d)
-    return a, c, spectrum ** (1 - 2 * POWER)
-
-
-def _dct(n: int) -> Tensor:
-    """The orthonormal cosine transform [n, n]."""
-    k = torch.arange(n, dtype=torch.float64)
-    found = torch.cos(math.pi * (k + 0.5) * k[:, None] / n) * math.sqrt(2 / n)
-    found[0] /= math.sqrt(2)
-    return found
-
-
-def _spectrum(rho: Tensor, n: int) -> Tensor:
-    """Variances of the cosines of n numbers whose correlation is rho^|distance|."""
-    place = torch.arange(n, dtype=torch.float64)
-    return (_dct(n) @ rho ** (place[:, None] - place).abs() @ _dct(n).mT).diagonal()
+def model_of(x: Tensor) -> dict[str, Tensor]:
+    """The buffers of `StationaryFlow` for the latents of images x, and the public norm to clip to."""
+    codec = StandardisedAutoencoder(load_taesd(FOLDER / "model.safetensors"), (x.shape[1], SIDE, SIDE))
+    h = torch.cat([codec.encode(part) for part in x.split(500)])
+    flow = StationaryFlow(codec.shape)
+    flow.fit(h)
+    return {**flow.state_dict(), "clip_ratio": torch.tensor(clip_ratio(flow, h))}
 
 
 def main() -> None:
-    model, x = load_taesd(FOLDER / "model.safetensors"), crops()
-    grey = (x * torch.tensor(LUMINANCE)[:, None, None]).sum(1, keepdim=True).expand_as(x)
+    x = crops()
+    grey = (x * torch.tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
     found = {
         f"{kind}.{name}": value.float().contiguous()
         for kind, images in (("colour", x), ("grey", grey))
-        for name, value in stationary_model(model, images).items()
+        for name, value in model_of(images).items()
     }
     with atomic_write(OUT) as file:
         file.write(save(found))

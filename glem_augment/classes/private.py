@@ -6,8 +6,8 @@ Latents z are in public coordinates (`flows.stationary`) with public variances, 
 - a histogram of |z - m_y| takes `NORMS`. It gives the norm to which the next two are clipped.
 - second moments of z - m_y take the rest. About the means they have a third of the noise that they would have about a
   public point. `denoise` makes covariances of them.
-- with cells, counts and sums of z - m_y in the cells of each class take `CELLS`. k-means finds the cells on samples of
-  the Gaussians so far. The covariance within the cells is the class's covariance less that between its cells.
+- where the noise allows cells, counts and sums of z - m_y in the cells of each class take `CELLS`. k-means finds the
+  cells on samples of the Gaussians so far. The covariance within cells is the class's less that between its cells.
 
 The parts were chosen on held-out training images (benchmarks/results/private_search.md).
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ FIRST, NORMS, CELLS = 0.11, 0.01, 0.30
 _FIRST_SHARES, _SECOND_SHARES, _CELL_SHARES = (0.18, 0.82, 0), (0, 0, 1), (0.1, 0.9, 0)
 _CLIP = 1.1  # the second clip, in roots of the mean squared norm
 _BINS = 64  # of the histogram of norms, up to twice the public norm
+_CELL_COUNTS, _CELL_NOISE = (32, 16, 8, 4), 0.06
 _DRAWS = 4000  # samples of a class on which k-means finds its cells
 
 Tensors = dict[str, Tensor]
@@ -55,6 +56,7 @@ class PrivateClasses:
         pooled_modes: how many of the pooled covariance do.
         noise: the share of noise in the differences of the class means [K], before they are shrunk.
         drowned: classes with too few images for the noise; they are drawn like the pooled class.
+        resumed: releases that an interrupted run made.
     """
 
     classes: Classes
@@ -64,11 +66,19 @@ class PrivateClasses:
     pooled_modes: int
     noise: Tensor
     drowned: list[int]
+    resumed: list[str] = field(default_factory=list)
 
 
 @torch.no_grad()
 def private_classes(
-    z: Tensor, y: Tensor, num_classes: int, prior: Tensor, clip: float, privacy: Privacy, cells: int, step: Step
+    z: Tensor,
+    y: Tensor,
+    num_classes: int,
+    prior: Tensor,
+    clip: float,
+    privacy: Privacy,
+    cells: int | None,
+    step: Step,
 ) -> PrivateClasses:
     """Gaussians of K classes that keep the promise. All ranks call this together, each with its images.
 
@@ -76,7 +86,7 @@ def private_classes(
         z, y: latents [n, d] in public coordinates, each a function of one image, and labels int64 [n].
         prior: public variances [d] of the coordinates, up to a factor, the largest first.
         clip: the public norm for the first release.
-        cells: C, Gaussians of each class.
+        cells: C, Gaussians of each class; None: as many as the noise allows, up to 32.
         step: see `Step`.
 
     Raises:
@@ -106,6 +116,8 @@ def private_classes(
     norms = step("norms", lambda: {"histogram": noisy_histogram(z.norm(dim=1), edges[1:-1], privacy, NORMS)})
     clip = _CLIP * _root_mean_square(norms["histogram"], edges)
 
+    if cells is None:
+        cells = _cells(float(counts.median()), len(prior), privacy)
     part = 1 - FIRST - NORMS - (CELLS if cells > 1 else 0)
     second = released("second moments", z, y, num_classes, clip, _SECOND_SHARES, part)
     leading = second.seconds.shape[1]
@@ -148,10 +160,17 @@ def _drowned(start: Release, privacy: Privacy) -> list[int]:
     return drowned
 
 
+def _cells(images: float, dim: int, privacy: Privacy) -> int:
+    """The most cells of a class of so many images in which noise is a small part of the squared norm of a mean."""
+    # Sums are clipped to `_CLIP` roots of the mean squared norm, and their noise falls on every dimension.
+    noise = dim * _CLIP**2 / (privacy.mu_per_image**2 * CELLS * _CELL_SHARES[1] * images**2)
+    return next((cells for cells in _CELL_COUNTS if cells**2 * noise <= _CELL_NOISE), 1)
+
+
 def _root_mean_square(histogram: Tensor, edges: Tensor) -> float:
     """The root of the mean square of the numbers in a noisy histogram; the last bin has no upper edge."""
     counts = histogram.clamp_min(0)
-    middles = torch.cat([(edges[1:] + edges[:-1]) / 2])
+    middles = (edges[1:] + edges[:-1]) / 2
     counts = counts / counts.sum().clamp_min(1)
     return float((counts * middles.square()).sum().sqrt().clamp_min(edges[1]))
 

@@ -45,7 +45,6 @@ def model_facts(name: str) -> dict[str, Any]:
             "image_shape": list(model.image_shape),
             "bits": model.bits,
             "flow": config.flow,
-            "base": config.base,
             "parameters": {
                 "flow": sum(p.numel() for p in model.flow.parameters()),
                 "gaussians": sum(p.numel() for p in model.gaussians.parameters()),

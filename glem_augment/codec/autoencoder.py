@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -128,9 +128,14 @@ class Latents(Codec):
 
 
 def latent_shape(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(c, h, w) of the latents of images (C, H, W). TypeError: no autoencoder. ValueError: it can't take them."""
+    """(c, h, w) of the latents, or of a codec's numbers, of images (C, H, W).
+
+    TypeError: no autoencoder. ValueError: it can't take them.
+    """
     if not (isinstance(autoencoder, nn.Module) and isinstance(autoencoder, Autoencoder)):
         raise TypeError(f"an autoencoder is a module with encode and decode, got {type(autoencoder).__name__}")
+    if isinstance(autoencoder, Codec):
+        return autoencoder.shape
     if image_shape[0] not in (1, 3):
         raise ValueError(
             f"an autoencoder takes grey or RGB images, got {image_shape[0]} channels: leave it out, for a model of the "
@@ -139,13 +144,18 @@ def latent_shape(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> t
     height, width = _padded(autoencoder, image_shape)
     factor, found = _factor(autoencoder), getattr(autoencoder, "channels", None)
     if factor and isinstance(found, int):
+        if found < 1:
+            raise ValueError(f"channels of an autoencoder must be at least 1, got {found}")
         return found, height // factor, width // factor
-    probe = copy.deepcopy(autoencoder)  # a user's module may change when it is called
-    some = next((t for t in probe.parameters() if t.is_floating_point()), torch.zeros((), device="cpu"))
-    with torch.no_grad(), evaluating(probe):
-        h = probe.encode(torch.full((1, 3, height, width), 0.5, dtype=some.dtype, device=some.device))
-        back = probe.decode(h)
-    if h.ndim != 4 or back.shape != (1, 3, height, width):
+    padded = (3, height, width)
+    try:  # shapes without memory, where the module can
+        h, back = _tried(autoencoder, padded, torch.device("meta"))
+    except Exception:
+        try:
+            h, back = _tried(autoencoder, padded, None)
+        except Exception as error:
+            raise ValueError(f"the autoencoder can't take an image {list(padded)}: {error}") from error
+    if h.ndim != 4 or back.shape != (1, *padded):
         raise ValueError(
             f"the autoencoder turns an image {[3, height, width]} into {list(h.shape[1:])} and back into "
             f"{list(back.shape[1:])}: it needs another image size, or is none"
@@ -154,9 +164,13 @@ def latent_shape(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> t
 
 
 def _factor(autoencoder: nn.Module) -> int:
-    """By what the autoencoder divides the sides of images; 0 if it does not say."""
+    """By what the autoencoder divides the sides of images; 0 if it does not say. ValueError: below 1."""
     factor = getattr(autoencoder, "factor", None)
-    return factor if isinstance(factor, int) and factor > 0 else 0
+    if not isinstance(factor, int):
+        return 0
+    if factor < 1:
+        raise ValueError(f"factor of an autoencoder must be at least 1, got {factor}")
+    return factor
 
 
 def _padded(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
@@ -164,3 +178,14 @@ def _padded(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> tuple[
     factor = _factor(autoencoder) or 1
     height, width = (-(-side // factor) * factor for side in image_shape[1:])
     return height, width
+
+
+def _tried(
+    autoencoder: nn.Module, image_shape: tuple[int, int, int], device: torch.device | None
+) -> tuple[Tensor, Tensor]:
+    """Latents and image of one grey image, on `device` or the autoencoder's."""
+    probe: Any = copy.deepcopy(autoencoder).to(device)  # a user's module may change when it is called
+    some = next((t for t in probe.parameters() if t.is_floating_point()), torch.zeros((), device=device or "cpu"))
+    with torch.no_grad(), evaluating(probe):
+        h = probe.encode(torch.full((1, *image_shape), 0.5, dtype=some.dtype, device=some.device))
+        return h, probe.decode(h)

@@ -9,21 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.checks import Memory, check_choice
-from glem_augment.flows.coupling import Subnet
+from glem_augment.errors import DataError
+from glem_augment.flows.subnets import Subnet
 from glem_augment.precision import full_precision
 
 # An element's spread in a few images is mostly noise. Dividing by too small a spread would blow up other images, once
 # more in every step. So the channel's spread is added with the weight of so many images, and there is a floor.
 _PRIOR, _MIN_STD = 30, 1e-3
-RIDGE = 1e-3
+# Of equal images whose numbers differ by rounding, the variance is below this one.
+RIDGE, _LEAST_VARIANCE = 1e-3, 1e-8
 
 
 class Flow(nn.Module):
     """An invertible map with a tractable log-determinant: x [B,C,H,W] <-> flat z [B, C*H*W].
 
     `forward(x)` returns `(z, logdet)` and `inverse(z)` returns `(x, logdet)`. Both log-determinants are [B], in nats.
-    Each belongs to its direction, so the two of a round trip cancel.
+    Each belongs to its direction, so the two of a round trip cancel. Pixels lie in [-1/2, 1/2). Both methods run in
+    `precision.full_precision`, and they are differentiable. `check_flow` tests a user's subclass.
+
+    Attributes:
+        rebuilds: whether `memory="reversible"` is possible.
     """
+
+    rebuilds = False
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -41,9 +49,11 @@ class Flow(nn.Module):
         """How a backward pass gets the activations: "stored" (the default: the fastest), or "reversible".
 
         "reversible" rebuilds them from outputs through the exact inverse. Then activation memory does not grow with
-        depth; steps take about a third longer. ValueError: another word, or "reversible" for a `CustomFlow`.
+        depth; steps take about a third longer. ValueError: another word, or "reversible" for a flow that can't.
         """
         check_choice("memory", memory, get_args(Memory))
+        if memory == "reversible" and not self.rebuilds:
+            raise ValueError(f"the activations of {type(self).__name__} can't be rebuilt: leave memory at 'stored'")
         self.memory = memory
 
     def set_autocast(self, dtype: torch.dtype | None) -> None:
@@ -64,6 +74,8 @@ class Flow(nn.Module):
 
 class FlatIdentity(Flow):
     """`z = flatten(x)`: the linear control that every learned flow has to beat."""
+
+    rebuilds = True  # there is nothing to rebuild
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x.flatten(1), x.new_zeros(x.shape[0])
@@ -102,10 +114,13 @@ class Whiten(nn.Module):
         """Set the map from a mean [d], V [j, d], s [j] and r [d], float64, with j <= k.
 
         A share `RIDGE` of the mean variance is added to all variances. Without it, directions in which a few images
-        hardly vary would be blown up.
+        hardly vary would be blown up. DataError: there is no variance.
         """
         d = len(rest)
-        ridge = RIDGE * (scales.square().sum() + rest.sum()) / d
+        variance = (scales.square().sum() + rest.sum()) / d
+        if not float(variance) > _LEAST_VARIANCE:
+            raise DataError("whitening needs images of a class that differ, and these are equal: leave whiten out")
+        ridge = RIDGE * variance
         if len(scales) == d:
             scale, gain = torch.ones_like(rest), (scales.square() + ridge).rsqrt()
         else:

@@ -31,7 +31,7 @@ _COMPILATIONS_PER_LEVEL = 32
 def squeeze(x: Tensor, side: int = 2) -> Tensor:
     """[C, B, H, W] -> [side^2 C, B, H/side, W/side]: each block of pixels becomes channels (Dinh et al. 2017).
 
-    The side is 2 as published, or larger as in the patches of Jet (Kolesnikov et al. 2024).
+    The side is 2 as published, or 4 as in the patches of Jet (Kolesnikov et al. 2024).
     """
     c, b, h, w = x.shape
     tall, wide = h // side, w // side
@@ -162,6 +162,7 @@ class MultiscaleFlow(Flow):
     of side `patch` channels; later levels have side 2.
     """
 
+    rebuilds = True
     levels: list[Level]
 
     def __init__(self, image_shape: tuple[int, int, int], levels: list[list[Step]], patch: int = 2) -> None:
@@ -224,7 +225,7 @@ class MultiscaleFlow(Flow):
 
 
 def reversible(steps: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`steps.run_steps(x)` of a `Level` or a `JetFlow`, with activation memory that does not grow with the steps.
+    """`steps.run_steps(x)` of a `Level`, with activation memory that does not grow with the steps.
 
     The backward pass rebuilds the activations from the output. It evaluates a coupling's network once, on the half that
     passes unchanged. The result serves to undo the coupling and to differentiate it. So a step costs one more forward
@@ -261,8 +262,6 @@ class _ReversibleSteps(torch.autograd.Function):
             for index, coupling in reversed(list(enumerate(steps.couplings))):
                 y, g, found = _coupling_backward(coupling, y, g, g_logdet)
                 grads.update(zip(coupling.parameters(), found, strict=True))
-                if not mixings:
-                    continue
                 y, g, found = _mixing_backward(mixings[index], undo[index], y, g)
                 for tensor, grad in zip(mixings[index], found, strict=True):
                     if grad is not None:
@@ -281,6 +280,8 @@ def _versions(weights: Any) -> list[int]:
 def _gradients(outputs: Sequence[Tensor], upstream: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Any]:
     """Gradients of some outputs, one per input; None for an input that needs none."""
     wanted = [t for t in inputs if t.requires_grad]
+    # The log-determinant of a coupling may be a constant.
+    outputs, upstream = zip(*((t, g) for t, g in zip(outputs, upstream, strict=True) if t.requires_grad), strict=True)
     found = iter(torch.autograd.grad(outputs, wanted, upstream, allow_unused=True))
     return [next(found) if t.requires_grad else None for t in inputs]
 

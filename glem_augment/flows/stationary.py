@@ -1,9 +1,9 @@
 """Public coordinates of latents on a grid: a fixed linear flow in which images like any others are uncorrelated.
 
 The model is stationary. A rotation Q makes the C channels uncorrelated, and each rotated channel a has the variance v_a
-and the correlation rho_a^|distance| along rows as along columns. Then the cosines B of the grid are nearly uncorrelated,
-and their variances s follow from v and rho for a grid of any size, so that C (C + 3) numbers are all that is estimated.
-With a power p,
+and the correlation rho_a^|distance| along rows as along columns. Then the cosines B of the grid are nearly
+uncorrelated, and their variances s follow from v and rho for a grid of any size, so that C (C + 3) numbers are all that
+is estimated. With a power p,
 
     z  =  s^-p  B Q (h - c),        sorted by s, the largest first,
 

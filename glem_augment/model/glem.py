@@ -16,27 +16,28 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from glem_augment.checks import DEFAULT_MODES, Preset, check_choice, check_number, check_whole
+from glem_augment.checks import DEFAULT_MODES, Preset, check_number, check_whole
 from glem_augment.classes.calibrate import KEPT
 from glem_augment.classes.classes import Classes
 from glem_augment.classes.fit import fit_classes, fit_modes
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import ClassModes
+from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.statistics import ClassStatistics, class_statistics
 from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
 from glem_augment.codec.codec import Codec
 from glem_augment.codec.pixels import Levels
 from glem_augment.errors import ModelFileError
-from glem_augment.flows import CustomFlow, Flow, build_flow, resolve_preset
+from glem_augment.flows import Flow, build_flow, check_flow, resolve_preset
 from glem_augment.images.dataset import ImageData, LabelledImages, as_image_data, images_for, open_data
 from glem_augment.images.matching import ONE_CLASS, ClassMap
 from glem_augment.model.conditional_flow import ConditionalFlow
 from glem_augment.model.config import GLEMConfig
-from glem_augment.model.jet_file import PREFIX as JET
-from glem_augment.model.jet_file import open_base, open_jet, reference
+from glem_augment.model.private_fit import fit_private
 from glem_augment.model.weights import (
     CUSTOM,
     WEIGHTS,
+    autoencoder_of,
     find_autoencoder,
     find_folder,
     load_model,
@@ -72,7 +73,6 @@ class GLEM(ConditionalFlow):
     Attributes:
         origin: `org/name@commit` if the model came from the Hub, else None.
         origin_file: the weights file that it was loaded from, or None.
-        jet: the name (after "jet:") and the file that its flow was loaded from, or None.
     """
 
     def __init__(
@@ -104,7 +104,6 @@ class GLEM(ConditionalFlow):
         self.codec = codec
         self.origin: str | None = None
         self.origin_file: Path | None = None
-        self.jet: tuple[str, Path] | None = None
 
     # ---- making, loading and saving ------------------------------------------------------------------------------
 
@@ -150,7 +149,7 @@ class GLEM(ConditionalFlow):
         elif autoencoder is not None:
             facts = {"name": CUSTOM, "sha256": ""}
         if autoencoder is not None:
-            shape = autoencoder.shape if isinstance(autoencoder, Codec) else latent_shape(autoencoder, image_shape)
+            shape = latent_shape(autoencoder, image_shape)
         config = GLEMConfig(
             flow=resolve_preset(preset, shape, **overrides),
             bits=bits,
@@ -170,89 +169,65 @@ class GLEM(ConditionalFlow):
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
-        module: nn.Module | None = None,
+        module: Flow | None = None,
         autoencoder: nn.Module | None = None,
-        heads: int | None = None,
     ) -> GLEM:
         """Load a saved model for inference: in eval mode, without gradients.
 
         Args:
             name: a folder with `model.safetensors` and `config.json`; `bundled:NAME`; or `org/name[@revision]` on the
-                Hugging Face Hub, `hf-hub:org/name` if a folder has the same name. `jet:org/name` or `jet:FILE` are
-                weights of `jet-pytorch`: a flow with one class, a standard normal, until it is adapted.
+                Hugging Face Hub, `hf-hub:org/name` if a folder has the same name.
             device: where to put the model.
             cache_dir: where downloads are kept, by default the Hub client's cache (`HF_HOME`).
             token: for private and gated repositories; None: the stored one, if any. False: none.
             revision: branch, tag or commit hash on the Hub.
-            module: for a model that `from_bijection` made: a module of the same kind; a copy of it gets the stored
+            module: for a model that `from_bijection` made: a flow of the same class; a copy of it gets the stored
                 weights. No code is ever imported because a file names it.
             autoencoder: for a model that was made with an autoencoder or a codec of the user's: that module.
-            heads: number of heads of the transformers of "jet:..."; None: width / 64, with a warning.
 
         Raises:
             ModelFileError: missing, truncated, inconsistent or hostile files. Its subclass `HubError`: no network, no
                 such repository or revision, no access, a damaged download.
         """
-        text, client = os.fspath(name), dict[str, Any](cache_dir=cache_dir, token=token)
-        if text.startswith(JET):
-            return open_jet(text.removeprefix(JET), cls, heads, revision=revision, **client).to(device)
+        client = dict[str, Any](cache_dir=cache_dir, token=token)
         folder, origin = find_folder(name, revision, **client)
         config = read_config(folder)
-        jet = None if config.base is None else open_base(config, config.base, cls, **client)
-        flow = jet and jet.flow
+        flow = None
         if module is not None:
             if config.flow["coupling"] != "custom":
                 raise ModelFileError("this model holds a flow of the library's: leave module= out")
-            flow = CustomFlow(copy.deepcopy(module), config.image_shape)
-        if autoencoder is None and config.autoencoder is not None:
-            autoencoder = named_autoencoder(config.autoencoder, **client)
+            check_flow(module, config.image_shape)
+            flow = copy.deepcopy(module)
+        autoencoder = autoencoder_of(folder, config, autoencoder, **client)
         model = load_model(folder / WEIGHTS, config, partial(cls, flow=flow, codec=autoencoder))
         model = model.to(device).eval().requires_grad_(False)
-        model.origin, model.origin_file, model.jet = origin, folder / WEIGHTS, jet and jet.jet
+        model.origin, model.origin_file = origin, folder / WEIGHTS
         return model
 
     @classmethod
-    def from_bijection(
-        cls,
-        module: nn.Module,
-        image_shape: tuple[int, int, int],
-        classes: Sequence[str] | None = None,
-        class_ids: Sequence[str] | None = None,
-        bits: int = 8,
-    ) -> GLEM:
-        """A model around another library's flow, in eval mode, with the standard normal for every class; see `adapt`.
+    def from_bijection(cls, module: Flow, image_shape: tuple[int, int, int]) -> GLEM:
+        """A model around a user's flow, in eval mode, with one class, "image", a standard normal; see `adapt`.
 
         Args:
-            module: see `flows.custom.CustomFlow`. It is not copied, and from now on frozen and in eval mode.
+            module: a subclass of `flows.Flow`. It is not copied, and from now on frozen and in eval mode.
             image_shape: (C, H, W).
-            classes, class_ids, bits: see `create`; without classes there is one, "image".
 
         Raises:
-            TypeError, ValueError: a module that is no such flow, or whose inverse or log-determinant is wrong.
+            TypeError, ValueError: see `flows.check_flow`.
         """
-        names = [str(c) for c in (classes or [ONE_CLASS])]
+        check_flow(module, image_shape)
         config = GLEMConfig(
             flow={"image_shape": list(image_shape), "coupling": "custom", "module": type(module).__qualname__},
-            bits=bits,
+            bits=8,
             psi=None,
-            class_ids=[str(c) for c in (class_ids or names)],
-            class_names=names,
+            class_ids=[ONE_CLASS],
+            class_names=[ONE_CLASS],
         )
-        gaussians = ClassGaussians(len(names), math.prod(image_shape), None, initial_variance=1.0)
-        return cls(config, CustomFlow(module, image_shape), Classes(gaussians)).eval().requires_grad_(False)
+        gaussians = ClassGaussians(1, math.prod(image_shape), None, initial_variance=1.0)
+        return cls(config, module, Classes(gaussians)).eval().requires_grad_(False)
 
-    def save(self, folder: str | os.PathLike[str], weights: str = "copy") -> None:
-        """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path.
-
-        Args:
-            weights: "reference" leaves out the flow of an adapted Jet: `config.json` names the Jet and the SHA-256 of
-                its file, and loading takes the flow from there.
-
-        Raises:
-            ValueError: "reference" for another flow, or one that has changed since it was loaded.
-        """
-        check_choice("weights", weights, ("copy", "reference"))
-        self.config.base = reference(self) if weights == "reference" else None
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path."""
         self.config = replace(self.config, **self._facts())
         write_model(folder, self.config, self.state_dict())
 
@@ -295,11 +270,14 @@ class GLEM(ConditionalFlow):
         autoencoder: str | nn.Module | None = None,
         flow: GLEM | str | os.PathLike[str] | None = None,
         *,
+        privacy: Privacy | None = None,
+        public: LabelledImages = None,
+        journal: str | os.PathLike[str] | None = None,
         image_size: int | tuple[int, int] | None = None,
         classes: Sequence[str] | None = None,
         split: str = "train",
         rank: int = 64,
-        parts: int = 1,
+        parts: int | None = None,
         shrinkage: float = 10.0,
         max_per_class: int | None = None,
         seed: int = 0,
@@ -316,16 +294,28 @@ class GLEM(ConditionalFlow):
             data: an `ImageData`, or anything else that `open_data` takes.
             autoencoder: model its latents, for photographs; see `create`. None: the pixels, or the flow's latents.
             flow: a trained model, or its name: model its flow's latents. Images are converted to its size.
+            privacy: make the model differentially private, so that it and its samples can be shared; see
+                `classes.privacy` and docs/privacy.md. It has all modes, and ignores rank, shrinkage and seed.
+            public: public images like `data`, for the coordinates of a private model. None: those of the autoencoder.
+            journal: a file for the releases of a private model: an interrupted call goes on from it. Remove it with the
+                model saved.
             image_size: see `open_data`; by default the size that the images share.
-            classes, split, rank, parts, shrinkage, max_per_class, seed, progress: see `adapt`.
+            classes, split, rank, shrinkage, max_per_class, seed, progress: see `adapt`.
+            parts: see `adapt`; None: 1, or with privacy as many as the noise allows.
             device: where the model computes.
 
         Raises:
-            ValueError: both an autoencoder and a flow, or an image size with a flow. For other errors see `adapt`.
+            ValueError: both an autoencoder and a flow, an image size with a flow, or arguments that privacy excludes.
+                For other errors see `adapt` and `classes.private.private_classes`.
         """
         if flow is not None and autoencoder is not None:
             raise ValueError("give an autoencoder or a flow, not both: a flow has its codec already")
         images = cls.images_to_fit(data, flow, split=split, image_size=image_size, progress=progress)
+        if privacy is not None:
+            if flow is not None or max_per_class is not None:
+                raise ValueError("leave flow and max_per_class out of a private fit: the flow may have seen the images")
+            images = as_image_data(images, images.image_shape, classes)
+            return cls._fit_private(images, autoencoder, privacy, parts, public, journal, device, progress)
         if flow is None:
             base = cls.create("identity", images.image_shape, images.classes, autoencoder=autoencoder)
         else:
@@ -337,13 +327,44 @@ class GLEM(ConditionalFlow):
                 images,
                 classes=classes,
                 rank=rank,
-                parts=parts,
+                parts=parts or 1,
                 shrinkage=shrinkage,
                 max_per_class=max_per_class,
                 seed=seed,
                 progress=progress,
             )
         )
+
+    @classmethod
+    def _fit_private(
+        cls,
+        images: ImageData,
+        autoencoder: str | nn.Module | None,
+        privacy: Privacy,
+        parts: int | None,
+        public: LabelledImages,
+        journal: str | os.PathLike[str] | None,
+        device: str | torch.device,
+        progress: bool,
+    ) -> GLEM:
+        shape = images.image_shape
+        base = cls.create("stationary", shape, images.classes, images.class_ids, autoencoder=autoencoder)
+        base = base.eval().requires_grad_(False).to(device)
+        if public is not None:
+            public = as_image_data(public, shape, progress=progress, unlabelled=True)
+        found = fit_private(base, images, privacy, parts, public, None if journal is None else Path(journal), progress)
+        expect = {
+            "images": [round(count) for count in found.counts.tolist()],
+            "modes": found.modes.tolist(),
+            "pooled_modes": found.pooled_modes,
+            "noise_of_means": [round(share, 3) for share in found.noise.tolist()],
+            "drowned": [images.classes[k] for k in found.drowned],
+        }
+        coordinates = "public images" if public is not None else "of the autoencoder"
+        record = {**found.privacy, "coordinates": coordinates, "parts": base.modes.parts if base.modes else 1}
+        base.config = replace(base.config, privacy={**record, "expect": expect}, training={"data": "private images"})
+        base.config = replace(base.config, **base._facts())
+        return base
 
     @staticmethod
     def images_to_fit(data: LabelledImages, flow: GLEM | str | os.PathLike[str] | None, **options: Any) -> ImageData:
@@ -494,7 +515,6 @@ class GLEM(ConditionalFlow):
         )
         adapted = GLEM(config, copy.deepcopy(self.flow), found, copy.deepcopy(self.codec))
         adapted.config = replace(config, **adapted._facts())
-        adapted.jet = self.jet
         return adapted.to(self.device).eval().requires_grad_(False)
 
     def checked_modes(self, modes: int | None) -> int:

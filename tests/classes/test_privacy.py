@@ -25,7 +25,6 @@ from glem_augment.classes import privacy as mechanism
 from glem_augment.classes.privacy import (
     Privacy,
     PrivateSums,
-    Release,
     delta_of,
     describe,
     epsilon_of,

@@ -11,7 +11,7 @@ from test_reversible import flow_and_images
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from glem_augment.flows import Flow, MultiscaleFlow, create_flow
+from glem_augment.flows import Flow, MultiscaleFlow
 from glem_augment.flows.multiscale import step_forward
 
 
@@ -44,22 +44,6 @@ def test_compiled_steps_agree_and_copies_start_uncompiled() -> None:
     assert_agree(passes(flow, x), expected)
     assert counters["stats"]["unique_graphs"] > 0
     assert copy.deepcopy(flow).levels[0].step_forward is step_forward
-
-
-def test_the_networks_of_a_jet_compile_once_for_all_couplings() -> None:
-    torch.manual_seed(0)
-    flow, x = create_flow("jet_tiny", (3, 8, 8), depth=[12], width=[8], heads=2), torch.rand(4, 3, 8, 8) - 0.5
-    for parameter in flow.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    expected = passes(flow, x)
-    torch._dynamo.reset()
-    counters.clear()
-    flow.compile_steps(backend="eager")
-    assert_agree(passes(flow, x), expected)
-    assert 0 < counters["stats"]["unique_graphs"] <= 8
-    counters.clear()
-    passes(copy.deepcopy(flow), x)
-    assert not counters["stats"]["unique_graphs"] and not counters["frames"]["total"]
 
 
 def test_more_steps_need_no_more_graphs_and_reversible_training_uses_them() -> None:

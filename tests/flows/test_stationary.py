@@ -27,7 +27,7 @@ def test_it_is_exact_and_its_determinant_is_that_of_the_matrix() -> None:
     z, logdet = flow(h)
     back, undone = flow.inverse(z)
     assert torch.allclose(back, h, atol=1e-4) and torch.allclose(logdet, -undone)
-    matrix = torch.stack([(flow((h[:1] + e.view(1, 3, 4, 6)))[0] - z[:1])[0] for e in torch.eye(72)], 1)
+    matrix = torch.stack([(flow(h[:1] + e.view(1, 3, 4, 6))[0] - z[:1])[0] for e in torch.eye(72)], 1)
     assert torch.allclose(torch.linalg.slogdet(matrix.double()).logabsdet.float(), logdet[0], atol=1e-2)
 
 

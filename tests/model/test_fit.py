@@ -14,8 +14,8 @@ from walk import files_passed, returns
 
 from glem_augment import GLEM, GLEMAugment, ImageData, open_data
 from glem_augment.cli import main
-from glem_augment.codec.codec import Codec
-from glem_augment.codec.levels import Noise, to_unit
+from glem_augment.codec.codec import Codec, to_unit
+from glem_augment.codec.levels import Noise
 from glem_augment.errors import DataError
 
 
