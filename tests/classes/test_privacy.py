@@ -160,14 +160,14 @@ def test_order_and_batches_do_not_change_the_sums(
 
 
 def test_the_sums_of_many_images_are_exact() -> None:
-    """Python's integers give the same sums as float64 products, at the largest numbers that occur."""
-    count = 20_000
-    u = torch.full((count, 2), 0.999) * torch.tensor([CLIP, 0.03])
-    x, z = mechanism._fixed_point(u[:1], CLIP)[0].tolist()
+    """Products in int64 give the same sums as products in float64, at the largest numbers that occur."""
+    u = torch.stack([CLIP * (0.99 + 0.009 * torch.rand(20_000)), 0.1 * torch.randn(20_000)], 1)
+    fixed = mechanism._fixed_point(u, CLIP)
     counts, sums, seconds, squares = exact(_added(u))
-    assert x % 2 and x * x + z * z <= 2**40 and count * x * x > 2**54  # too large for one product in float64
-    assert counts.tolist() == [count] and sums.tolist() == [[count * x, count * z]] and squares.shape == (1, 0)
-    assert seconds.tolist() == [[[count * x * x, count * x * z], [count * x * z, count * z * z]]]
+    wanted = fixed.T @ fixed
+    assert int(fixed.square().sum(1).max()) <= 2**40 and int(wanted[0, 0]) > 2**54  # above what float64 can add up
+    assert counts.tolist() == [20_000] and torch.equal(sums[0], fixed.sum(0)) and squares.shape == (1, 0)
+    assert torch.equal(seconds[0], wanted)
 
 
 def _added(u: Tensor) -> PrivateSums:
