@@ -24,10 +24,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.paper.classifier import Recipe, train_classifier
-from benchmarks.recipes.taef2_coordinates import FOLDER, OUT, coordinates
 from glem_augment.autoencoders import load_taesd
 from glem_augment.latent.denoise import Release, class_means, denoise, within_cells
+
+from benchmarks.paper.classifier import Recipe, train_classifier
+from benchmarks.recipes.taef2_coordinates import FOLDER, OUT, coordinates
 
 K = 10
 # Shares of mu^2: counts, sums and mean square of round 1, second moments of round 2, cells of round 3.

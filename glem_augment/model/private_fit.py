@@ -25,7 +25,7 @@ from glem_augment.images.dataset import ImageData
 from glem_augment.io import atomic_write
 
 if TYPE_CHECKING:
-    from glem_augment.model.glem import GLEM
+    from glem_augment.model.conditional_flow import ConditionalFlow
 
 BATCH = 16  # images per pass; every pass has so many, so that no image's latent depends on the number of images
 _PUBLIC_IMAGES = 2000
@@ -83,7 +83,7 @@ class Journal:
 
 @torch.no_grad()
 def fit_private(
-    model: GLEM,
+    model: ConditionalFlow,
     images: ImageData,
     privacy: Privacy,
     parts: int | None,
@@ -111,7 +111,7 @@ def fit_private(
     return found
 
 
-def set_coordinates(model: GLEM, public: ImageData | None) -> tuple[Tensor, float]:
+def set_coordinates(model: ConditionalFlow, public: ImageData | None) -> tuple[Tensor, float]:
     """Set the codec and the flow of `model` from public numbers alone: their variances [d], and the norm to clip to.
 
     ValueError: there are no stored coordinates, and no public images.
@@ -147,7 +147,7 @@ def clip_ratio(flow: Any, h: Tensor) -> float:
     return float(torch.quantile(norms, _CLIP_SHARE) / flow.prior().sum().sqrt())
 
 
-def latents_alone(model: GLEM, images: ImageData, progress: bool) -> tuple[Tensor, Tensor]:
+def latents_alone(model: ConditionalFlow, images: ImageData, progress: bool) -> tuple[Tensor, Tensor]:
     """Latents [n, d] and labels of this rank's images; each latent is a function of its image alone."""
     own = torch.arange(len(images)).numpy()[share(len(images)).rows]
     size = BATCH if rows_are_independent(model) else 1
@@ -162,7 +162,7 @@ def latents_alone(model: GLEM, images: ImageData, progress: bool) -> tuple[Tenso
     return torch.cat(z), torch.cat(labels)
 
 
-def rows_are_independent(model: GLEM) -> bool:
+def rows_are_independent(model: ConditionalFlow) -> bool:
     """Whether the latent of an image has the same bits whatever the other images of a pass, and at any place."""
     g = torch.Generator().manual_seed(0)
     x, other = (torch.rand(BATCH, *model.image_shape, generator=g) for _ in range(2))
