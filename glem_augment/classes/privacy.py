@@ -45,7 +45,17 @@ from glem_augment import __version__, distributed
 from glem_augment.checks import check_number, check_whole
 from glem_augment.errors import DataError, GLEMError
 
-__all__ = ["Privacy", "PrivateSums", "Release", "delta_of", "describe", "epsilon_of", "noisy_histogram", "total"]
+__all__ = [
+    "Privacy",
+    "PrivateSums",
+    "Release",
+    "delta_of",
+    "describe",
+    "epsilon_of",
+    "noisy_histogram",
+    "promise",
+    "total",
+]
 
 SHARES = (0.02, 0.18, 0.80)  # of mu^2: counts, sums, second moments
 LEADING = 1024  # coordinates with full second moments
@@ -270,6 +280,14 @@ def describe(releases: Sequence[Release], spent: float = 0.0) -> dict[str, Any]:
         "mechanism": _MECHANISM,
         "version": __version__,
     }
+
+
+def promise(facts: dict[str, Any]) -> str:
+    """The promise of a model's entry `privacy`, in one sentence."""
+    return (
+        f"This model, and every image drawn from it, is ({facts['epsilon']:g}, {facts['delta']:g})-differentially "
+        f"private with respect to adding or removing {facts['unit']}."
+    )
 
 
 def _shapes(classes: int, dim: int, leading: int, shares: Sequence[float]) -> tuple[tuple[int, ...], ...]:

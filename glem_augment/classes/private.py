@@ -9,7 +9,7 @@ Latents z are in public coordinates (`flows.stationary`) with public variances, 
 - where the noise allows cells, counts and sums of z - m_y in the cells of each class take `CELLS`. k-means finds the
   cells on samples of the Gaussians so far. The covariance within cells is the class's less that between its cells.
 
-The parts were chosen on held-out training images (benchmarks/results/private_search.md).
+benchmarks/results/private.md has what classifiers of the samples recognise.
 """
 
 from __future__ import annotations

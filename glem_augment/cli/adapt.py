@@ -19,4 +19,5 @@ def run(args: argparse.Namespace) -> None:
     args.flow = None if args.model == "identity" else args.model
     instead = f"glem fit DATA --flow {args.model}" if args.flow else "glem fit DATA"
     common.note(f"glem: adapt is now called fit: {instead}")
+    args.epsilon = None
     fit.run(args)

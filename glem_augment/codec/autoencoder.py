@@ -41,8 +41,7 @@ class StandardisedAutoencoder(Codec):
     into eval mode and frozen. Densities are over E(x).
 
     Grey images become RGB on the way in, and the mean of the channels on the way out. Sides that the autoencoder does
-    not divide are extended by their edges on the way in, and cropped on the way out: on Fashion-MNIST that teaches a
-    classifier more than resizing does (benchmarks/results/private_search.md).
+    not divide are extended by their edges on the way in, and cropped on the way out, which blurs less than resizing.
 
     Args:
         autoencoder: see `Autoencoder`.

@@ -21,13 +21,14 @@ class Codec(nn.Module):
         shape: (c, h, w) of the numbers.
 
     Attributes:
+        levels: whether `encode` uses dequantisation noise, and likelihoods are bits/dim.
         exact: whether `decode` undoes `encode`. If not, a moved image is x + decode(z') - decode(z).
         key, unit: the name of a likelihood in metrics, and its unit in words.
         most: images per pass, which bounds the memory of activations.
     """
 
     _like: Tensor
-    exact = False
+    levels = exact = False
     key, unit = "nats_per_number", "nats per number"
     most = 256
 

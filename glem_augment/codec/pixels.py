@@ -18,7 +18,7 @@ class Levels(Codec):
         bits: the top bits of each channel that are modelled, 1 to 8.
     """
 
-    exact = True
+    levels = exact = True
     key, unit = "bits_per_dim", "bits/dim"
 
     def __init__(self, image_shape: tuple[int, int, int], bits: int = 8) -> None:

@@ -57,6 +57,7 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
     Returns:
         T >= 1, which `model.latent_classes.temperature` holds from now on.
     """
+    model.refuse_if_private("calibrate")
     images = images_for(model, data)
     scores, labels = [], []
     with tqdm(total=len(images), unit="image", desc="calibrate", disable=not progress, dynamic_ncols=True) as bar:

@@ -7,8 +7,8 @@ is estimated. With a power p,
 
     z  =  s^-p  B Q (h - c),        sorted by s, the largest first,
 
-has variances s^(1 - 2p) under the model. p = 1/2 would whiten; 1/4 was best for private statistics
-(benchmarks/results/private_search.md): noise then falls on all coordinates alike, and the strong ones matter most.
+has variances s^(1 - 2p) under the model. p = 1/2 would whiten. Private noise falls on all coordinates alike, so p = 1/4
+keeps the strong ones, which matter most, above it.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ class ConditionalFlow(nn.Module):
 
     def bits_per_dim(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """-log_prob / (d ln 2): [B]. ValueError: the codec has no levels."""
-        if self.codec.key != "bits_per_dim":
+        if not self.codec.levels:
             raise ValueError(
                 "bits/dim are of pixel levels, and this flow models an autoencoder's latents: use "
                 "-model.log_prob(x) / model.dim, in nats per number"
@@ -282,7 +282,8 @@ class ConditionalFlow(nn.Module):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
             nothing, parts = torch.empty(0, self.dim, dtype=self.dtype), []
             for x, _, share in data.shared_batches(rows[index], _CHUNK):
-                parts.append(self.encode(x, draw_noise(x, generator, share))[0].cpu())
+                noise = draw_noise(x, generator, share) if self.codec.levels else None
+                parts.append(self.encode(x, noise)[0].cpu())
                 if count is not None:
                     count(share.total)
             batches = zip_longest(*gather(parts), fillvalue=nothing)  # in the order of the images

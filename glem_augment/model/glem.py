@@ -404,6 +404,7 @@ class GLEM(ConditionalFlow):
             DataError: a class of the flow without at least two images, or images of another shape. ValueError: `rank`
                 or `max_per_class` below 1.
         """
+        self.refuse_if_private("fit_modes")
         if max_per_class is not None:
             check_whole("max_per_class", max_per_class, 1)
         check_whole("rank", rank, 1)
@@ -418,6 +419,14 @@ class GLEM(ConditionalFlow):
         self.config = replace(self.config, **self._facts())
         assert self.modes is not None
         return self.modes
+
+    def refuse_if_private(self, what: str) -> None:
+        """ValueError: the model is private, and `what` would put facts of images into it that no promise covers."""
+        if self.config.privacy is not None:
+            raise ValueError(
+                f"{what} would break the model's privacy, since it looks at images again: fit another model, whose "
+                "promise adds up with this one"
+            )
 
     @property
     def adapted(self) -> bool:

@@ -130,8 +130,8 @@ def set_coordinates(model: ConditionalFlow, public: ImageData | None) -> tuple[T
         path = coordinates_file(named["name"])
         if path is None:
             raise ValueError(
-                f"private sets need public coordinates, and {named['name']} has none: give autoencoder='taef2', or public "
-                "images like yours (public=, --public)"
+                f"private sets need public coordinates, and {named['name']} has none: give autoencoder='taef2', or "
+                "public images like yours (public=, --public)"
             )
         kind = "grey" if model.image_shape[0] == 1 else "colour"
         stored = {name.partition(".")[2]: tensor for name, tensor in load_file(path).items() if name.startswith(kind)}

@@ -182,7 +182,7 @@ def test_latent_shapes_of_named_and_own_autoencoders() -> None:
         latent_shape(nn.Identity(), (3, 64, 64))
     for factor, channels in ((0, 4), (-8, 4), (8, 0)):
         taesd.factor, taesd.channels = factor, channels
-        with pytest.raises(ValueError, match=f"must be at least 1, got {factor} and {channels}"):
+        with pytest.raises(ValueError, match="autoencoder must be at least 1, got (0|-8)$"):
             latent_shape(taesd, (3, 64, 64))
 
 
