@@ -249,7 +249,7 @@ def _privacy(facts: Mapping[str, Any] | None) -> str:
         return ""
     return (
         f"## Privacy\n\n{escape(promise(dict(facts)))} The mechanism: {escape(facts.get('mechanism', 'not recorded'))}. "
-        "Other releases of the same images add up with this one. Reports of quality, if any, are not covered.\n\n"
+        "Other releases of the same images add up with this one. Reports of quality are not covered.\n\n"
     )
 
 
