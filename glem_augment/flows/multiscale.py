@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from glem_augment.flows.coupling import Coupling
-from glem_augment.flows.layers import ActNorm, Flow, Mixing1x1
+from glem_augment.flows.flow import Flow
+from glem_augment.flows.layers import ActNorm, Mixing1x1
 from glem_augment.flows.matexp import exp_of_generators
 from glem_augment.precision import full_precision
 

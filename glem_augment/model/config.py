@@ -15,7 +15,7 @@ from typing import Any
 from glem_augment.checks import HIGHEST_TEMPERATURE
 from glem_augment.classes.adapt import can_be_full
 from glem_augment.errors import ModelFileError
-from glem_augment.flows.presets import check_spec, is_whole
+from glem_augment.flows.build import check_spec, is_whole
 from glem_augment.images.sources import TIMM_PREFIXES
 
 FORMAT_VERSION = 1
