@@ -20,6 +20,7 @@ Preset = Literal[
     "glow_fast",
     "latent",
     "identity",
+    "stationary",
 ]
 DrawSource = Literal["gaussian", "rfcm", "mixup"]  # the source of a SyntheticDataset's latents
 Format = Literal["imagefolder", "webdataset"]  # of an export

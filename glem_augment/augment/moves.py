@@ -56,7 +56,7 @@ def basis_of(model: GLEM, kind: str, k: int, cls: Tensor, z: Tensor) -> Basis:
     assert modes is not None
     if kind == "shared":
         return Basis(modes.shared_directions[None, :k], modes.shared_scales[None, :k], torch.zeros_like(cls))
-    return Basis(modes.directions[:, :k], modes.scales[:, :k], modes.rows_of(cls, z))
+    return Basis(modes.directions[:, :k], modes.scales[:, :k], modes.covariance_rows(modes.rows_of(cls, z)))
 
 
 def along_modes(basis: Basis, coefficients: Tensor) -> Tensor:

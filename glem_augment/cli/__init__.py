@@ -17,7 +17,7 @@ from glem_augment.errors import GLEMError
 DESCRIPTION = """\
 Synthetic-data augmentation from a class-conditional normalizing flow.
 
-A flow learns your labelled images once (glem train), or a trained flow gets your classes (glem adapt). Then it moves
+A flow learns your labelled images once (glem train), or gets your classes in one pass (glem fit). Then it moves
 real images within their class, draws new images (glem generate), and classifies (glem eval).
 
 DATA is one of
@@ -47,7 +47,8 @@ GLEM_DEBUG=1 prints the traceback of an error. Exit codes: 0 done, 2 an error, 7
 COMMANDS = {
     "demo": "show the library on one page, in about a minute",
     "train": "fit a flow to your images",
-    "adapt": "give a trained flow your classes",
+    "fit": "make a model of your images in one pass, nothing is trained",
+    "adapt": "another name of fit",
     "eval": "accuracy, bits/dim, calibration and round trip, as JSON",
     "generate": "draw a synthetic data set from a flow",
     "preview": "a picture of augmentations, samples, interpolations",

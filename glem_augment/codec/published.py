@@ -60,6 +60,12 @@ def open_autoencoder(name: str, fetch: Fetch, sha256: str | None = None) -> tupl
     return module, {"name": pinned, "sha256": digest}
 
 
+def coordinates_file(name: str) -> Path | None:
+    """The public coordinates of a bundled autoencoder's latents (`flows.stationary`); None for any other."""
+    path = _BUNDLED / name / "coordinates.safetensors"
+    return path if path.is_file() else None
+
+
 def _config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_CONFIG:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glem_augment.codec.levels import LUMA, value_range
+from glem_augment.codec.codec import LUMA, value_range
 
 RANGE_SLACK = 0.1  # bicubic filters leave [0, 1] by less; normalised images by more
 UNIT_SLACK, FEW = 0.05, 0.05  # how far values leave [0, 1] once mean and std are undone: few do, from RandomErasing

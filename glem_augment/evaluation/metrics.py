@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from glem_augment.augment.moves import LADDER, strongest
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.classes.gaussians import fit_temperature
+from glem_augment.classes.calibrate import fit_temperature
 from glem_augment.distributed import gather, share
 from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData, LabelledImages, images_for
@@ -55,7 +55,7 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
         data: see `GLEM.fit_modes`; some hundred images, but none of the test images.
 
     Returns:
-        T >= 1, which `model.config.posterior_temperature` holds from now on.
+        T >= 1, which `model.latent_classes.temperature` holds from now on.
     """
     images = images_for(model, data)
     scores, labels = [], []
@@ -64,8 +64,8 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
             scores.append(model.class_scores(model.encode(x)[0]).cpu())
             labels.append(y)
             bar.update(len(y))
-    model.config.posterior_temperature = fit_temperature(torch.cat(scores), torch.cat(labels))
-    return model.config.posterior_temperature
+    model.latent_classes.temperature = fit_temperature(torch.cat(scores), torch.cat(labels))
+    return model.latent_classes.temperature
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def evaluate(
             x, y = x.to(model.device), y.to(model.device)
             z, logdet = model.encode(x)
             scores = model.class_scores(z)
-            best = (scores / model.config.posterior_temperature).log_softmax(1).topk(min(5, model.num_classes), 1)
+            best = (scores / model.latent_classes.temperature).log_softmax(1).topk(min(5, model.num_classes), 1)
             hits = best.indices == y[:, None]
             # Of pixels, likelihoods have dequantisation noise.
             density = model.log_prob_per_class(x) if model.autoencoder is None else scores + logdet[:, None]

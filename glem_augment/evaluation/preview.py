@@ -73,7 +73,7 @@ class FlowClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.model.class_scores(self.model.encode(self.pixels.to_flow(x))[0])
-        return scores / self.model.config.posterior_temperature
+        return scores / self.model.latent_classes.temperature
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from glem_augment.checks import closest
 # (in_channels, out_channels) -> network
 SubnetFactory = Callable[[int, int], nn.Module]
 # A flow's `coupling` may also say that it has none.
-WITHOUT_COUPLINGS = ("identity", "custom")
+WITHOUT_COUPLINGS = ("identity", "stationary", "custom")
 # The settings of a flow with couplings, beside the coupling's options.
 SETTINGS = {"depth", "blocks", "width", "actnorm", "subnet", "activation", "patch"}
 _WORDS = {float: "finite number", int: "whole number", str: "text", bool: "bool"}

@@ -44,6 +44,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         whiten=None,
     ),
     "identity": dict(coupling="identity"),
+    # Public coordinates of private sets.
+    "stationary": dict(coupling="stationary"),
 }
 # `whiten=None` whitens up to so many numbers. Beyond, two levels do better without (latent_flows.md).
 _WHITEN_UP_TO = 512

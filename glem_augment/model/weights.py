@@ -135,8 +135,16 @@ def write_model(folder: str | os.PathLike[str], config: GLEMConfig, state: dict[
 
 
 def stored(config: GLEMConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `state` that the model's file holds: without the parts that the config only names."""
-    return {name: tensor for name, tensor in state.items() if not name.startswith("autoencoder.autoencoder.")}
+    """The tensors of `state` that the model's file holds, by their names there.
+
+    An autoencoder, which the config names, is not in it. The file's names are older than the model's.
+    """
+    return {_name_in_file(name): tensor for name, tensor in state.items() if not name.startswith("codec.autoencoder.")}
+
+
+def _name_in_file(name: str) -> str:
+    room, _, rest = name.partition(".")
+    return {"latent_classes": rest, "codec": f"autoencoder.{rest}"}.get(room, name)
 
 
 def weights_bytes(state: dict[str, Tensor]) -> bytes:
@@ -146,9 +154,9 @@ def weights_bytes(state: dict[str, Tensor]) -> bytes:
     return safetensors_bytes(tensors, metadata={"format": "pt"})
 
 
-def weights_sha256(model: nn.Module) -> str:
+def weights_sha256(model: Any) -> str:
     """SHA-256 of the `model.safetensors` that saving `model` would write, as `sha256sum` prints it."""
-    return hashlib.sha256(weights_bytes(model.state_dict())).hexdigest()
+    return hashlib.sha256(weights_bytes(stored(model.config, model.state_dict()))).hexdigest()
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -195,6 +203,8 @@ def _limits(config: GLEMConfig) -> dict[str, Limits]:
     limits["autoencoder.std"] = SCALES
     if config.psi is None:
         limits["gaussians.s"] = LOWEST_VARIANCE, math.inf
+    if config.flow["coupling"] == "stationary":
+        limits["flow.variance"], limits["flow.rho"] = SCALES, (0.0, 1.0)
     if config.flow.get("whiten"):
         limits["flow.whiten.scale"] = limits["flow.whiten.gain"] = SCALES
     return limits
@@ -257,7 +267,7 @@ def _check_size(path: Path, config: GLEMConfig) -> None:
     """Compare the file with lower bounds that need no model."""
     size, header = os.stat(path).st_size, header_bytes(path)
     classes, rank = len(config.class_ids), config.modes_rank
-    rows = classes * config.modes_parts + 1
+    rows = classes * (1 if config.modes_tied else config.modes_parts) + 1
     numbers = (2 * classes + (0 if rank is None else rows * rank)) * config.dim
     levels = zip(config.flow.get("depth", ()), config.flow.get("blocks", ()), strict=True)
     tensors = 2 + sum(depth * blocks for depth, blocks in levels)

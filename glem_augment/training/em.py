@@ -199,7 +199,7 @@ class EM(Start):
     def evaluated(self) -> GLEM:
         """The model as it would be saved now: averaged flow, current Gaussians."""
         flow = self.model.flow if self.ema is None else self.ema.module
-        return GLEM(self.model.config, flow, self.model.gaussians, self.model.modes, self.model.autoencoder)
+        return GLEM(self.model.config, flow, self.model.latent_classes, self.model.codec)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:

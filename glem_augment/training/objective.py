@@ -35,10 +35,10 @@ def encode(
 
     Latents of an autoencoder get Gaussian noise of the standard deviation `noise` instead. `share`: see `draw_noise`.
     """
-    if model.autoencoder is None and config.objective != "ib":
+    if model.codec.key == "bits_per_dim" and config.objective != "ib":
         return model.encode(x, draw_noise(x, generator, share))
     h = model.numbers(x)
-    std = noise if model.autoencoder is not None else NOISE_STD * 2.0**-config.bits
+    std = noise if model.codec.key != "bits_per_dim" else NOISE_STD * 2.0**-config.bits
     if std:
         drawn = torch.randn(share.total, *h.shape[1:], generator=generator, dtype=h.dtype)[share.rows]
         h = h + std * drawn.to(h.device)

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from glem_augment.classes.fit import pooled_covariance
-from glem_augment.codec.autoencoder import StandardisedAutoencoder
-from glem_augment.codec.levels import LUMA, to_unit
+from glem_augment.classes.statistics import pooled_covariance
+from glem_augment.codec.autoencoder import Latents, StandardisedAutoencoder
+from glem_augment.codec.codec import LUMA, Codec
 from glem_augment.distributed import Share, is_primary
 from glem_augment.errors import DataError, GLEMError, TrainingError
 from glem_augment.images.dataset import ImageData
@@ -135,19 +135,9 @@ def augment_batch(x: Tensor, names: Sequence[str], generator: torch.Generator, s
 # ---- an autoencoder's latents, computed once per run, so that a step costs only the flow ----------------------------
 
 
-class AlreadyEncoded(nn.Module):
-    """Replaces the autoencoder while the data are latents."""
-
-    def encode(self, x: Tensor) -> Tensor:
-        return x
-
-    def decode(self, h: Tensor) -> Tensor:
-        return h
-
-
 @torch.no_grad()
 def latent_views(
-    autoencoder: nn.Module, data: ImageData, augment: Sequence[str], seed: int, device: torch.device, progress: bool
+    codec: Codec, data: ImageData, augment: Sequence[str], seed: int, device: torch.device, progress: bool
 ) -> Tensor:
     """Latents of every image and of augmented copies of it, float16 [N, V, C, h, w] on the CPU.
 
@@ -160,7 +150,7 @@ def latent_views(
     with tqdm(total=len(data), unit="image", desc="encoding", disable=not progress, dynamic_ncols=True) as bar:
         for x, _ in data.batches(np.arange(len(data)), batch):
             others = [x.flip(3)] if count == 2 else [augment_batch(x, augment, generator) for _ in range(count - 1)]
-            views = [autoencoder.encode(to_unit(v.to(device), torch.float32)).half() for v in (x, *others)]  # type: ignore[operator]
+            views = [codec.encode(v.to(device)).half() for v in (x, *others)]
             parts.append(torch.stack(views, 1).contiguous().cpu())
             bar.update(len(x))
     return torch.cat(parts)
@@ -230,27 +220,25 @@ class Start:
     ) -> GLEM:
         ids, names, bits, psi = list(self.data.class_ids), list(self.data.classes), self.config.bits, self.config.psi
         config = GLEMConfig(flow, bits, psi, class_ids=ids, class_names=names, autoencoder=autoencoder)
-        return GLEM(config, autoencoder=copy.deepcopy(module))
+        return GLEM(config, codec=copy.deepcopy(module))
 
     def _take_latents(self, codec: StandardisedAutoencoder) -> None:
         """Replace the run's images by their latents, so that they are encoded only once; `whole` undoes it."""
         config, data = self.config, self.data
         x = data.some(_INIT_IMAGES)
-        self.model.standardise(x)
-        views = latent_views(codec.autoencoder, data, config.augment, config.seed, self.device, self.progress)
+        codec.fit(x)
+        views = latent_views(codec, data, config.augment, config.seed, self.device, self.progress)
         self.data, self.views = data.with_numbers(views[:, 0]), data.with_numbers(views)
-        stand_in = StandardisedAutoencoder(AlreadyEncoded(), len(codec.mean)).to(self.device)
-        stand_in.load_state_dict({name: codec.state_dict()[name] for name in stand_in.state_dict()})
         named = {"name": "latents", "sha256": "", "image_shape": list(self.saved_as.flow_shape)}
         config_of_latents = replace(self.saved_as, autoencoder=named)
-        self.model = GLEM(config_of_latents, self.model.flow, self.model.gaussians, autoencoder=stand_in)
+        self.model = GLEM(config_of_latents, self.model.flow, self.model.latent_classes, Latents(codec))
 
     def whole(self, model: GLEM) -> GLEM:
         """`model` for images, where it is one for latents."""
         if self.codec is None:
             return model
         config = replace(model.config, autoencoder=self.saved_as.autoencoder)
-        return GLEM(config, model.flow, model.gaussians, model.modes, self.codec)
+        return GLEM(config, model.flow, model.latent_classes, self.codec)
 
     @torch.no_grad()
     def initialise(self, init_model: GLEM | None) -> None:

@@ -76,12 +76,12 @@ def test_adapting_and_calibrating_make_the_posterior_honest(
         bundled_train, max_per_class=20, progress=False
     ).save(tmp_path)
     model, test = GLEM.from_pretrained(tmp_path), bundled_test.subset(range(0, 1000, 4))
-    fitted, x = model.config.posterior_temperature, test.tensor()
+    fitted, x = model.latent_classes.temperature, test.tensor()
     honest, densities = evaluate(model, test, round_trip=0, progress=False), model.log_prob_per_class(x)
     prior, z = torch.arange(10.0), model.encode(x)[0]
     wanted = (model.gaussians.log_prob(z) / fitted + prior.log()).softmax(1)
     torch.testing.assert_close(model.posterior(x, prior), wanted)
-    model.config.posterior_temperature = 1.0
+    model.latent_classes.temperature = 1.0
     sure = evaluate(model, test, round_trip=0, progress=False)
     assert honest["ece"] < 0.15 < 0.25 < sure["ece"]
     same = ("accuracy", "top5", "bits_per_dim", "bits_per_dim_marginal")
@@ -89,7 +89,7 @@ def test_adapting_and_calibrating_make_the_posterior_honest(
     assert torch.equal(model.log_prob_per_class(x), densities)
     # Images that were held out say the same, nearly, as those left out one by one.
     again = calibrate(model, test, progress=False)
-    assert again == model.config.posterior_temperature == pytest.approx(fitted, rel=0.5)
+    assert again == model.latent_classes.temperature == pytest.approx(fitted, rel=0.5)
     assert evaluate(model, test, round_trip=0, progress=False)["ece"] < 0.15
 
 

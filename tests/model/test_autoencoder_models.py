@@ -47,7 +47,7 @@ def test_its_facts_and_its_likelihoods(model: GLEM, photos: tuple[Tensor, Tensor
     # The density is over E(x) itself: the standardisation and the flow's determinant are in it.
     codec, g = model.autoencoder, model.gaussians
     assert codec is not None
-    h = codec.raw(x.float() / 255)
+    h = codec.autoencoder.encode(x.float() / 255)
     std, mean = codec.std.expand(h.shape[1:]), codec.mean.expand(h.shape[1:])
     mu = g.mu[y].view_as(h) * std + mean
     normal = torch.distributions.Normal(mu, g.variance()[y].view_as(h).sqrt() * std)
@@ -60,7 +60,7 @@ def test_the_round_trip_has_the_errors_of_flow_and_autoencoder(model: GLEM, phot
     assert found["flow_error"] < 1e-4 and found["psnr"] > 10
     assert found["max_error"] > 0.5
     assert torch.allclose(model.decode(model.encode(photos[0])[0], clamp=False),
-                          model.images(model.numbers(photos[0])), atol=1e-4)  # fmt: skip
+                          model.codec.decode(model.numbers(photos[0])), atol=1e-4)  # fmt: skip
 
 
 def test_its_file_names_the_autoencoder_and_does_not_hold_it(
@@ -91,9 +91,28 @@ def test_an_autoencoder_of_the_users_is_asked_for(photos: tuple[Tensor, Tensor],
     assert torch.equal(GLEM.from_pretrained(tmp_path, autoencoder=Blocks()).predict(photos[0]), own.predict(photos[0]))
 
 
-def test_sizes_that_do_not_divide_are_refused_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match="resize to 16x24"):
-        GLEM.create("identity", (3, 17, 23), ["a"], autoencoder="taef2")
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 17, 23), (1, 16, 8)])
+def test_grey_images_and_other_sizes_are_extended_and_cropped(shape: tuple[int, int, int], tmp_path: Path) -> None:
+    """As if RGB images with repeated edges had been given, in sizes that the autoencoder divides."""
+    g = torch.Generator().manual_seed(0)
+    x = F.interpolate(torch.rand(12, shape[0], 3, 3, generator=g), shape[1:], mode="bilinear")
+    model = GLEM.create("identity", shape, ["a", "b"], autoencoder="taef2")
+    model = model.adapt(((255 * x).to(torch.uint8), torch.arange(12) % 2), rank=4, progress=False)
+    height, width = (-(-side // 8) * 8 for side in shape[1:])
+    high, wide = height - shape[1], width - shape[2]
+    edges = (wide // 2, wide - wide // 2, high // 2, high - high // 2)
+    large = F.pad(x.expand(-1, 3, -1, -1), edges, "replicate")
+    codec = model.autoencoder
+    assert codec is not None and codec.shape == (32, height // 8, width // 8)
+    h = codec.autoencoder.encode(large)
+    assert torch.allclose(model.numbers(x), (h - codec.mean) / codec.std, atol=1e-5)
+    back = codec.autoencoder.decode(h)[:, :, edges[2] : edges[2] + shape[1], edges[0] : edges[0] + shape[2]]
+    back = back if shape[0] == 3 else back.mean(1, keepdim=True)
+    assert torch.allclose(model.codec.decode(model.numbers(x)), back, atol=1e-4)
+    model.save(tmp_path)
+    assert torch.equal(GLEM.from_pretrained(tmp_path).log_prob(x), model.log_prob(x))
+    with pytest.raises(ValueError, match="grey or RGB"):
+        GLEM.create("identity", (4, 16, 16), ["a"], autoencoder="taef2")
 
 
 def test_many_images_give_full_covariances_and_parts(photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
@@ -113,8 +132,10 @@ def test_many_images_give_full_covariances_and_parts(photos: tuple[Tensor, Tenso
     assert torch.equal(again.sample(y, 0.9, torch.Generator().manual_seed(0), "rfcm"), noise)
     moved, _ = GLEMAugment(again, p=1.0, policy="noise", strength=0.5, modes=8, seed=0)(x, y)
     assert not torch.equal(moved, x)
+    again.fit_modes((many.to(torch.uint8), y.repeat(30)), rank=3)  # all of the classes is fitted again
+    assert again.latent_classes.full and again.modes is not None and (again.modes.rank, again.modes.parts) == (3, 2)
     again.fit_modes((x, y), rank=3)
-    assert (again.config.covariance, again.config.modes_parts) == ("diagonal", 1)
+    assert not again.latent_classes.full  # too few images for full covariances
 
 
 @pytest.mark.parametrize("policy", ["mixup", "noise", "adversarial"])
@@ -139,19 +160,3 @@ def test_augmentation_adds_the_change_and_leaves_the_rest(
     moved, _ = aug(large, y)
     change = (moved - large).abs().mean()
     assert 0.002 < float(change) < 0.3 and aug.stats["replaced"] < 20
-
-
-def test_pooled_modes_move_images_of_any_class(photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
-    x, y = photos
-    one = GLEM.create("identity", (3, 16, 16), ["a", "b"], autoencoder="taef2")
-    one = one.adapt(photos, rank=3, pooled=True, progress=False)
-    assert one.classes == ["image"] and one.modes is not None and one.modes.rank == 3
-    z, _ = one.encode(x)
-    within = torch.cat([z[y == k] - z[y == k].mean(0) for k in range(2)])
-    values = torch.linalg.svdvals(within)[:3] / (len(x) - 2) ** 0.5
-    assert torch.allclose(one.modes.shared_scales, values, rtol=1e-3)
-    aug = GLEMAugment(one, p=1.0, policy="mixup", num_classes=2, seed=0)
-    moved, labels = aug(x, y)
-    assert torch.equal(labels, y) and not torch.equal(moved, x)
-    one.save(tmp_path)
-    assert torch.equal(GLEM.from_pretrained(tmp_path).log_prob(x), one.log_prob(x))

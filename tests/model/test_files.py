@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from glem_augment import GLEM
 from glem_augment.codec.plausible import to_uint8
 from glem_augment.errors import ModelFileError
-from glem_augment.model.weights import WEIGHTS, bundled_models, local_folder, weights_sha256
+from glem_augment.model.weights import WEIGHTS, bundled_models, local_folder, stored, weights_sha256
 
 BEFORE = Path(__file__).parent / "before"
 
@@ -59,13 +59,14 @@ def test_save_and_load_give_the_same_bits(tmp_path: Path, preset: str, psi: Any)
     if preset != "glow_tiny":
         model.fit_modes((images(12), torch.arange(12) % 3), rank=5)  # more than four images have
     model.config.training = {"note": "é", "numbers": [1, 2.5]}
-    model.config.posterior_temperature = 3.25
+    model.latent_classes.temperature = 3.25
     model.save(tmp_path / "m")
     loaded = GLEM.from_pretrained(tmp_path / "m")
     assert loaded.config == model.config and not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
     state = loaded.state_dict()
-    assert state.keys() == model.state_dict().keys() == load_file(tmp_path / "m" / "model.safetensors").keys()
+    assert state.keys() == model.state_dict().keys()
+    assert stored(model.config, state).keys() == load_file(tmp_path / "m" / "model.safetensors").keys()
     assert all(torch.equal(state[k], v) and state[k].dtype == v.dtype for k, v in model.state_dict().items())
     x = images()
     assert torch.equal(loaded.log_prob(x), model.log_prob(x)) and torch.equal(loaded.posterior(x), model.posterior(x))

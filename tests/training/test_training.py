@@ -171,7 +171,7 @@ def test_the_temperature_is_that_of_the_images_held_out(tmp_path: Path, held_out
     trainer = tiny_trainer(tmp_path / "run", data, **options)
     trainer.fit()
     model = GLEM.from_pretrained(tmp_path / "run")
-    found = model.config.posterior_temperature
+    found = model.latent_classes.temperature
     assert found == (calibrate(model, data.subset(trainer.split.val), progress=False) if held_out else 1.0)
     assert held_out == 0.0 or found > 1.5
 
