@@ -229,7 +229,7 @@ def pooled_covariance(
 
     `rows_of_class` gives numbers [n, d] of a class, n >= 2, once for each. The results are float64 on the CPU. There
     are at most `rank` modes, and one for every `IMAGES_PER_MODE` images: the weakest directions of a few images are
-    noise, and `flows.layers.Whiten` would blow up other images by dividing by their spread.
+    noise, and `flows.linear.Whiten` would blow up other images by dividing by their spread.
     """
     pool = _Pool(dim, rank)
     for y in range(num_classes):

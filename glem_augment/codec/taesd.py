@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.errors import ModelFileError
-from glem_augment.io import load_weights, open_tensors
+from glem_augment.tensor_file import load_weights, open_tensors
 
 _WIDTH, _GROUPS, _HALVINGS, _BLOCKS = 64, 4, 3, 3
 _MOST_CHANNELS, _MOST_HEADER = 256, 2**16

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glem_augment.flows.layers import Flow
+from glem_augment.flows.flow import Flow
 
 # Tolerances: of an inverse relative to the images, of a log-determinant in nats per number, and of a pass under
 # autocast relative to z. A Jacobian of more numbers takes seconds.
-_WRONG_SHARE, _WRONG_LOGDET, _WRONG_PRECISION, _MOST_NUMBERS = 0.01, 0.01, 1e-4, 1024
+_WRONG_INVERSE, _WRONG_LOGDET, _WRONG_PRECISION, _MOST_NUMBERS = 0.01, 0.01, 1e-4, 1024
 
 
 def check_flow(flow: Flow, image_shape: tuple[int, int, int]) -> None:
@@ -45,7 +45,7 @@ def check_flow(flow: Flow, image_shape: tuple[int, int, int]) -> None:
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
             again = flow(x)[0]
     # A flow may lose some pixels of an image that is unlike its training data, but not half of them.
-    if not float((back - x).abs().median()) < _WRONG_SHARE * float(x.abs().median()):
+    if not float((back - x).abs().median()) < _WRONG_INVERSE * float(x.abs().median()):
         raise ValueError(f"the inverse of {name} does not give random images back")
     if not float((logdet + back_logdet).abs().max()) < _WRONG_LOGDET * dim:
         raise ValueError(

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from glem_augment.flows.coupling import Coupling
-from glem_augment.flows.layers import ActNorm, Flow, Mixing1x1
+from glem_augment.flows.flow import Flow
+from glem_augment.flows.layers import ActNorm, Mixing1x1
 from glem_augment.flows.matexp import exp_of_generators
 from glem_augment.precision import full_precision
 
 Step = tuple[ActNorm, Mixing1x1, Coupling]
-# How often torch.compile may compile a step of a level. It compiles anew without gradients, in eval mode, in reduced
-# precision, for another batch size, and for the first step, whose input needs no gradient.
-_COMPILATIONS_PER_LEVEL = 32
 
 
 def squeeze(x: Tensor, side: int = 2) -> Tensor:
@@ -61,17 +59,6 @@ class Mixing(NamedTuple):
         return torch.addcmul(self.shift, (self.matrix @ y.flatten(1)).view(y.shape), self.scale)
 
 
-def step_forward(x: Tensor, mixing: Mixing, coupling: Coupling) -> tuple[Tensor, Tensor]:
-    """One step on the channel-major x: ([C, B, H, W], the coupling's log|det| [B])."""
-    return coupling.couple(mixing.forward(x))
-
-
-def step_inverse(y: Tensor, mixing: Mixing, coupling: Coupling) -> tuple[Tensor, Tensor]:
-    """Undoes `step_forward`."""
-    x, logdet = coupling.couple(y, inverse=True)
-    return mixing.inverse(x), logdet
-
-
 class Level(nn.Module):
     """A squeeze of pixel blocks of side `side`, and its steps on tensors of height x width."""
 
@@ -83,12 +70,10 @@ class Level(nn.Module):
         # Tuples, because the modules are registered above.
         self.norms, self.mixing_layers, self.couplings = zip(*steps, strict=True)
         self.pixels = height * width
-        self.step_forward, self.step_inverse = step_forward, step_inverse
         self._cache: dict = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles start uncompiled: compiled code belongs to the process.
-        return {**self.__dict__, "_cache": {}, "step_forward": step_forward, "step_inverse": step_inverse}
+        return {**self.__dict__, "_cache": {}}
 
     def mixing_weights(self) -> list[nn.Parameter]:
         """The weights behind `mixings`."""
@@ -129,7 +114,7 @@ class Level(nn.Module):
         for index, (norm, coupling) in enumerate(zip(self.norms, self.couplings, strict=True)):
             if not norm.initialised:
                 norm.initialise(x.transpose(0, 1))
-            x, _ = step_forward(x, self._mixings(inverse=False)[0][index], coupling)
+            x, _ = coupling.couple(self._mixings(inverse=False)[0][index].forward(x))
         return x
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +126,7 @@ class Level(nn.Module):
         mixings, shared = self.mixings(inverse=False)
         logdet = x.new_zeros(x.shape[1])
         for mixing, coupling in zip(mixings, self.couplings, strict=True):
-            x, change = self.step_forward(x, mixing, coupling)
+            x, change = coupling.couple(mixing.forward(x))
             logdet = logdet + change
         return x, logdet + shared
 
@@ -149,7 +134,8 @@ class Level(nn.Module):
         """Undoes `forward`, with the log-determinant of this direction."""
         mixings, logdet = self.mixings(inverse=True)
         for mixing, coupling in zip(reversed(mixings), reversed(self.couplings), strict=True):
-            y, change = self.step_inverse(y, mixing, coupling)
+            y, change = coupling.couple(y, inverse=True)
+            y = mixing.inverse(y)
             logdet = logdet + change
         return unsqueeze(y, self.side), logdet
 
@@ -212,13 +198,6 @@ class MultiscaleFlow(Flow):
             for level in self.levels:
                 h = level.initialise(h)
                 h = h[: len(h) // 2]
-
-    def compile_steps(self, backend: str = "inductor") -> None:
-        config = torch._dynamo.config
-        config.cache_size_limit = max(config.cache_size_limit, _COMPILATIONS_PER_LEVEL * len(self.levels))
-        for level in self.levels:
-            level.step_forward = torch.compile(step_forward, backend=backend)
-            level.step_inverse = torch.compile(step_inverse, backend=backend)
 
 
 # ---- training without stored activations -----------------------------------------------------------------------------

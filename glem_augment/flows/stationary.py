@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from glem_augment.flows.layers import Flow
+from glem_augment.flows.flow import Flow
 from glem_augment.precision import full_precision
 
 POWER = 0.25

@@ -248,7 +248,7 @@ def _privacy(facts: Mapping[str, Any] | None) -> str:
     if facts is None:
         return ""
     return (
-        f"## Privacy\n\n{escape(promise(dict(facts)))} The mechanism: {escape(facts.get('mechanism', 'not recorded'))}. "
+        f"## Privacy\n\n{escape(promise(dict(facts)))} The mechanism: {escape(facts.get('mechanism', 'none'))}. "
         "Other releases of the same images add up with this one. Reports of quality are not covered.\n\n"
     )
 

@@ -16,7 +16,7 @@ from glem_augment.checks import HIGHEST_TEMPERATURE
 from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.statistics import can_be_whole
 from glem_augment.errors import ModelFileError
-from glem_augment.flows.presets import check_spec, is_whole
+from glem_augment.flows.build import check_spec, is_whole
 from glem_augment.images.sources import TIMM_PREFIXES
 
 FORMAT_VERSION = 1

@@ -143,7 +143,6 @@ class TrainConfig:
         "stored", get_args(Memory), "reversible: rebuild activations in the backward pass; memory does not "
         "grow with the flow's depth, and steps are slower",
     )  # fmt: skip
-    compile: bool = _setting(False, bool, "torch.compile the flow's steps: a slow start, then faster steps")
     threads: int | None = _setting(
         None, int, "CPU threads; equal numbers give equal weights", low=1, high=4096, shown="PyTorch's choice"
     )

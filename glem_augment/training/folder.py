@@ -40,8 +40,8 @@ from glem_augment.training.config import TrainConfig
 
 NEWEST, GOOD = "checkpoint.safetensors", "checkpoint.good.safetensors"
 _KEY, _FORMAT, _DIGEST_BYTES = "glem-augment-state", b"glem-augment checkpoint 4", 32
-# Settings that may change when a run is resumed. "threads", "memory" and "compile" change the last bits of the weights.
-FREE = {"max_minutes", "sample_every", "workers", "threads", "memory", "compile", "modes_rank"}
+# Settings that may change when a run is resumed. "threads" and "memory" change the last bits of the weights.
+FREE = {"max_minutes", "sample_every", "workers", "threads", "memory", "modes_rank"}
 # Temporary files of glem_augment.io.atomic_write, which a killed process leaves behind.
 _LEFT_OVER = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.tmp")
 

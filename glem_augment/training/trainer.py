@@ -141,8 +141,6 @@ class Trainer(EM):
         return lock_folder(self.out) if is_primary() else nullcontext()
 
     def _fit(self) -> GLEM:
-        if self.config.compile:
-            self.model.flow.compile_steps()
         if self.config.precision == "bf16" and lacks_bf16(self.device):
             warnings.warn(
                 "this CPU has neither AVX512-BF16 nor AMX, so steps in bf16 take several times as long as in float32: "

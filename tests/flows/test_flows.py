@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from glem_augment.errors import DataError
 from glem_augment.flows import AffineCoupling, Flow, MatExpCoupling, create_flow
-from glem_augment.flows.layers import RIDGE, ActNorm, Whiten
+from glem_augment.flows.layers import ActNorm
+from glem_augment.flows.linear import RIDGE, Whiten
 from glem_augment.flows.matexp_coupling import row_bounded
 
 TINY = dict(depth=[2, 1], blocks=[1, 1], width=[6, 6])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from glem_augment.flows import build_flow, create_flow, resolve_preset
-from glem_augment.flows.presets import check_spec
+from glem_augment.flows.build import check_spec
 
 SMALL = dict(depth=[1, 2], blocks=[1, 1], width=[6, 8])
 

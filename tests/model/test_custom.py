@@ -243,5 +243,6 @@ def test_options_and_names_of_couplings_are_checked(scaled: None) -> None:
             register_coupling(name)(Scaled)
     with pytest.raises(TypeError, match="no subclass of Coupling"):
         register_coupling("linear")(nn.Linear)
-    with pytest.raises(ValueError, match="defaults of .*'many'.* must be bool, int, float or str"):
-        register_coupling("many")(type("Many", (Coupling,), {"options": {"many": [1]}}))
+    for options in ({"many": [1]}, {"depth": 1}, {"whiten": 1}):
+        with pytest.raises(ValueError, match=f"option '{next(iter(options))}' of many has a name that flows use, or a"):
+            register_coupling("many")(type("Many", (Coupling,), {"options": options}))

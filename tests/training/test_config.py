@@ -22,7 +22,7 @@ from glem_augment.training.config import METHODS, SETTINGS, method
     ("bad", "message"),
     [
         (dict(objective="gan"), "objective must be one of 'glem', 'saturating', 'mle', 'hybrid', 'ib'"),
-        (dict(compile=1), "compile must be True or False"),
+        (dict(joint=1), "joint must be True or False"),
         (dict(objective="mle", beta=0.1), "mle.*use 'hybrid'"),
         (dict(objective="glem", joint=True), "joint=True has no M-step"),
         (dict(augment=("cutmix",)), "cutmix"),
@@ -70,7 +70,6 @@ def test_every_setting_is_an_option_and_a_line_of_a_file(tmp_path: Path) -> None
         "augment": (["--augment", "flip, crop"], ("flip", "crop")),
         "autoencoder": (["--autoencoder", "taef2"], "taef2"),
         "joint": (["--joint"], True),
-        "compile": (["--no-compile"], False),
     }  # fmt: skip
     for name, about in SETTINGS.items():
         kind = about["kind"]
@@ -79,7 +78,7 @@ def test_every_setting_is_an_option_and_a_line_of_a_file(tmp_path: Path) -> None
         if isinstance(kind, tuple):
             argv, wanted = [argv[0], kind[-1]], kind[-1]
         assert given(parser.parse_args(argv)) == {name: wanted}, name
-        written = argv[1] if len(argv) == 2 and name != "compile" else wanted
+        written = argv[1] if len(argv) == 2 else wanted
         assert checked({name: list(written) if isinstance(written, tuple) else written}, "file") == {name: wanted}
     with pytest.raises(ValueError, match="file: lr can't be 'fast'"):
         checked({"lr": "fast"}, "file")
