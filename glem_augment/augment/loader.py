@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +25,7 @@ class AugmentedLoader:
 
     Args:
         loader: timm's `PrefetchLoader` (the best place on a GPU), a DataLoader, or a loader that accelerate has
-            prepared, since accelerate does not shard this class. For its batches see `as_transform`.
+            prepared: accelerate does not prepare this class, which then warns. For its batches see `as_transform`.
         device: the device to which images and labels are moved first; None: they stay where they are.
         off_epoch: from this epoch on (counted from 0) no image is changed. Labels keep their form, for the loss.
 
@@ -93,21 +94,30 @@ def _check_normalisation(loader: Any, aug: GLEMAugment) -> None:
 
 
 def _warn_unless_sharded(loader: Any) -> bool:
-    """Warn where several processes go through the same images. False: there is one process so far.
+    """Warn where each process goes through all images, or accelerate has not prepared the loader. False: too early.
 
-    Samplers of torch and timm have `num_replicas`, loaders of accelerate `num_processes`. An IterableDataset may shard
-    its images itself.
+    Samplers of torch and timm have `num_replicas`; loaders of accelerate are known by their module. An IterableDataset
+    may shard its images itself.
     """
-    if world_size() == 1:
+    state = sys.modules.get("accelerate.state")  # accelerate need not be installed
+    accelerated = state is not None and state.is_initialized()
+    if world_size() == 1 and not accelerated:
         return False
     if getattr(loader, "sampler", None) is None or isinstance(loader.dataset, IterableDataset):
         return True
     parts = [getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset", "state")]
-    if not any(hasattr(part, name) for part in parts for name in ("num_replicas", "num_processes")):
-        warnings.warn(
-            f"each of the {world_size()} processes goes through all {len(loader.dataset)} images, because this loader "
-            "has no sampler for several processes: give the DataLoader a DistributedSampler; with accelerate use "
-            "aug.wrap(accelerator.prepare(loader)); with Lightning call the transform in on_after_batch_transfer",
-            stacklevel=4,
-        )
+    sharded = any(hasattr(part, name) for part in parts for name in ("num_replicas", "num_processes"))
+    if not sharded and not type(loader).__module__.startswith("accelerate."):
+        if accelerated:
+            text = (
+                "accelerate has not prepared this loader, and prepares no wrapped one, so each process goes through "
+                f"all {len(loader.dataset)} images: use aug.wrap(accelerator.prepare(loader))"
+            )
+        else:
+            text = (
+                f"each of the {world_size()} processes goes through all {len(loader.dataset)} images, because this "
+                "loader has no sampler for several processes: give the DataLoader a DistributedSampler; with Lightning "
+                "call the transform in on_after_batch_transfer"
+            )
+        warnings.warn(text, stacklevel=4)
     return True

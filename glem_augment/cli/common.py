@@ -302,10 +302,8 @@ def moves(model: GLEM, data: ImageData, instead: str = "") -> dict[str, Any] | N
     found = rejected_moves(model, data)
     mixup, noise = found["mixup"], found["noise"]
     if max(mixup, *noise.values()) > MOST_REJECTED:
-        parts = ", ".join(f"{100 * part:.0f} % at {strength:g}" for strength, part in noise.items())
-        note(
-            f"glem: GLEMAugment would reject {100 * mixup:.0f} % of the moves by mixup; by noise of a strength, {parts}"
-        )
+        parts = ", ".join(f"{100 * part:.0f} % at strength {strength:g}" for strength, part in noise.items())
+        note(f"glem: GLEMAugment would reject {100 * mixup:.0f} % of the moves by mixup; by noise {parts}")
     if instead and max(mixup, noise[min(noise)]) > TOO_MANY:
         note(f"glem: this flow does not fit such images; {instead}")
     return found
