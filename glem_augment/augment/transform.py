@@ -149,7 +149,7 @@ class GLEMAugment(nn.Module):
         A CPU `generator` replaces the random state.
         """
         data_cls = self.classes_of(y, int(x.shape[0] if isinstance(x, Tensor) else x[0]))
-        return self._draw(data_cls, self._random.generator() if generator is None else generator)
+        return self._draw(data_cls.cpu(), self._random.generator() if generator is None else generator)
 
     def replay(self, x: Tensor, y: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
         """Augment with parameters of `draw`; for other arguments and results see `forward`."""
@@ -162,7 +162,7 @@ class GLEMAugment(nn.Module):
             raise ValueError(f"{self.policy!r} needs a classifier: call aug.attach(classifier), on a copy again")
         if self.model.modes is None or self.model.modes.rank < self.modes:  # modes may have been fitted again
             self.model.checked_modes(self.modes)
-        return self.classes_of(y, len(x))
+        return self.classes_of(y, len(x)).cpu()
 
     def _draw(self, data_cls: Tensor, generator: torch.Generator) -> AugmentParams:
         rows = _choose_rows(len(data_cls), self.p, generator)
@@ -250,9 +250,10 @@ class GLEMAugment(nn.Module):
         return soft_labels(y, self.num_classes) if self.policy.softens(y.ndim == 2) else y
 
     def classes_of(self, y: object, batch: int) -> Tensor:
-        """The class of each row of a batch's labels, integers [batch] or floats [batch, K']: int64 [batch] on the CPU.
+        """The class of each row of a batch's labels, integers [batch] or floats [batch, K']: int64 [batch].
 
-        The class of a soft label is the strongest one, or -1 for a row of zeros. TypeError, ValueError: other labels.
+        Integers come back on the CPU. The class of a soft label is the strongest one, or -1 for a row of zeros; it
+        stays on its device. TypeError, ValueError: other labels.
         """
         classes = self.num_classes
         if not isinstance(y, Tensor):
@@ -267,7 +268,7 @@ class GLEMAugment(nn.Module):
             raise TypeError(f"labels [B] must be integers, and soft labels [B, K'] floating point; got {y.dtype}")
         if y.ndim == 2:
             strongest = y.detach().max(dim=1)
-            return strongest.indices.masked_fill(strongest.values <= 0, -1).cpu()
+            return strongest.indices.masked_fill(strongest.values <= 0, -1)
         found = y.long().cpu()
         if batch:
             low, high = (int(v) for v in torch.aminmax(found))

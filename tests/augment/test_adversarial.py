@@ -223,7 +223,7 @@ def test_errors_say_what_to_do(model: GLEM) -> None:
         make(model, Noise).attach(network())
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         aug.attach(lambda x: x)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"gives \(128, 7\), the labels are \(128, 4\)"):
+    with pytest.raises(ValueError, match=r"gives \(4, 7\), the labels are \(4, 4\)"):
         aug.attach(network(classes=7))(x, F.one_hot(y, 4).float())
     with torch.inference_mode(), pytest.raises(RuntimeError, match="no gradient reaches.*inference_mode"):
         aug.attach(network())(x, y)

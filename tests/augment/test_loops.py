@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,6 +103,21 @@ def test_batches_keep_their_structure_and_go_to_the_device(model: GLEM) -> None:
             assert out["name"] == names if isinstance(out, dict) else out[2:] == batch[2:]
     wrapped = make(model, policy="noise").wrap([(x, F.one_hot(y, 3).float())], device="meta", off_epoch=0)
     assert all(item.is_meta for item in next(iter(wrapped)))
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_loader_that_accelerate_has_not_prepared_warns(
+    model: GLEM, prepared: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    shard = type("DataLoaderShard", (DataLoader,), {"__module__": "accelerate.data_loader"})
+    wrapped = make(model).wrap(shard(loader().dataset, 4) if prepared else loader())
+    list(wrapped)
+    assert not recwarn.list
+    state = SimpleNamespace(is_initialized=lambda: True)  # as the module is once there is an Accelerator
+    monkeypatch.setitem(sys.modules, "accelerate.state", state)
+    for _ in range(2):
+        list(wrapped)
+    assert ["aug.wrap(accelerator.prepare(loader))" in str(w.message) for w in recwarn] == [True] * (not prepared)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
