@@ -76,7 +76,7 @@ class GLEMAugment(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.policy = as_policy(policy)
+        self.policy = policy
         self.p = check_number("p", p, 0.0, 1.0)
         self._name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
         model = as_model(model)
@@ -91,6 +91,15 @@ class GLEMAugment(nn.Module):
         self._inverse = InverseTest()
         self._classifier: Classifier | None = None
         self._copies: dict[torch.device, tuple[object, GLEM]] = {}
+
+    @property
+    def policy(self) -> Policy:
+        """How images are moved."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy | PolicyName) -> None:
+        self._policy = as_policy(policy)
 
     @property
     def seed(self) -> int:
@@ -168,6 +177,9 @@ class GLEMAugment(nn.Module):
         rows = _choose_rows(len(data_cls), self.p, generator)
         selected = Selected(rows, data_cls, self._classes, self.modes)
         drawn = self.policy.draw(selected, generator) if len(rows) else {}
+        for name, value in drawn.items():
+            if len(value) != len(rows):
+                raise ValueError(f"{self.policy!r}.draw gives {len(value)} rows of {name!r}: give n = {len(rows)}")
         return AugmentParams(rows, self._classes.model_class(data_cls[rows]), drawn)
 
     @torch.no_grad()
@@ -205,6 +217,8 @@ class GLEMAugment(nn.Module):
             )
             found = self.policy.move(batch)
             moved, labels = found if isinstance(found, tuple) else (found, None)
+            if moved.shape != z.shape:
+                raise ValueError(f"{self.policy!r}.move gives {list(moved.shape)}: give latents {list(z.shape)}")
             decoded = model.decode(moved, clamp=False)
         good = plausible(decoded, MARGIN) & back
         self._counts.add(selected, selected - n, (~good).sum())

@@ -75,6 +75,16 @@ def test_a_policy_of_the_users_own_may_want_a_classifier(model: GLEM) -> None:
     assert (after > before).all()
 
 
+def test_results_of_the_wrong_size_are_named(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    aug = GLEMAugment(model, Towards(), p=1.0)
+    monkeypatch.setattr(Towards, "move", lambda self, batch: batch.z[:2])
+    with pytest.raises(ValueError, match=r"Towards\(half=0.5\)\.move gives \[2, 64\]: give latents \[6, 64\]"):
+        aug(images(6), labels(6))
+    monkeypatch.setattr(Towards, "draw", lambda self, selected, generator: {"partner": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"draw gives 1 rows of 'partner': give n = 6"):
+        aug(images(6), labels(6))
+
+
 def test_names_stand_for_the_defaults_and_may_be_set_anew(model: GLEM) -> None:
     for name, policy in {"mixup": Mixup(), "noise": Noise(0.5), "adversarial": Adversarial(0.25)}.items():
         assert as_policy(name) == as_policy({"name": name}) == policy and policy.name == name
@@ -85,6 +95,8 @@ def test_names_stand_for_the_defaults_and_may_be_set_anew(model: GLEM) -> None:
     aug, other = GLEMAugment(model, "noise", p=1.0, seed=0), GLEMAugment(model, Noise(1.0), p=1.0, seed=0)
     aug.policy = Noise(1.0)
     assert torch.equal(aug(x, y)[0], other(x, y)[0])
+    aug.policy = "adversarial"
+    assert aug.policy == Adversarial(0.25)
 
 
 @pytest.mark.parametrize(
