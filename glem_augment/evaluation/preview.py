@@ -20,7 +20,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from glem_augment.augment.policies import AugmentParams, Mixup, Policy
+from glem_augment.augment.policies import AugmentParams, Mixup, Noise, Policy
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import POLICIES, PolicyName
 from glem_augment.codec.plausible import in_range
@@ -164,8 +164,9 @@ def _moved(
         drawn = drawn.having(partner=partner, partner_cls=drawn.cls)
         moves = [(f"keep = {keep:g}", aug.policy, drawn.having(keep=torch.full((2 * n,), keep))) for keep in KEPT]
     else:
+        assert isinstance(aug.policy, Noise)  # or Adversarial
         kind = type(aug.policy)
-        moves = [(f"s = {strength:g}", kind(strength), drawn) for strength in NOISE_STRENGTHS]  # type: ignore[call-arg]
+        moves = [(f"s = {strength:g}", kind(strength), drawn) for strength in NOISE_STRENGTHS]
     columns = {"real": x[:n]}
     for label, aug.policy, params in moves:
         columns[label] = aug.replay(x, y, params)[0][:n]
