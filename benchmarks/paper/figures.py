@@ -234,7 +234,7 @@ def augmented_pictures(lab: Lab, path: Path) -> None:
     model.fit_modes(train, rank=64, max_per_class=500)
     rows = torch.arange(len(train))[:: max(1, len(train) // 64)][:64]
     x, y = train.tensor()[rows].float() / 255, torch.from_numpy(train.targets)[rows]
-    augment = GLEMAugment(model, p=1.0, policy="mixup", seed=0)
+    augment = GLEMAugment(model, "mixup", p=1.0, seed=0)
     out = [augment(x.to(model.device), y.to(model.device))[0].cpu() for _ in range(3)]
     plt = _plots()
     shown = torch.linspace(0, len(rows) - 1, 8).long().tolist()

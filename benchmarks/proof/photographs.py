@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import find_images, parser, write_results
-from glem_augment import GLEM, ImageData, TrainConfig, Trainer, open_data
+from glem_augment import GLEM, Adversarial, ImageData, Noise, TrainConfig, Trainer, open_data
 from glem_augment.evaluation.compare import (
     MODES,
     ORDINARY,
@@ -43,9 +43,9 @@ NAME, SIZE, STEPS = "photographs", 64, 300
 SHOWN = {"pixels": "pixel modes", "autoencoder": "taef2 modes", "flow": "flow's modes"}
 TRIED = (
     *POLICIES,
-    dict(policy="noise", strength=2.0),
-    dict(policy="adversarial", strength=0.5),
-    dict(policy="adversarial", strength=1.0),
+    Noise(strength=2.0),
+    Adversarial(strength=0.5),
+    Adversarial(strength=1.0),
 )
 OTHERS = (
     *ORDINARY,

@@ -55,17 +55,17 @@ def _per_row(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, y: Tens
         return torch.cat([function(r[:, None], directions[c])[:, 0] for r, c in pairs])
 
 
-def mix_along_modes(z: Tensor, partner: Tensor, l: Tensor, y: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
-    """Principal-mode mixup z' = z + (1 - l) P (partner - z) [n, d], with the projection P of `project_on_modes`.
+def mix_along_modes(z: Tensor, partner: Tensor, keep: Tensor, y: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Principal-mode mixup z' = z + (1 - keep) P (partner - z) [n, d], with the projection P of `project_on_modes`.
 
-    l [n] is the share of z that is kept along the modes. The second result is the share [n] of |partner - z|^2 that P
-    keeps, 0 for no difference.
+    keep [n] says how much of z stays along the modes. The second result is the fraction [n] of |partner - z|^2 that
+    lies along them, 0 for no difference.
     """
     delta = partner - z
     projected = project_on_modes(delta, y, directions)
     total = delta.square().sum(dim=1)
-    share = projected.square().sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
-    return z + (1.0 - l)[:, None] * projected, share.clamp(max=1.0)
+    along = projected.square().sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return z + (1.0 - keep)[:, None] * projected, along.clamp(max=1.0)
 
 
 # ---- modes and samples of all classes --------------------------------------------------------------------------------

@@ -290,23 +290,20 @@ def note(text: str) -> None:
 
 
 def moves(model: GLEM, data: ImageData, instead: str = "") -> dict[str, Any] | None:
-    """The result of `moves_put_back`, None without modes. Notes on stderr report many rejected moves.
+    """The result of `rejected_moves`, None without modes. Notes on stderr report many rejected moves.
 
-    `instead` is advice for a flow that rejects more than a fifth.
+    `instead` is advice for a model that rejects more than a fifth even at the smallest strength.
     """
-    from glem_augment.augment.moves import MOST_PUT_BACK
-    from glem_augment.evaluation import moves_put_back
+    from glem_augment.augment.state import MOST_REJECTED
+    from glem_augment.evaluation import rejected_moves
 
     if model.modes is None:
         return None
-    found = moves_put_back(model, data)
-    mixup, strongest = found["mixup"], max(found["noise"])
-    noise = found["noise"][strongest]
-    if max(mixup, noise) > MOST_PUT_BACK:
-        note(
-            f"glem: GLEMAugment would put back {100 * mixup:.0f} % of the images after mixup and {100 * noise:.0f} % "
-            f"after noise of strength {strongest:g}, as implausible; strength='auto' takes {found['strength']:g}"
-        )
-    if instead and max(mixup, found["noise"][found["strength"]]) > TOO_MANY:
+    found = rejected_moves(model, data)
+    mixup, noise = found["mixup"], found["noise"]
+    if max(mixup, *noise.values()) > MOST_REJECTED:
+        parts = ", ".join(f"{100 * part:.0f} % at strength {strength:g}" for strength, part in noise.items())
+        note(f"glem: GLEMAugment would reject {100 * mixup:.0f} % of the moves by mixup; by noise {parts}")
+    if instead and max(mixup, noise[min(noise)]) > TOO_MANY:
         note(f"glem: this flow does not fit such images; {instead}")
     return found

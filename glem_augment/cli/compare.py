@@ -9,7 +9,8 @@ from glem_augment.cli import common
 DESCRIPTION = """\
 Train one network on your images with several stacks of augmentation: crop + flip; ordinary stacks (TrivialAugment,
 RandAugment, RandomErasing, Mixup, CutMix); and moves along the modes of the pixels, of an autoencoder's latents and,
-with --model, of a flow. Held-out training images choose the best stack of each kind. The chosen stacks are measured on
+with --model, of a flow, by GLEMAugment's Noise(strength=0.5), the setting to start with, Noise(strength=1) and Mixup().
+Held-out training images choose the best stack of each kind. The chosen stacks are measured on
 the test images with several seeds. Prints a table with 95 % intervals and one sentence of advice, which may be to leave
 augmentation out. DIR gets report.json and moves.png.
 """

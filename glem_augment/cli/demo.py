@@ -11,7 +11,7 @@ import shlex
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from itertools import islice
@@ -126,7 +126,7 @@ def photographs(spec: str, size: Size, progress: bool) -> tuple[Part, dict[str, 
     import torch
     from torch.utils.data import Subset
 
-    from glem_augment import GLEM, GLEMAugment, open_data
+    from glem_augment import GLEM, GLEMAugment, Mixup, Noise, Policy, open_data
     from glem_augment.evaluation.metrics import spread
     from glem_augment.evaluation.preview import Section
     from glem_augment.images.sources import open_source
@@ -137,26 +137,25 @@ def photographs(spec: str, size: Size, progress: bool) -> tuple[Part, dict[str, 
     rows = spread(len(source), min(size.photographs, len(source)))
     x = open_data(Subset(source, rows.tolist()), image_size=side, channels=3, progress=progress).tensor()
     n, y = len(x), torch.zeros(len(x), dtype=torch.int64)
-    noise, mixup = dict(policy="noise", strength=0.5), dict(policy="mixup")
-    kinds: dict[str, dict[str, Any]] = {"noise 0.5": noise, "noise 1": noise | {"strength": 1.0}, "mixup": mixup}
+    kinds: dict[str, Policy] = {"noise 0.5": Noise(0.5), "noise 1": Noise(1.0), "mixup": Mixup()}
     columns, moves = {"original": x}, {}
-    for name, settings in tqdm(kinds.items(), desc="moving photographs", delay=2, disable=not progress):
-        aug = GLEMAugment(model, p=1.0, seed=0, **settings)
+    for name, policy in tqdm(kinds.items(), desc="moving photographs", delay=2, disable=not progress):
+        aug = GLEMAugment(model, policy, p=1.0, seed=0)
         drawn = aug.draw(x, y)
         if name == "mixup":  # a photograph that is alone is mixed with a draw
             partner = torch.arange(n).roll(-1) if n > 1 else torch.tensor([-1])
-            drawn = replace(drawn, partner=partner, partner_cls=y, l=torch.full((n,), 0.5))
+            drawn = drawn.having(partner=partner, partner_cls=y, keep=torch.full((n,), 0.5))
         columns[name] = aug.replay(x, y, drawn)[0]
         change = (columns[name].float() - x.float()).abs().mean()
-        moves[name] = {"mean_change": float(change), "put_back": aug.stats["replaced"]}
+        moves[name] = {"mean_change": float(change), "rejected": aug.stats["rejected"]}
     unsorted = "" if spec == PHOTOGRAPHS else ", channels=3, unlabelled=True"
     part = Part(
         {"photos": n, "data": spec, "side": side[0], "modes": aug.modes, "opened": json.dumps(spec) + unsorted},
-        [f"{sum(move['put_back'] for move in moves.values())} of {3 * n} moves were put back as implausible."],
+        [f"{sum(move['rejected'] for move in moves.values())} of {3 * n} moves were rejected as not plausible."],
         Section("", torch.stack(list(columns.values()), 1), list(columns)),
-        [("move", "mean change (0 to 255)", "put back")],
+        [("move", "mean change (0 to 255)", "rejected")],
     )
-    part.table += [(name, f"{m['mean_change']:.1f}", f"{m['put_back']} of {n}") for name, m in moves.items()]
+    part.table += [(name, f"{m['mean_change']:.1f}", f"{m['rejected']} of {n}") for name, m in moves.items()]
     return part, {"data": spec, "images": n, "moves": moves}
 
 

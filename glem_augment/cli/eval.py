@@ -14,8 +14,8 @@ Classify labelled images with a flow, and measure its likelihoods. Prints one JS
   bits_per_dim_marginal  the same for p(image), all classes equally likely
   ece                 expected calibration error of the posterior, 15 bins
   round_trip          image -> latent -> image without clamping: errors in uint8 steps, share within half a step
-  moves_put_back      share of the moves of 128 images that GLEMAugment would put back as implausible: by mixup, and
-                      by noise of several strengths. strength="auto" takes "strength"
+  rejected_moves      how many of the moves of 128 images GLEMAugment would reject, from 0 to 1: by mixup, and by noise
+                      of several strengths
   skipped             images left out, with --skip-bad
 
 Images are converted to the flow's size and channels.
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     result |= metrics.evaluate(model, data, args.batch_size, args.round_trip, progress=not args.quiet)
     if not is_primary():
         return
-    result["moves_put_back"] = common.moves(model, data)
+    result["rejected_moves"] = common.moves(model, data)
     if args.out is not None:  # first, since printing to a closed pipe ends the command
         write_json(args.out, common.finite(result))
     common.print_json(result)

@@ -127,8 +127,8 @@ def move_tab(gr: Any, page: Any, explorer: Explorer, modes: int) -> None:
         moved = explorer.move(image, cls, "noise" if by_hand else policy, strength, seed, sliders if by_hand else None)
         change = moved.image.float() - image.float()
         largest = float(change.abs().max())
-        why = "it is not plausible, or the flow does not give the original back"
-        fate = f"**would be put back**: {why}" if moved.put_back else "would be kept"
+        why = "it is not plausible, or the model does not give the original back"
+        fate = f"**would be rejected**: {why}" if moved.rejected else "would be kept"
         facts = (
             f"A move along the modes of {names[cls]}, which {fate}. {unit} given that class: {moved.likelihood[0]:.3f} "
             f"before, {moved.likelihood[1]:.3f} after. The largest change of a pixel is {largest:.0f} of 255."
@@ -142,7 +142,7 @@ def move_tab(gr: Any, page: Any, explorer: Explorer, modes: int) -> None:
         inputs.append(gr.Dropdown(choices, value=-1, label="Class along whose modes it moves"))
         policies = [("sliders below", "sliders"), *((name, name) for name in POLICIES)]
         inputs.append(gr.Radio(policies, value="sliders", label="Policy: how the move is chosen"))
-        strength = "factor on the sliders or the noise; of mixup, twice the partner's share"
+        strength = "factor on the sliders or the noise; of mixup, twice 1 - keep"
         inputs.append(gr.Slider(0, 2, STRENGTH, step=0.05, label="Strength", info=strength))
         inputs.append(gr.Number(0, label="Seed", minimum=0, precision=0))
         for i in range(modes):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glem_augment.codec.codec import Codec, check_images, to_unit
-from glem_augment.codec.levels import Noise
+from glem_augment.codec.levels import Dequantisation
 from glem_augment.tensors import evaluating
 
 _MIN_STD = 1e-3  # a channel that never varies would otherwise become infinite
@@ -71,7 +71,7 @@ class StandardisedAutoencoder(Codec):
         """Stay in eval mode: the autoencoder is frozen."""
         return super().train(False)
 
-    def encode(self, x: Tensor, noise: Noise = None) -> Tensor:
+    def encode(self, x: Tensor, noise: Dequantisation = None) -> Tensor:
         """Images [B,C,H,W] in [0, 1] to standardised latents [B,c,h,w]; differentiable."""
         return (self._raw(x) - self.mean) / self.std
 
@@ -113,7 +113,7 @@ class Latents(Codec):
         super().__init__(codec.shape, codec.shape)
         self.key, self.unit, self._logdet = codec.key, codec.unit, float(codec.logdet())
 
-    def encode(self, x: Tensor, noise: Noise = None) -> Tensor:
+    def encode(self, x: Tensor, noise: Dequantisation = None) -> Tensor:
         return x.to(self.dtype)
 
     def decode(self, h: Tensor) -> Tensor:

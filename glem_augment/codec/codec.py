@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from glem_augment.codec.levels import Noise
+from glem_augment.codec.levels import Dequantisation
 
 _RANGE_TOLERANCE = 1e-3  # resizing with antialias leaves [0, 1] by rounding only
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights with which PIL turns RGB into "L"
@@ -38,7 +38,7 @@ class Codec(nn.Module):
         # It has the device and the dtype of the model.
         self.register_buffer("_like", torch.empty(0), persistent=False)
 
-    def encode(self, x: Tensor, noise: Noise = None) -> Tensor:
+    def encode(self, x: Tensor, noise: Dequantisation = None) -> Tensor:
         """Images [B, C, H, W], uint8 or float in [0, 1], to numbers [B, c, h, w].
 
         `noise` dequantises images on levels, see `levels.to_levels`; a codec without levels ignores it.

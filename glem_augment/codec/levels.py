@@ -14,13 +14,15 @@ from glem_augment.tensors import send
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _SPLITMIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
 
-Noise: TypeAlias = torch.Generator | int | Tensor | None  # where dequantisation noise comes from, see `to_levels`
+Dequantisation: TypeAlias = (
+    torch.Generator | int | Tensor | None
+)  # where dequantisation noise comes from, see `to_levels`
 
 
-def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: Noise = None) -> Tensor:
+def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: Dequantisation = None) -> Tensor:
     """`(level + u) / 2^bits - 1/2`, the flow's input; float images are scaled to levels unrounded.
 
-    Noise is for images on levels. A float image is on levels if all its pixels are k / 255, or all k / (2^bits - 1),
+    Dequantisation is for images on levels. A float image is on levels if all its pixels are k / 255, or all k / (2^bits - 1),
     for whole k up to rounding. It is then treated as uint8. Any other float image gets no noise, u = 1/2.
 
     Args:

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from glem_augment.codec.codec import Codec
-from glem_augment.codec.levels import Noise, from_levels, to_levels
+from glem_augment.codec.levels import Dequantisation, from_levels, to_levels
 
 
 class Levels(Codec):
@@ -25,7 +25,7 @@ class Levels(Codec):
         super().__init__(image_shape, image_shape)
         self.bits = bits
 
-    def encode(self, x: Tensor, noise: Noise = None) -> Tensor:
+    def encode(self, x: Tensor, noise: Dequantisation = None) -> Tensor:
         return to_levels(x, self.bits, self.dtype, noise)
 
     def decode(self, h: Tensor) -> Tensor:

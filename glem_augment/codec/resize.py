@@ -58,8 +58,12 @@ class PixelAdapter:
             )
         channels = x.shape[1]
         if channels != self.shape[0] and {channels, self.shape[0]} != {1, 3}:
+            if x.shape[3] in (1, 3):
+                raise ValueError(
+                    f"x has the shape {list(x.shape)}, but channels come first: give x.permute(0, 3, 1, 2)"
+                )
             raise ValueError(
-                f"images have {channels} channels, the flow's {self.shape[0]}; "
+                f"images have {channels} channels, the model's {self.shape[0]}; "
                 "only grey (1) and RGB (3) are converted into each other"
             )
         if x.dtype == torch.uint8:

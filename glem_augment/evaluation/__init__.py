@@ -1,6 +1,6 @@
 """Measuring a flow (`metrics`) and generated images (`quality`)."""
 
-from glem_augment.evaluation.metrics import calibrate, evaluate, moves_put_back
+from glem_augment.evaluation.metrics import calibrate, evaluate, rejected_moves
 from glem_augment.evaluation.quality import (
     coverage,
     feature_fid,
@@ -12,4 +12,4 @@ from glem_augment.evaluation.quality import (
 )
 
 __all__ = ["calibrate", "coverage", "evaluate", "feature_fid", "features_and_logits"]
-__all__ += ["label_reliability", "latent_features", "memorisation_ratio", "moves_put_back", "quality_report"]
+__all__ += ["label_reliability", "latent_features", "memorisation_ratio", "quality_report", "rejected_moves"]

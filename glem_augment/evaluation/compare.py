@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+from glem_augment.augment.policies import Mixup, Noise, Policy
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.codec.plausible import to_uint8
 from glem_augment.codec.resize import PixelAdapter
@@ -51,14 +52,14 @@ class Stack:
         name: for people.
         kind: "ordinary", "pixels", "autoencoder" or "flow": stacks compete within a kind.
         image: names of torchvision v2 transforms of single images. batch: "MixUp", "CutMix" or "".
-        moves: settings of `GLEMAugment`; moved copies replace half of the images.
+        policy: of `GLEMAugment`, whose moved copies replace half of the images; None: none.
     """
 
     name: str
     kind: str
     image: tuple[str, ...] = ()
     batch: str = ""
-    moves: tuple[tuple[str, Any], ...] = ()
+    policy: Policy | None = None
 
 
 PLAIN = Stack(BASE, "plain")
@@ -70,19 +71,15 @@ ORDINARY = (
     Stack("TrivialAugment, CutMix", "ordinary", ("TrivialAugmentWide",), "CutMix"),
     Stack("TrivialAugment, RandomErasing, Mixup", "ordinary", ("TrivialAugmentWide", "RandomErasing"), "MixUp"),
 )
-POLICIES: tuple[dict[str, Any], ...] = (
-    dict(policy="noise", strength=0.5),
-    dict(policy="noise", strength=1.0),
-    dict(policy="mixup"),
-)
+POLICIES: tuple[Policy, ...] = (Noise(strength=0.5), Noise(strength=1.0), Mixup())
 
 
-def moves(kind: str, shown: str, policies: Sequence[dict[str, Any]] = POLICIES) -> tuple[Stack, ...]:
-    """A stack of moves along the modes of a model for each of the settings of `GLEMAugment`."""
+def moves(kind: str, shown: str, policies: Sequence[Policy] = POLICIES) -> tuple[Stack, ...]:
+    """A stack of moves along the modes of a model for each policy."""
     stacks = []
-    for settings in policies:
-        words = (f"{value:g}" if key == "strength" else value for key, value in settings.items())
-        stacks.append(Stack(f"{shown}: {' '.join(words)}", kind, moves=tuple(settings.items())))
+    for policy in policies:
+        words = f"{policy.name} {policy.strength:g}" if isinstance(policy, Noise) else policy.name
+        stacks.append(Stack(f"{shown}: {words}", kind, policy=policy))
     return tuple(stacks)
 
 
@@ -129,7 +126,7 @@ class Comparison:
     def batches(self, stack: Stack, train: ImageData, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of normalised images and labels without end, a function of the seed."""
         x, y = train.tensor(), torch.from_numpy(train.targets)
-        copies = self.moved(stack, train) if stack.moves else None
+        copies = self.moved(stack, train) if stack.policy else None
         rng, size = np.random.default_rng([seed, 7]), train.image_shape[1:]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -164,12 +161,13 @@ class Comparison:
     def moved(self, stack: Stack, train: ImageData) -> Tensor:
         """Moved copies of all images, uint8 [copies, N, C, H, W], made once.
 
-        Policy "adversarial" raises the loss of a network that was trained with crop + flip on the same images.
+        Adversarial raises the loss of a network that was trained with crop + flip on the same images.
         """
         key = stack, train
         if key not in self._copies:
-            aug = GLEMAugment(self.model(stack.kind, train), p=1.0, seed=0, **dict(stack.moves))
-            if aug.policy == "adversarial":
+            assert stack.policy is not None
+            aug = GLEMAugment(self.model(stack.kind, train), stack.policy, p=1.0, seed=0)
+            if stack.policy.wants_classifier:
                 channels = train.image_shape[0]
                 normalise = v2.Normalize([ORACLE_MEAN] * channels, [ORACLE_STD] * channels)
                 aug.attach(torch.nn.Sequential(normalise, self.trained(PLAIN, train, 0)))
@@ -303,7 +301,7 @@ def compare(
         "train": len(train), "test": len(test), "image_shape": list(train.image_shape), "classes": len(train.classes),
         "network": network, "pretrained": pretrained, "steps": comparison.steps, "batch": BATCH, "seeds": seeds,
         "rows": rows, "advice": advice(rows), "tuning": tuned, "seconds": round(time.monotonic() - began, 1),
-        "pictures": {s.name: comparison.moved(s, train) for s in chosen.values() if s.moves},
+        "pictures": {s.name: comparison.moved(s, train) for s in chosen.values() if s.policy},
     }  # fmt: skip
 
 
@@ -321,7 +319,7 @@ def report(measured: dict[Stack, list[float]]) -> list[dict[str, Any]]:
 def _seconds_per_copy(model: GLEM) -> float:
     """The time of `GLEMAugment` for an image with this model."""
     x = torch.rand(8, *model.image_shape)
-    aug, y = GLEMAugment(model, p=1.0, policy="noise", strength=0.5), torch.zeros(8, dtype=torch.int64)
+    aug, y = GLEMAugment(model, Noise(strength=0.5), p=1.0), torch.zeros(8, dtype=torch.int64)
     aug(x, y)
     began = time.monotonic()
     aug(x, y)

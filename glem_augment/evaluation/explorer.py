@@ -6,7 +6,6 @@ Samples come from `SyntheticDataset`, and moves from `GLEMAugment`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +16,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from glem_augment.augment.policies import Adversarial, Mixup, Noise
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.checks import DrawSource, Policy
+from glem_augment.checks import DrawSource, PolicyName
 from glem_augment.codec.plausible import to_uint8
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.errors import BadImageError
@@ -37,16 +37,16 @@ NEIGHBOURS = 12  # samples that are compared with real images
 
 class Moved(NamedTuple):
     """A moved image, uint8 [C, H, W]; posterior [2, K] and likelihood [2] given the class, before and after the move;
-    whether `GLEMAugment` would put the move back."""
+    whether `GLEMAugment` would reject the move."""
 
     image: Tensor
     posterior: Tensor
     likelihood: Tensor
-    put_back: bool
+    rejected: bool
 
 
 class _Shown(GLEMAugment):
-    """The transform, which keeps its last moved images [n, C, H, W] in `moved`, even if it puts them back."""
+    """The transform, which keeps its last moved images [n, C, H, W] in `moved`, even if it rejects them."""
 
     def _images(self, *values: Any) -> Tensor:
         self.moved = super()._images(*values)
@@ -115,7 +115,7 @@ class Explorer:
         self,
         image: Tensor,
         cls: int,
-        policy: Policy,
+        policy: PolicyName,
         strength: float,
         seed: int = 0,
         coefficients: Sequence[float] | None = None,
@@ -123,26 +123,26 @@ class Explorer:
         """Move an image along the modes of class `cls`.
 
         Args:
-            policy: "mixup" draws a partner from the class, "adversarial" attacks the flow's posterior.
-            strength: in standard deviations; of mixup, twice the partner's share.
+            policy: "mixup" draws a partner from the class, "adversarial" attacks the model's posterior.
+            strength: in standard deviations; of mixup, twice 1 - keep.
             coefficients: of the top modes, in place of the draws of policy "noise".
         """
         modes = None if coefficients is None else len(coefficients)
-        settings: dict[str, Any] = {} if policy == "mixup" else {"strength": strength}
-        aug = _Shown(self.model, p=1.0, policy=policy, modes=modes, seed=seed, **settings)
+        chosen = {"mixup": Mixup(), "noise": Noise(strength), "adversarial": Adversarial(strength)}[policy]
+        aug = _Shown(self.model, chosen, p=1.0, modes=modes, seed=seed)
         if policy == "adversarial":
             aug.attach(FlowClassifier(self.model))
         x, y = image[None].to(self.model.device), torch.tensor([cls])
         drawn = aug.draw(x, y)
         if coefficients is not None:
-            drawn = replace(drawn, eps=torch.tensor([coefficients], dtype=torch.float32))
+            drawn = drawn.having(eps=torch.tensor([coefficients], dtype=torch.float32))
         elif policy == "mixup":
-            drawn = replace(drawn, l=torch.tensor([1 - strength / 2]))
+            drawn = drawn.having(keep=torch.tensor([1 - strength / 2]))
         aug.replay(x, y, drawn)
         moved = aug.moved[0].cpu()
         small = self._small(image, moved)
         likelihood = self._likelihood(small, y.expand(2))
-        return Moved(moved, self.model.posterior(small).cpu(), likelihood, aug.stats["replaced"] > 0)
+        return Moved(moved, self.model.posterior(small).cpu(), likelihood, aug.stats["rejected"] > 0)
 
     def _likelihood(self, x: Tensor, y: Tensor) -> Tensor:
         """-log p(x | y) [n] in the model's unit, such as bits/dim."""

@@ -1,4 +1,4 @@
-"""Measuring a GLEM on labelled images: accuracy, bits/dim, calibration, round trip, moves that are put back."""
+"""Measuring a GLEM on labelled images: accuracy, bits/dim, calibration, round trip, rejected moves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from glem_augment.augment.moves import LADDER, strongest
+from glem_augment.augment.policies import Mixup, Noise, Policy
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.classes.calibrate import fit_temperature
 from glem_augment.distributed import gather, share
@@ -20,9 +20,10 @@ from glem_augment.images.dataset import ImageData, LabelledImages, images_for
 from glem_augment.model.conditional_flow import psnr, summarise_errors
 from glem_augment.model.glem import GLEM
 
-__all__ = ["calibrate", "calibration_error", "evaluate", "moves_put_back", "spread"]
+__all__ = ["calibrate", "calibration_error", "evaluate", "rejected_moves", "spread"]
 
 CALIBRATION_BINS = 15
+STRENGTHS = (0.5, 0.25, 0.125, 0.0625)  # of the noise in `rejected_moves`
 
 
 def spread(total: int, count: int) -> np.ndarray:
@@ -70,18 +71,17 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
 
 
 @torch.no_grad()
-def moves_put_back(model: GLEM, data: ImageData) -> dict[str, Any]:
-    """Share of the moves that `GLEMAugment` puts back at its default settings.
+def rejected_moves(model: GLEM, data: ImageData) -> dict[str, Any]:
+    """How many of the moves of `GLEMAugment` are rejected, from 0 to 1.
 
-    A move is put back if its result is not plausible, or if the flow does not give the original back.
+    A move is rejected if its result is not plausible, or if the model does not give the original back.
 
     Args:
-        data: images of the flow's shape, labelled by its class indices. 128 evenly spread images are moved; 16 with an
+        data: images of the model's shape, labelled by its class indices. 128 evenly spread images are moved; 16 with an
             autoencoder, which is slow for large images.
 
     Returns:
-        `mixup`: the share for policy "mixup"; `noise`: the share for policy "noise" at each strength of "auto";
-        `strength`: the strength that "auto" chooses; `images`: the number of moved images.
+        `mixup`: by Mixup(); `noise`: by Noise at each of four strengths; `images`: the number of moved images.
 
     Raises:
         ValueError: a model without modes.
@@ -89,15 +89,15 @@ def moves_put_back(model: GLEM, data: ImageData) -> dict[str, Any]:
     count = min(128 if model.autoencoder is None else 16, len(data))
     x, y = (batch.to(model.device) for batch in next(data.batches(spread(len(data), count), count)))
 
-    def lost(**settings: Any) -> float:
-        aug = GLEMAugment(model, p=1.0, seed=0, **settings)
+    def rejected(policy: Policy) -> float:
+        aug = GLEMAugment(model, policy, p=1.0, seed=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the result holds the same numbers
             aug(x, y)
-        return aug.stats["replaced"] / count
+        return aug.stats["rejected"] / count
 
-    noise = {strength: lost(policy="noise", strength=strength) for strength in LADDER}
-    return {"images": count, "mixup": lost(), "noise": noise, "strength": strongest(noise.items())}
+    noise = {strength: rejected(Noise(strength)) for strength in STRENGTHS}
+    return {"images": count, "mixup": rejected(Mixup()), "noise": noise}
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,15 +20,16 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from glem_augment.augment.policies import AugmentParams, Mixup, Noise, Policy
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.checks import POLICIES, Policy
+from glem_augment.checks import POLICIES, PolicyName
 from glem_augment.codec.plausible import in_range
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.glem import GLEM
 
-MIX_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
+KEPT = (0.9, 0.8, 0.7, 0.6, 0.5)
 NOISE_STRENGTHS = (0.25, 0.5, 1.0, 1.5)
 TEMPERATURES = (0.5, 0.8, 1.0)
 MAX_CLASSES = 20
@@ -81,7 +82,7 @@ def preview(
     model: GLEM,
     data: ImageData,
     rows: int = 6,
-    policies: Sequence[Policy] = POLICIES,
+    policies: Sequence[PolicyName] = POLICIES,
     modes: int | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -116,21 +117,21 @@ def preview(
 
 
 def _augmentations(
-    model: GLEM, data: ImageData, rows: int, policy: Policy, modes: int, seed: int, progress: bool = False
+    model: GLEM, data: ImageData, rows: int, policy: PolicyName, modes: int, seed: int, progress: bool = False
 ) -> Section:
     """Real images and their moves by GLEMAugment at rising strength, with one draw per row.
 
-    Adversarial moves attack the flow's posterior. Images are floats, so that only an image that was put back equals its
-    original bit for bit.
+    Adversarial moves attack the model's posterior. Images are floats, so that only an image whose move was rejected
+    equals its original bit for bit.
     """
-    aug = GLEMAugment(model, p=1.0, policy=policy, modes=modes, seed=seed)
-    if policy == "adversarial":
+    aug = GLEMAugment(model, policy, p=1.0, modes=modes, seed=seed)
+    if aug.policy.wants_classifier:
         aug.attach(FlowClassifier(model))
     noise = "noise of s standard deviations is added along them"
     what = {
-        "mixup": "a share l of the image is kept along them",
+        "mixup": "a part, keep, of the image stays along them",
         "noise": noise,
-        "adversarial": f"{noise}, and a step that lowers the flow's posterior of the class",
+        "adversarial": f"{noise}, and a step that lowers the model's posterior of the class",
     }[policy]
     pairs = np.stack(_pairs(data, rows, seed), 1)
     found: list[tuple[Tensor, Tensor]] = []
@@ -144,31 +145,34 @@ def _augmentations(
     cells, marked = map(torch.cat, zip(*found, strict=True))
     assert model.modes is not None
     used = model.modes.in_words(modes)
-    note = f"{used} principal modes of the class; {what}; red frame: not plausible, so the original is kept"
+    note = f"{used} principal modes of the class; {what}; red frame: rejected as not plausible, so the original is kept"
     return Section(f"Augmentations of real images: {policy}", cells, columns, names, note, marked)
 
 
 def _moved(
     aug: GLEMAugment, data: ImageData, chosen: np.ndarray, partners: np.ndarray
 ) -> tuple[list[str], Tensor, Tensor]:
-    """Labels of the columns, the cells [n, N, C, H, W], and whether each was put back, bool [n, N]."""
+    """Labels of the columns, the cells [n, N, C, H, W], and whether each move was rejected, bool [n, N]."""
     x, y = _load(data, np.concatenate([chosen, partners]), aug.model.device)
     x, n = _unit(x).to(aug.model.device), len(chosen)
     drawn = aug.draw(x, y)
-    if aug.policy == "mixup":
+    moves: list[tuple[str, Policy, AugmentParams]]
+    if isinstance(aug.policy, Mixup):
         # The last column shows the partner. For an image alone in its class it shows the image; the partner is drawn.
         alone = torch.from_numpy(np.concatenate([chosen == partners] * 2))
         partner = torch.where(alone, -1, torch.arange(2 * n).roll(n))
-        drawn = replace(drawn, partner=partner, partner_cls=drawn.cls)
-        moves = [(f"l = {share:g}", 1.0, replace(drawn, l=torch.full_like(drawn.l, share))) for share in MIX_SHARES]
+        drawn = drawn.having(partner=partner, partner_cls=drawn.cls)
+        moves = [(f"keep = {keep:g}", aug.policy, drawn.having(keep=torch.full((2 * n,), keep))) for keep in KEPT]
     else:
-        moves = [(f"s = {strength:g}", strength, drawn) for strength in NOISE_STRENGTHS]
+        assert isinstance(aug.policy, Noise)  # or Adversarial
+        kind = type(aug.policy)
+        moves = [(f"s = {strength:g}", kind(strength), drawn) for strength in NOISE_STRENGTHS]
     columns = {"real": x[:n]}
-    for label, aug.strength, params in moves:
+    for label, aug.policy, params in moves:
         columns[label] = aug.replay(x, y, params)[0][:n]
     marked = torch.stack([(images == x[:n]).flatten(1).all(1) for images in columns.values()], 1).cpu()
     marked[:, 0] = False
-    if aug.policy == "mixup":
+    if isinstance(aug.policy, Mixup):
         columns["partner"] = x[n:]
         marked = F.pad(marked, (0, 1))
     return list(columns), torch.stack([_unit(images) for images in columns.values()], 1), marked

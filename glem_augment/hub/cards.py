@@ -31,6 +31,7 @@ _METRICS = {
     "nats_per_number": (PIPELINE, "nats_per_number", "nats per number given the class"),
     "fid": (PIPELINE, "fid", "FID of samples"),
 }
+_AUGMENT = "aug = GLEMAugment(model, Noise(strength=0.5))\nx, y = aug(x, y)  # a batch\n"
 _SETTINGS = ("objective", "epochs", "batch_size", "lr", "beta", "seed")
 # Keys of a report of `evaluation.quality_report`, and words for people.
 _REPORTED = {
@@ -129,7 +130,7 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
         data=trained_on(data_names(training)),
         images=f", {training['images']:,} images" if isinstance(training.get("images"), int) else "",
         picture=f"\n\n![Samples, one row for each class]({SAMPLES})" if samples else "",
-        augment="" if model.modes is None else "aug = GLEMAugment(model, p=0.5)\nx, y = aug(x, y)  # a batch\n",
+        augment="" if model.modes is None else _AUGMENT,
         licence=facts.sentence(),
         about=_table(about),
         privacy=_privacy(model.config.privacy),

@@ -18,7 +18,7 @@ from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import ClassModes
 from glem_augment.codec.autoencoder import StandardisedAutoencoder
 from glem_augment.codec.codec import Codec, to_unit
-from glem_augment.codec.levels import Noise, draw_noise
+from glem_augment.codec.levels import Dequantisation, draw_noise
 from glem_augment.distributed import gather
 from glem_augment.errors import ClassMismatchError
 from glem_augment.flows import Flow
@@ -100,14 +100,14 @@ class ConditionalFlow(nn.Module):
         self.codec.check(x)
         return x.to(self.device)
 
-    def numbers(self, x: Tensor, noise: Noise = None) -> Tensor:
+    def numbers(self, x: Tensor, noise: Dequantisation = None) -> Tensor:
         """The flow's input for images x [B,C,H,W]: pixels in [-1/2, 1/2), or standardised latents; [B, *flow_shape].
 
         `noise` dequantises pixels on levels, see `codec.levels.to_levels`. An autoencoder's latents get none.
         """
         return self.codec.encode(x, noise)
 
-    def encode(self, x: Tensor, generator: Noise = None) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor, generator: Dequantisation = None) -> tuple[Tensor, Tensor]:
         """Image to latent.
 
         Args:
@@ -200,12 +200,12 @@ class ConditionalFlow(nn.Module):
         """log p(z | y) of latents z [B, d] under every class, [B, K] nats."""
         return self.latent_classes.log_prob(z)
 
-    def log_prob_per_class(self, x: Tensor, generator: Noise = None) -> Tensor:
+    def log_prob_per_class(self, x: Tensor, generator: Dequantisation = None) -> Tensor:
         """log p(x | y) of every class: [B, K] nats per image (Eq. 2)."""
         z, logdet = self.encode(x, 0 if generator is None else generator)
         return self.class_scores(z) + logdet[:, None]
 
-    def log_prob(self, x: Tensor, y: Tensor | None = None, generator: Noise = None) -> Tensor:
+    def log_prob(self, x: Tensor, y: Tensor | None = None, generator: Dequantisation = None) -> Tensor:
         """log p(x | y), or log p(x) under a uniform prior over classes if `y` is None: [B] nats per image."""
         z, logdet = self.encode(x, 0 if generator is None else generator)
         if y is None:

@@ -245,7 +245,7 @@ class Sampler:
         real, fitted, device = self.real, self.model.modes, self.model.device
         assert real is not None and fitted is not None
         first, second = np.empty((2, len(cls)), dtype=np.int64)
-        share = np.empty(len(cls), dtype=np.float32)  # 1 - l
+        away = np.empty(len(cls), dtype=np.float32)  # 1 - keep
         for generator, c, rows, places in self._generators(cls, within, attempt):
             count = int(real.counts[c])
             i = generator.integers(count, size=NOISE_BLOCK)
@@ -253,11 +253,11 @@ class Sampler:
             j = (i + generator.integers(1, max(2, count), size=NOISE_BLOCK)) % count
             mix = generator.beta(self.alpha, self.alpha, size=NOISE_BLOCK)
             first[rows], second[rows] = real.starts[c] + i[places], real.starts[c] + j[places]
-            share[rows] = np.minimum(mix, 1 - mix)[places]
+            away[rows] = np.minimum(mix, 1 - mix)[places]
         z, other = (real.z[rows].to(device) for rows in (first, second))
-        part = fitted.rows_of(torch.from_numpy(cls).to(device), z)
+        part = fitted.covariance_rows(fitted.rows_of(torch.from_numpy(cls).to(device), z))
         return mix_along_modes(
-            z, other, 1 - torch.from_numpy(share).to(device), part, fitted.directions[:, : self.modes]
+            z, other, 1 - torch.from_numpy(away).to(device), part, fitted.directions[:, : self.modes]
         )[0]
 
     def _generators(

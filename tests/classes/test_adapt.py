@@ -13,7 +13,7 @@ from model_cases import tiny_model
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
-from glem_augment import GLEM, GLEMAugment, ImageData, open_data
+from glem_augment import GLEM, GLEMAugment, ImageData, Noise, open_data
 from glem_augment.classes.calibrate import KEPT, fit_temperature
 from glem_augment.classes.classes import Classes
 from glem_augment.classes.fit import REST_FLOOR, fit_classes, fit_modes, psi_that_holds
@@ -113,7 +113,7 @@ def test_a_model_gets_the_means_and_variances_of_its_latents() -> None:
     own = z[0].var(0).clamp_min(REST_FLOOR)  # of class 1 nothing is known, so the pooled variance is the same
     torch.testing.assert_close(adapted.gaussians.variance(), own.expand(2, -1), rtol=1e-4, atol=1e-7)
     assert torch.equal(adapted.modes.directions[1], adapted.modes.shared_directions)
-    changed = GLEMAugment(adapted, p=1.0, policy="noise", modes=3, seed=0)(x, y)[0]
+    changed = GLEMAugment(adapted, Noise(), p=1.0, modes=3, seed=0)(x, y)[0]
     assert (changed != x).flatten(1).any(1).all()
     few = model.adapt((x, y), max_per_class=4, rank=2, progress=False)
     first = model.encode(x[(y == 0).nonzero()[:4, 0]], torch.Generator().manual_seed(0))[0]

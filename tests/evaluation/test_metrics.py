@@ -1,4 +1,4 @@
-"""Accuracy, bits/dim, calibration and round trip of a flow, and which moves are put back."""
+"""Accuracy, bits/dim, calibration and round trip of a flow, and rejected moves."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from augment_cases import images, labels, make_model
 from torchmetrics.classification import MulticlassCalibrationError
 
-from glem_augment import GLEM, GLEMAugment, ImageData
+from glem_augment import GLEM, GLEMAugment, ImageData, Noise
 from glem_augment.errors import DataError
-from glem_augment.evaluation import calibrate, evaluate, moves_put_back
+from glem_augment.evaluation import calibrate, evaluate, rejected_moves
 from glem_augment.evaluation.metrics import calibration_error, spread
 
 
@@ -93,16 +93,16 @@ def test_adapting_and_calibrating_make_the_posterior_honest(
     assert evaluate(model, test, round_trip=0, progress=False)["ece"] < 0.15
 
 
-def test_shares_of_moves_that_are_put_back_are_those_of_the_transform() -> None:
+def test_rejected_moves_are_counted_as_in_the_transform() -> None:
     own = make_model()
     own.modes.scales.mul_(20.0)  # the stronger moves leave the range
     data = ImageData.from_tensors(images(400, seed=1), labels(400), own.classes)
-    found = moves_put_back(own, data)
-    assert found["images"] == 128 and found["mixup"] == 0.0 and found["strength"] == 0.125
+    found = rejected_moves(own, data)
+    assert found["images"] == 128 and found["mixup"] == 0.0
     some = data.subset(spread(400, 128))
     x, y = some.tensor(), torch.from_numpy(some.targets)
-    for strength, share in found["noise"].items():
-        aug = GLEMAugment(own, p=1.0, policy="noise", strength=strength, seed=0)
+    for strength, part in found["noise"].items():
+        aug = GLEMAugment(own, Noise(strength), p=1.0, seed=0)
         aug(x, y)
-        assert share == aug.stats["replaced"] / 128
+        assert part == aug.stats["rejected"] / 128
     assert found["noise"][0.5] > 0.9 > 0.05 >= found["noise"][0.125]

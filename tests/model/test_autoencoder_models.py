@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import model_cases
 import pytest
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from glem_augment import GLEM, GLEMAugment
+from glem_augment import GLEM, Adversarial, GLEMAugment, Mixup, Noise, Policy
 from glem_augment.errors import ModelFileError
 from glem_augment.model.weights import CONFIG, WEIGHTS
 
@@ -130,7 +129,7 @@ def test_many_images_give_full_covariances_and_parts(photos: tuple[Tensor, Tenso
     assert torch.equal(again.posterior(x), full.posterior(x))
     noise = full.sample(y, 0.9, torch.Generator().manual_seed(0), "rfcm")
     assert torch.equal(again.sample(y, 0.9, torch.Generator().manual_seed(0), "rfcm"), noise)
-    moved, _ = GLEMAugment(again, p=1.0, policy="noise", strength=0.5, modes=8, seed=0)(x, y)
+    moved, _ = GLEMAugment(again, Noise(0.5), p=1.0, modes=8, seed=0)(x, y)
     assert not torch.equal(moved, x)
     again.fit_modes((many.to(torch.uint8), y.repeat(30)), rank=3)  # all of the classes is fitted again
     assert again.latent_classes.full and again.modes is not None and (again.modes.rank, again.modes.parts) == (3, 2)
@@ -138,25 +137,24 @@ def test_many_images_give_full_covariances_and_parts(photos: tuple[Tensor, Tenso
     assert not again.latent_classes.full  # too few images for full covariances
 
 
-@pytest.mark.parametrize("policy", ["mixup", "noise", "adversarial"])
+@pytest.mark.parametrize("policy", [Mixup(), Noise(0.5), Adversarial(0.5)])
 def test_augmentation_adds_the_change_and_leaves_the_rest(
-    model: GLEM, photos: tuple[Tensor, Tensor], policy: str
+    model: GLEM, photos: tuple[Tensor, Tensor], policy: Policy
 ) -> None:
     x, y = photos
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2))
-    settings: list[dict[str, Any]] = [{"p": 0.0}]
-    if policy != "mixup":
-        settings.append({"p": 1.0, "strength": 0.0})
-    for given in settings:
-        aug = GLEMAugment(model, policy=policy, seed=0, **given)  # type: ignore[arg-type]
-        if policy == "adversarial":
+    still = [(policy, 0.0)]
+    if isinstance(policy, Noise):
+        still.append((type(policy)(0.0), 1.0))
+    for given, p in still:
+        aug = GLEMAugment(model, given, p, seed=0)
+        if policy.wants_classifier:
             aug.attach(net)
         assert torch.equal(aug(x, y)[0], x)  # bit for bit, though decoding loses detail
-    given = {} if policy == "mixup" else {"strength": 0.5}
-    aug = GLEMAugment(model, p=1.0, policy=policy, seed=0, **given)  # type: ignore[arg-type]
-    if policy == "adversarial":
+    aug = GLEMAugment(model, policy, p=1.0, seed=0)
+    if policy.wants_classifier:
         aug.attach(nn.Sequential(nn.AvgPool2d(4), net))
     large = F.interpolate(x.float() / 255, scale_factor=4, mode="bilinear")
     moved, _ = aug(large, y)
     change = (moved - large).abs().mean()
-    assert 0.002 < float(change) < 0.3 and aug.stats["replaced"] < 20
+    assert 0.002 < float(change) < 0.3 and aug.stats["rejected"] < 20

@@ -15,7 +15,7 @@ from walk import files_passed, returns
 from glem_augment import GLEM, GLEMAugment, ImageData, open_data
 from glem_augment.cli import main
 from glem_augment.codec.codec import Codec, to_unit
-from glem_augment.codec.levels import Noise
+from glem_augment.codec.levels import Dequantisation
 from glem_augment.errors import DataError
 
 
@@ -82,7 +82,7 @@ class Halves(Codec):
         super().__init__(image_shape, (channels, height // 2, width // 2))
         self.register_buffer("scale", torch.tensor(3.0))
 
-    def encode(self, x: Tensor, noise: Noise = None) -> Tensor:
+    def encode(self, x: Tensor, noise: Dequantisation = None) -> Tensor:
         return F.avg_pool2d(to_unit(x, self.dtype), 2) * self.scale
 
     def decode(self, h: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def test_a_codec_of_the_users_is_one_class(tmp_path: Path) -> None:
     x, y = data.tensor(), torch.from_numpy(data.targets)
     assert model.dim == 3 * 64 and accuracy(model, data) > 0.9
     assert torch.allclose(model.decode(model.encode(x)[0]), Halves((3, 16, 16)).decode(model.numbers(x)), atol=1e-5)
-    moved, _ = GLEMAugment(model, p=1.0, policy="noise", seed=0)(x, y)
+    moved, _ = GLEMAugment(model, "noise", p=1.0, seed=0)(x, y)
     assert not torch.equal(moved, x)
     model.save(tmp_path)
     again = GLEM.from_pretrained(tmp_path, autoencoder=Halves((3, 16, 16)))
