@@ -31,7 +31,7 @@ from glem_augment.tensors import evaluating, send, weights_key
 _MAP = (
     "Give the transform class_map=match_classes(model, data, partial=True), which passes images of other classes "
     "through; or class_map=range(K) if both list the same K classes in the same order; or adapt the model to the data "
-    "(model.adapt, glem adapt)."
+    "(model.adapt, glem fit)."
 )
 
 

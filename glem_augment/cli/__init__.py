@@ -26,7 +26,7 @@ DATA is one of
   hfds/uoft-cs/cifar100@cache?input_key=img&target_key=fine_label;
   bundled:fashion-mnist, 100 real images per class and split, or bundled:photographs, three photographs, inside the
   package.
-MODEL is a folder that glem train or glem adapt wrote, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub. A
+MODEL is a folder that glem train or glem fit wrote, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub. A
 local folder of that name is used first; hf-hub:ORG/NAME always means the Hub. HF_TOKEN opens private repositories,
 HF_HUB_OFFLINE=1 uses the cache alone.
 """

@@ -20,7 +20,7 @@ from glem_augment.errors import ClassMismatchError, DataError
 ONE_CLASS = "image"  # the name of the only class where images have no classes
 _FIX = (
     "Give class_map as a mapping from data names to flow names, or 'order' if both list the same classes in the same "
-    "order. Or adapt the flow to the data (glem adapt)."
+    "order. Or adapt the flow to the data (glem fit)."
 )
 ClassMap: TypeAlias = Literal["order"] | Mapping[str, str] | None
 Integers: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor  # labels, or indices of images

@@ -33,7 +33,7 @@ REAL_IMAGES = "real_images_sha256"  # the key in an export's settings that ident
 PerClass = int | Literal["balance"] | Sequence[int] | Mapping[Any, int]
 
 _ADAPT = (
-    "A flow makes images of its classes only: adapt it to the data (model.adapt(data), or glem adapt), or leave all "
+    "A flow makes images of its classes only: adapt it to the data (model.adapt(data), or glem fit), or leave all "
     "further classes out of the data."
 )
 

@@ -186,7 +186,7 @@ def test_adapt_and_eval_say_how_many_moves_would_be_rejected(
         assert "2 % of the moves by mixup; by noise 54 % at strength 0.5, 12 % at strength 0.25, 0 % at" in err
     found["mixup"] = 0.3
     assert main(["adapt", str(trained), images_of(trained), "--out", str(tmp_path / "b"), "--rank", "2"]) == 0
-    assert "glem adapt identity DATA --autoencoder taef2" in output()[1]
+    assert "glem fit DATA --autoencoder taef2" in output()[1]
     found |= {"mixup": 0.02, "noise": {0.5: 0.01}}
     assert main(["eval", str(trained), images_of(trained)]) == 0 and "reject" not in output()[1]
 
@@ -604,7 +604,7 @@ def test_a_flow_that_has_learned_nothing_says_so(image_folder: Path, tmp_path: P
     argv = ["train", str(image_folder), "--epochs", "1", *TINY, "--val-fraction", "0.4"]
     assert main([*argv, "--out", str(tmp_path / "run")]) == 0
     out, err = output()
-    assert "steps are few" in err and "glem adapt" in err
+    assert "steps are few" in err and "glem fit" in err
     line = r"epoch 1/1: ([0-9.]+) bits/dim \(independent pixels: ([0-9.]+)\), accuracy [0-9.]+ % on held-out images"
     bits, pixels = re.search(line, out).groups()  # type: ignore[union-attr]
     assert float(bits) > float(pixels) and f"worse than independent pixels, {pixels}: " in err.splitlines()[-1]

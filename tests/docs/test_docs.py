@@ -51,7 +51,7 @@ SMALLER: dict[str, dict[str, str]] = {
         '"train")': '"train").subset(range(0, 1000, 40))',
         "epochs=30": 'arch="resnet18_quarter", epochs=1',
     },
-    "docs/adapt.md": {"--image-size 128": "--image-size 16"},
+    "docs/fit.md": {"--image-size 128": "--image-size 16"},
     "docs/flows.md": {"(3, 32, 32)": "(3, 8, 8)"},
     "README.md": {
         "--per-class 500": "--per-class 5",
@@ -90,7 +90,7 @@ OPTIONS = {
 
 PYTHON_AND_COMMANDS = {
     "README.md": 5,
-    "docs/adapt.md": 3,
+    "docs/fit.md": 3,
     "docs/flows.md": 3,
     "docs/hub.md": 10,
     "docs/index.md": 7,

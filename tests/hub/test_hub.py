@@ -394,7 +394,7 @@ def test_the_card_of_a_flow_that_was_made_from_another(server: HubServer) -> Non
     for flow in (adapted, adapted.adapt((x, y), classes=["yes", "no"], progress=False)):
         card = model_card(flow, "org/mine")
         assert card.data.base_model == "org/flow" and card.data.license is None
-        assert "For other classes, adapt it (`glem adapt`)" in card.text
+        assert "For other classes, adapt it (`glem fit`)" in card.text
     model.config.training = {"init_from": {"origin": "org/flow@abc", "weights_sha256": ""}}  # glem train --init
     assert model_card(model, "org/mine").data.base_model == "org/flow"
     model.config.training = {"init_from": {"origin": "hf-hub: x\n"}}
