@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import find_images, parser, write_results
 from glem_augment import GLEM, open_data
-from glem_augment.classes.fit import pooled_covariance
+from glem_augment.classes.statistics import pooled_covariance
 from glem_augment.flows.presets import create_flow
 from glem_augment.io import write_json
 

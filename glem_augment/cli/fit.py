@@ -63,6 +63,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     common.add_count(parser, "--rank", "modes per class, or per part", 64)
     parts = "groups of similar images per class, for better samples (default: 1; with --epsilon what the noise allows)"
     common.add_count(parser, "--parts", parts)
+    pooled = "one class for all images, with modes from all classes: for moves of any image"
+    parser.add_argument("--pooled", action="store_true", help=pooled)
     half = "images of a class at which its variance and the pooled variance count equally (default: %(default)g)"
     parser.add_argument("--shrinkage", type=common.number(0), default=10.0, metavar="N", help=half)
     common.add_count(parser, "--max-per-class", "images of a class at most (default: all)")
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         progress=not args.quiet,
     )
     common.name_skipped(data)
-    names = ("autoencoder", "flow", "rank", "parts", "shrinkage", "max_per_class", "seed")
+    names = ("autoencoder", "flow", "rank", "parts", "pooled", "shrinkage", "max_per_class", "seed")
     given = {name: getattr(args, name) for name in names}
     journal = folder / RELEASES
     if args.epsilon is not None:

@@ -22,7 +22,7 @@ Dequantisation: TypeAlias = (
 def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: Dequantisation = None) -> Tensor:
     """`(level + u) / 2^bits - 1/2`, the flow's input; float images are scaled to levels unrounded.
 
-    Dequantisation is for images on levels. A float image is on levels if all its pixels are k / 255, or all k / (2^bits - 1),
+    Noise is for images on levels. A float image is on levels if all its pixels are k / 255, or all k / (2^bits - 1),
     for whole k up to rounding. It is then treated as uint8. Any other float image gets no noise, u = 1/2.
 
     Args:

@@ -278,6 +278,7 @@ class GLEM(ConditionalFlow):
         split: str = "train",
         rank: int = 64,
         parts: int | None = None,
+        pooled: bool = False,
         shrinkage: float = 10.0,
         max_per_class: int | None = None,
         seed: int = 0,
@@ -300,7 +301,7 @@ class GLEM(ConditionalFlow):
             journal: a file for the releases of a private model: an interrupted call goes on from it. Remove it with the
                 model saved.
             image_size: see `open_data`; by default the size that the images share.
-            classes, split, rank, shrinkage, max_per_class, seed, progress: see `adapt`.
+            classes, split, rank, pooled, shrinkage, max_per_class, seed, progress: see `adapt`.
             parts: see `adapt`; None: 1, or with privacy as many as the noise allows.
             device: where the model computes.
 
@@ -312,8 +313,8 @@ class GLEM(ConditionalFlow):
             raise ValueError("give an autoencoder or a flow, not both: a flow has its codec already")
         images = cls.images_to_fit(data, flow, split=split, image_size=image_size, progress=progress)
         if privacy is not None:
-            if flow is not None or max_per_class is not None:
-                raise ValueError("leave flow and max_per_class out of a private fit: the flow may have seen the images")
+            if flow is not None or max_per_class is not None or pooled:
+                raise ValueError("leave flow, max_per_class and pooled out of a private fit")
             images = as_image_data(images, images.image_shape, classes)
             return cls._fit_private(images, autoencoder, privacy, parts, public, journal, device, progress)
         if flow is None:
@@ -328,6 +329,7 @@ class GLEM(ConditionalFlow):
                 classes=classes,
                 rank=rank,
                 parts=parts or 1,
+                pooled=pooled,
                 shrinkage=shrinkage,
                 max_per_class=max_per_class,
                 seed=seed,
@@ -464,6 +466,7 @@ class GLEM(ConditionalFlow):
         split: str = "train",
         rank: int = 64,
         parts: int = 1,
+        pooled: bool = False,
         shrinkage: float = 10.0,
         max_per_class: int | None = None,
         seed: int = 0,
@@ -482,6 +485,8 @@ class GLEM(ConditionalFlow):
             rank, max_per_class, seed: see `fit_modes`.
             parts: number of groups of similar latents per class, each with its modes; for classes with hundreds of
                 images or more.
+            pooled: make one class, "image", which varies as the images of a class do: for moves of images of any class.
+                With a thousand classes it takes a thousandth of the memory.
             shrinkage: number of images at which a class's variances are half pooled.
             progress: show a bar on stderr.
 
@@ -503,13 +508,15 @@ class GLEM(ConditionalFlow):
             self.codec.fit(images.some(STANDARDISED_BY))
         counts = [len(found) for found in rows]
         statistics = self._statistics(images, rows, rank, parts, seed, progress, "adapt")
+        if pooled:
+            statistics = statistics.as_one_class()
         found = self._fit_classes(statistics, rank, shrinkage)
         assert found.modes is not None
         config = replace(
             copy.deepcopy(self.config),
             psi=found.gaussians.psi,
-            class_ids=list(images.class_ids),
-            class_names=list(images.classes),
+            class_ids=[ONE_CLASS] if pooled else list(images.class_ids),
+            class_names=[ONE_CLASS] if pooled else list(images.classes),
             training={
                 "data": images.name,
                 "images": sum(counts),

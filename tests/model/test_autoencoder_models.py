@@ -158,3 +158,19 @@ def test_augmentation_adds_the_change_and_leaves_the_rest(
     moved, _ = aug(large, y)
     change = (moved - large).abs().mean()
     assert 0.002 < float(change) < 0.3 and aug.stats["rejected"] < 20
+
+
+def test_pooled_modes_move_images_of_any_class(photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    x, y = photos
+    one = GLEM.create("identity", (3, 16, 16), ["a", "b"], autoencoder="taef2")
+    one = one.adapt(photos, rank=3, pooled=True, progress=False)
+    assert one.classes == ["image"] and one.modes is not None and one.modes.rank == 3
+    z, _ = one.encode(x)
+    within = torch.cat([z[y == k] - z[y == k].mean(0) for k in range(2)])
+    values = torch.linalg.svdvals(within)[:3] / (len(x) - 2) ** 0.5
+    assert torch.allclose(one.modes.shared_scales, values, rtol=1e-3)
+    aug = GLEMAugment(one, "mixup", p=1.0, class_map=[0, 0], seed=0)
+    moved, labels = aug(x, y)
+    assert torch.equal(labels, y) and not torch.equal(moved, x)
+    one.save(tmp_path)
+    assert torch.equal(GLEM.from_pretrained(tmp_path).log_prob(x), one.log_prob(x))
