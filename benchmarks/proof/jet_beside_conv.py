@@ -33,11 +33,11 @@ from glem_augment import GLEM, ImageData, open_data
 from glem_augment.evaluation import evaluate
 from glem_augment.io import write_json
 from glem_augment.model.weights import WEIGHTS
-from glem_augment.training import Trainer
-from glem_augment.training.config import method
-from glem_augment.training.folder import METRICS, NEWEST
+from glem_augment.training import TrainConfig, Trainer
+from glem_augment.training.checkpoint import NEWEST
+from glem_augment.training.log import METRICS
 
-NAME, METHOD = "jet_beside_conv", "hybrid-joint"
+NAME = "jet_beside_conv"
 FLOWS: dict[str, dict[str, Any]] = {"jet_tiny": dict(lr=0.003), "glow_fast": dict(lr=0.01)}
 RECIPE: dict[str, Any] = dict(
     batch_size=32, schedule="cosine", augment=("flip",), modes_rank=0, sample_every=0, threads=1, seed=0
@@ -55,9 +55,7 @@ class CPUTrainer(Trainer):
 def make_trainer(flow: str, data: ImageData, folder: Path, plan: dict[str, Any]) -> CPUTrainer:
     """The planned run of `flow`, resumed from a checkpoint if there is one."""
     rows = np.random.default_rng(0).permutation(len(data))[: plan["images"]]
-    config = method(
-        METHOD, preset=flow, epochs=plan["epochs"], warmup_steps=plan["warmup"], **RECIPE, **plan["settings"]
-    )
+    config = TrainConfig(preset=flow, epochs=plan["epochs"], warmup_steps=plan["warmup"], **RECIPE, **plan["settings"])
     resume = (folder / NEWEST).is_file()
     began = time.process_time()
     return CPUTrainer(data.subset(np.sort(rows)), config, folder, resume, device="cpu", progress=False, began=began)
@@ -69,10 +67,10 @@ def make_plan(flow: str, data: ImageData, minutes: float, **changes: Any) -> dic
     times = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(flow, data, Path(folder), plan)
-        rows = trainer.split.nf[: TRIAL_STEPS * RECIPE["batch_size"]]
-        for x, y, share in trainer.images(rows, RECIPE["batch_size"]):
+        rows = trainer.batches.split.nf[: TRIAL_STEPS * RECIPE["batch_size"]]
+        for x, y, share in trainer.batches.read(rows, RECIPE["batch_size"]):
             began = time.process_time()
-            trainer.e_step(x, y, share)
+            trainer.e_step.take(x, y, share, trainer.so_far)
             times.append(time.process_time() - began)
     step = statistics.median(times[2:])
     steps, full = max(1, round(60 * minutes / step)), trainer.steps_per_epoch
@@ -145,7 +143,7 @@ def main() -> None:
         )  # fmt: skip
         write_results(
             args.out, NAME, "A small Jet beside the convolutional flow after equal CPU time, CIFAR-10", rows,
-            test_images=len(test), method=METHOD, recipe=RECIPE, settings=FLOWS, plans=plans,
+            test_images=len(test), method="hybrid-joint", recipe=RECIPE, settings=FLOWS, plans=plans,
         )  # fmt: skip
 
 

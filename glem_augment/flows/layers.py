@@ -53,14 +53,6 @@ class Flow(nn.Module):
             if isinstance(module, Subnet):
                 module.autocast = dtype
 
-    def compile_steps(self, backend: str = "inductor") -> None:
-        """Compile the steps with `torch.compile`, which needs a C++ compiler. ValueError: a flow without steps.
-
-        The first passes take up to a minute per direction. Results agree with the ordinary ones within rounding.
-        Copies of the flow and models that are loaded start uncompiled.
-        """
-        raise ValueError(f"{type(self).__name__} has no steps that could be compiled; leave compile out")
-
 
 class FlatIdentity(Flow):
     """`z = flatten(x)`: the linear control that every learned flow has to beat."""
@@ -155,9 +147,6 @@ class WhitenedFlow(Flow):
 
     def set_memory(self, memory: Memory) -> None:
         self.flow.set_memory(memory)
-
-    def compile_steps(self, backend: str = "inductor") -> None:
-        self.flow.compile_steps(backend)
 
 
 class ActNorm(nn.Module):

@@ -23,9 +23,6 @@ from glem_augment.flows.matexp import exp_of_generators
 from glem_augment.precision import full_precision
 
 Step = tuple[ActNorm, Mixing1x1, Coupling]
-# How often torch.compile may compile a step of a level. It compiles anew without gradients, in eval mode, in reduced
-# precision, for another batch size, and for the first step, whose input needs no gradient.
-_COMPILATIONS_PER_LEVEL = 32
 
 
 def squeeze(x: Tensor, side: int = 2) -> Tensor:
@@ -83,12 +80,10 @@ class Level(nn.Module):
         # Tuples, because the modules are registered above.
         self.norms, self.mixing_layers, self.couplings = zip(*steps, strict=True)
         self.pixels = height * width
-        self.step_forward, self.step_inverse = step_forward, step_inverse
         self._cache: dict = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles start uncompiled: compiled code belongs to the process.
-        return {**self.__dict__, "_cache": {}, "step_forward": step_forward, "step_inverse": step_inverse}
+        return {**self.__dict__, "_cache": {}}
 
     def mixing_weights(self) -> list[nn.Parameter]:
         """The weights behind `mixings`."""
@@ -141,7 +136,7 @@ class Level(nn.Module):
         mixings, shared = self.mixings(inverse=False)
         logdet = x.new_zeros(x.shape[1])
         for mixing, coupling in zip(mixings, self.couplings, strict=True):
-            x, change = self.step_forward(x, mixing, coupling)
+            x, change = step_forward(x, mixing, coupling)
             logdet = logdet + change
         return x, logdet + shared
 
@@ -149,7 +144,7 @@ class Level(nn.Module):
         """Undoes `forward`, with the log-determinant of this direction."""
         mixings, logdet = self.mixings(inverse=True)
         for mixing, coupling in zip(reversed(mixings), reversed(self.couplings), strict=True):
-            y, change = self.step_inverse(y, mixing, coupling)
+            y, change = step_inverse(y, mixing, coupling)
             logdet = logdet + change
         return unsqueeze(y, self.side), logdet
 
@@ -211,13 +206,6 @@ class MultiscaleFlow(Flow):
             for level in self.levels:
                 h = level.initialise(h)
                 h = h[: len(h) // 2]
-
-    def compile_steps(self, backend: str = "inductor") -> None:
-        config = torch._dynamo.config
-        config.cache_size_limit = max(config.cache_size_limit, _COMPILATIONS_PER_LEVEL * len(self.levels))
-        for level in self.levels:
-            level.step_forward = torch.compile(step_forward, backend=backend)
-            level.step_inverse = torch.compile(step_inverse, backend=backend)
 
 
 # ---- training without stored activations -----------------------------------------------------------------------------

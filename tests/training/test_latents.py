@@ -12,7 +12,7 @@ from glem_augment import GLEM, ImageData
 from glem_augment.codec.published import open_autoencoder
 from glem_augment.distributed import Share
 from glem_augment.training import TrainConfig, Trainer
-from glem_augment.training.start import choose_views, latent_views
+from glem_augment.training.latents import choose_views, latent_views
 
 OPTIONS = dict(preset="latent", autoencoder="taef2", flow_options={"depth": [1, 1], "width": [16, 16]}, batch_size=16,
                modes_rank=4, latent_noise=0.1, augment=("flip",), val_fraction=0.2, sample_every=0)  # fmt: skip
