@@ -34,7 +34,6 @@ from glem_augment.training import EXIT_TIME_UP, TimeUpError, TrainConfig, Traine
 from glem_augment.training.checkpoint import has_checkpoint
 from glem_augment.training.objective import Objective, Progress, Repulsion, encode_with_noise, falling
 from glem_augment.training.statistics import LatentStatistics
-from glem_augment.training.steps import MStep
 
 REFIT_STEPS, REFIT_LR = 200, 3e-3
 SATURATION = 0.05  # of the bounded repulsion, nats per dimension
@@ -251,22 +250,6 @@ class ResearchObjective(Objective):
             loss = loss + self.annealed(progress) * statistics.cross_entropy(gaussians, self.research)
         return loss
 
-    def finish(self, model: GLEM, m_step: MStep, rows: np.ndarray, progress: Progress) -> bool:
-        if not m_step.total or self.repels or (self.crossed and self.research.refit_beta == 0):
-            return False
-        if not self.crossed:
-            most_likely(m_step.last_pass(model, rows), model.gaussians, self.learned)
-            return True
-        batches, beta = m_step.batches, self.research.refit_beta
-        rows = np.concatenate([batches.split.nf, batches.split.g])
-        rows = batches.some_of_each_class(rows, model.dim * model.num_classes)  # all classes are in memory
-        statistics = m_step.last_pass(model, rows)
-        m_step.gaussians.optimizer.state.clear()
-        self.fixed_beta = self.research.beta if beta is None else beta
-        for step in range(REFIT_STEPS):
-            m_step.descend(statistics, REFIT_LR * (1 - step / REFIT_STEPS), progress)
-        return True
-
 
 def saturating_kld(gaussians: ClassGaussians, scale: float) -> Tensor:
     """Mean over pairs of `scale * (1 - exp(-KLD / scale))` in nats: the KLD if it is small, `scale` if large."""
@@ -295,8 +278,8 @@ class ResearchTrainer(Trainer):
     """A `Trainer` with the settings `research`."""
 
     def __init__(self, data: ImageData, config: TrainConfig, *args: Any, research: Research, **options: Any) -> None:
-        self.research = research
-        super().__init__(data, config, *args, objective=ResearchObjective(research), **options)
+        self.research, self.own_objective = research, ResearchObjective(research)
+        super().__init__(data, config, *args, objective=self.own_objective, **options)
         if self.e_step.ema is not None and research.averaging == "none":
             self.e_step.ema.decay = 0.0
 
@@ -304,6 +287,24 @@ class ResearchTrainer(Trainer):
         if not self.research.equal_steps:
             return super().count_steps()
         return max(1, len(self.batches.split.nf) // self.config.batch_size)
+
+    def refit(self, model: GLEM) -> bool:
+        """After M-steps without repulsion, fit the Gaussians to latents of the training images."""
+        objective, m_step, beta = self.own_objective, self.m_step, self.research.refit_beta
+        if not m_step.total or objective.repels or (objective.crossed and beta == 0):
+            return False
+        if not objective.crossed:
+            most_likely(m_step.last_pass(model, self.batches.training_rows()), model.gaussians, objective.learned)
+            return True
+        split = self.batches.split
+        rows = np.concatenate([split.nf, split.g])
+        rows = self.batches.some_of_each_class(rows, model.dim * model.num_classes)  # all classes are in memory
+        statistics = m_step.last_pass(model, rows)
+        self.gaussians.optimizer.state.clear()
+        objective.fixed_beta = self.research.beta if beta is None else beta
+        for step in range(REFIT_STEPS):
+            m_step.descend(statistics, REFIT_LR * (1 - step / REFIT_STEPS), self.so_far)
+        return True
 
 
 def method_trainer(

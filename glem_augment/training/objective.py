@@ -7,9 +7,8 @@ further published methods.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,9 +19,6 @@ from glem_augment.distributed import Share
 from glem_augment.model.glem import GLEM
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.statistics import LatentStatistics
-
-if TYPE_CHECKING:
-    from glem_augment.training.steps import MStep
 
 START_STD = 0.1  # of the random means that a joint objective begins with
 CE_SCALE, LABEL_SMOOTHING = 0.1, 0.05  # of the cross-entropy
@@ -117,14 +113,6 @@ class Objective:
     def m_loss(self, gaussians: ClassGaussians, statistics: LatentStatistics, progress: Progress) -> Tensor:
         """The M-step's loss, a differentiable scalar that is the same on all ranks."""
         raise NotImplementedError(f"{type(self).__name__} has M-steps, so it needs m_loss")
-
-    def finish(self, model: GLEM, m_step: MStep, rows: np.ndarray, progress: Progress) -> bool:
-        """Fit the Gaussians once more, after the last step. Returns whether they changed; here they stay.
-
-        Args:
-            model: the flow is averaged. m_step: of the run. rows: of all training images.
-        """
-        return False
 
 
 class Hybrid(Objective):

@@ -21,7 +21,8 @@ from glem_augment.training.config import TrainConfig
 from glem_augment.training.guard import independent_latents, independent_pixels
 from glem_augment.training.log import progress_bar
 from glem_augment.training.objective import Objective
-from glem_augment.training.statistics import LatentStatistics, latent_pass
+from glem_augment.training.statistics import LatentStatistics
+from glem_augment.training.steps import latent_pass
 
 INIT_IMAGES = 1024  # ActNorm's start needs a fair estimate of each element's spread
 

@@ -8,20 +8,13 @@ the per-sample NLL.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.distributed import add_up, rank, world_size
-from glem_augment.model.glem import GLEM
-from glem_augment.training.batches import EVAL_BATCH, Batches, seeded
-from glem_augment.training.log import progress_bar
-
-if TYPE_CHECKING:
-    from glem_augment.training.objective import Objective
 
 SHRINKAGE = 10  # number of images at which a class's first mean and variance are half shrunk
 
@@ -92,22 +85,3 @@ class LatentStatistics:
         n = self.count[:, None]
         pooled = (spread * n).sum(0) / n.sum()
         gaussians.set_variance((n * spread + SHRINKAGE * pooled) / (n + SHRINKAGE))
-
-
-@torch.no_grad()
-def latent_pass(
-    model: GLEM, batches: Batches, objective: Objective, rows: np.ndarray, number: int, title: str = ""
-) -> LatentStatistics:
-    """Statistics of the latents of the images `rows`, with the noise of M-step `number`; -1 for the start of a run.
-
-    With a title the pass has a bar.
-    """
-    statistics = objective.statistics(model.num_classes, model.dim, model.device)
-    generator = seeded(batches.config.seed, 3, number + 1)
-    with progress_bar(title, len(rows), "image", bool(title) and batches.shown) as bar:
-        for x, y, share in batches.read(rows, EVAL_BATCH, batches.views):
-            z, logdet = objective.encode(model, batches.augmented(x, generator, share), generator, share)
-            statistics.add(z, y, -(model.gaussians.log_prob_of(z, y) + logdet))
-            bar.update(share.total)
-    statistics.add_ranks()
-    return statistics

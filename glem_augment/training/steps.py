@@ -22,12 +22,13 @@ from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.distributed import Share
 from glem_augment.flows import Flow
 from glem_augment.model.glem import GLEM
-from glem_augment.training.batches import Batches, seeded
+from glem_augment.training.batches import EVAL_BATCH, Batches, seeded
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.guard import DivergenceError
+from glem_augment.training.log import progress_bar
 from glem_augment.training.objective import Objective, Progress
 from glem_augment.training.optim import CLIP_NORM, add_up_gradients, flow_optimizer
-from glem_augment.training.statistics import LatentStatistics, latent_pass
+from glem_augment.training.statistics import LatentStatistics
 
 EMA_DECAY = 0.999
 JOINT_LR = 1e-2  # the best of a few on held-out training images of a 14x14 Fashion-MNIST
@@ -172,6 +173,25 @@ class MStep:
     def last_pass(self, model: GLEM, rows: np.ndarray) -> LatentStatistics:
         """Statistics of the latents of `rows` under the flow of `model`, for a refit after the last step."""
         return latent_pass(model, self.batches, self.objective, rows, self.total, "encoding for the refit")
+
+
+@torch.no_grad()
+def latent_pass(
+    model: GLEM, batches: Batches, objective: Objective, rows: np.ndarray, number: int, title: str = ""
+) -> LatentStatistics:
+    """Statistics of the latents of the images `rows`, with the noise of M-step `number`; -1 for the start of a run.
+
+    With a title the pass has a bar.
+    """
+    statistics = objective.statistics(model.num_classes, model.dim, model.device)
+    generator = seeded(batches.config.seed, 3, number + 1)
+    with progress_bar(title, len(rows), "image", bool(title) and batches.shown) as bar:
+        for x, y, share in batches.read(rows, EVAL_BATCH, batches.views):
+            z, logdet = objective.encode(model, batches.augmented(x, generator, share), generator, share)
+            statistics.add(z, y, -(model.gaussians.log_prob_of(z, y) + logdet))
+            bar.update(share.total)
+    statistics.add_ranks()
+    return statistics
 
 
 def m_learning_rates(m_steps: int, each: int, e_steps: int) -> list[float]:

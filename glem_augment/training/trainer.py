@@ -451,7 +451,7 @@ class Trainer:
     def _finish(self, metrics: dict[str, float] | None) -> GLEM:
         """Fit the modes and the temperature, and save the model; `metrics`: of the last epoch, if this run had it."""
         config, model, batches = self.config, self.evaluated(), self.batches
-        if self.objective.finish(model, self.m_step, batches.training_rows(), self.so_far):
+        if self.refit(model):
             metrics = self.measure()
             if not self.log.has("final"):
                 self.log.add({"kind": "final", "step": self.step, **metrics})
@@ -471,6 +471,13 @@ class Trainer:
             model.save(self.out)  # last, because `glem train` takes a model for a finished run
         wait()
         return model
+
+    def refit(self, model: GLEM) -> bool:
+        """Fit the Gaussians of `model`, whose flow is averaged, after the last step.
+
+        Returns whether they changed; here they stay. A subclass may fit them.
+        """
+        return False
 
     def _record(self, metrics: dict[str, float]) -> dict[str, Any]:
         """The record of the run in `config.json`, the same for a run that was killed and resumed."""

@@ -12,7 +12,7 @@ from test_training import tiny_config, tiny_trainer, toy_data
 from glem_augment.cli.train import summary
 from glem_augment.errors import DataError
 from glem_augment.training import Trainer
-from glem_augment.training.statistics import latent_pass
+from glem_augment.training.steps import latent_pass
 
 
 def latents(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
