@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_training import tiny_config, tiny_trainer, toy_data
 
 from glem_augment.cli.train import summary
-from glem_augment.errors import DataError
-from glem_augment.training import Trainer
+from glem_augment.distributed import Share
+from glem_augment.errors import DataError, TrainingError
+from glem_augment.training import TimeUpError, Trainer
+from glem_augment.training.objective import Objective
 from glem_augment.training.steps import latent_pass
 
 
@@ -123,3 +126,49 @@ def test_what_is_measured(tmp_path: Path, val_fraction: float) -> None:
         "saturated_variances": 0.0,
     }
     assert found == pytest.approx(want, rel=1e-5) and want["kld_min"] < want["kld_mean"]
+
+
+def test_a_run_takes_the_users_objective_and_augmentation(tmp_path: Path) -> None:
+    """Its settings are recorded, and a resumed run must have the same."""
+
+    class Scaled(Objective):
+        factor = 2.0
+
+        def settings(self) -> dict[str, Any]:
+            return {"objective": "scaled", "factor": self.factor}
+
+        def e_loss(self, *batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            loss, nll = super().e_loss(*batch)
+            return self.factor * loss, nll
+
+    seen: list[int] = []
+
+    def augment(x: torch.Tensor, _: torch.Generator, share: Share) -> torch.Tensor:
+        seen.append(share.total)
+        return 255 - x
+
+    options: dict[str, Any] = dict(device="cpu", progress=False, augment=augment)
+    data, config = toy_data(), tiny_config(objective="mle", epochs=1, modes_rank=0)
+    trainer = Trainer(data, config, tmp_path / "run", objective=Scaled(), **options)
+    loss, bits = trainer.e_step.take(*next(iter(trainer.batches.read(trainer.batches.split.nf, 24))), trainer.so_far)
+    assert loss == pytest.approx(2 * bits * math.log(2)) and seen == [24]
+    trainer = Trainer(data, config, tmp_path / "whole", objective=Scaled(), **options)
+    record = trainer.fit().config.training["config"]
+    assert record["objective"] == "scaled" and record["factor"] == 2.0 and record["epochs"] == 1
+    other = Scaled()
+    other.factor = 3.0
+    with pytest.raises(TrainingError, match="factor: 2.0 then, 3.0 now"):
+        Trainer(data, config, tmp_path / "whole", resume=True, objective=other, **options)
+
+
+def test_a_run_keeps_the_variances_function_of_its_start_model(tmp_path: Path) -> None:
+    data = toy_data()
+    first = tiny_trainer(tmp_path / "first", data, epochs=1).fit()
+    assert first.config.psi == (0.5, 0.2, 0.05)
+    config = tiny_config(epochs=1, objective="hybrid", max_minutes=1e-9)
+    trainer = Trainer(data, config, tmp_path / "second", init_model=first, device="cpu", progress=False)
+    assert torch.equal(trainer.model.gaussians.s, first.gaussians.s)
+    with pytest.raises(TimeUpError):
+        trainer.fit()
+    resumed = tiny_trainer(tmp_path / "second", data, resume=True, epochs=1, objective="hybrid")
+    assert resumed.fit().config.psi == first.config.psi
