@@ -313,9 +313,7 @@ def summary(trainer: Trainer) -> str:
     names = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
     learners = f"{len(split.nf)} for the flow, {len(split.g)} for the Gaussians"
     if not trainer.m_step.total:  # there are no M-steps
-        learners = (
-            f"{len(split.nf) + len(split.g)} for the flow{' and the Gaussians' if trainer.objective.joint else ''}"
-        )
+        learners = f"{len(split.nf) + len(split.g)} for the flow and the Gaussians"
     rows = [
         ("data", f"{data.name}: {len(data)} images, {shape}, {len(data.classes)} classes ({names})"),
         *([("skipped", f"{len(data.skipped)} images that can't be used, see {SKIPPED_FILE}")] if data.skipped else []),

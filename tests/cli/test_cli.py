@@ -368,7 +368,7 @@ def test_info(trained: Path, output: Output) -> None:
     output()
     assert main(["info", str(trained)]) == 0
     text = output()[0]
-    assert "image_shape: [3, 8, 8]" in text and "bird, cat, dog" in text and "mef_tiny" in text and "held_out" in text
+    assert "image_shape: [3, 8, 8]" in text and "bird, cat, dog" in text and "glow_fast" in text and "held_out" in text
     assert main(["info", str(trained), "--json"]) == 0
     facts = json.loads(output()[0])
     assert facts["image_shape"] == [3, 8, 8] and facts["num_classes"] == 3 and facts["parameters"]["flow"] > 0

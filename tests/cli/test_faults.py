@@ -40,7 +40,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_argv(images: Path, out: Path, *options: str) -> list[str]:
     """28 steps; --resume starts where there is nothing to resume."""
     argv = ["train", str(images), "--out", str(out), "--resume", "--quiet", "--epochs", "4", "--batch-size", "4", *TINY]
-    argv += ["--warmup-steps", "5", "--objective", "hybrid", "--no-joint", "--modes-rank", "2"]
+    argv += ["--warmup-steps", "5", "--objective", "glem", "--modes-rank", "2"]
     # The flow's settings in no order of the alphabet, which is that of the checkpoint.
     return [*argv, "--flow", "blocks=[1,1]", "--sample-every", "2", *options]
 
