@@ -20,7 +20,7 @@ from benchmarks.proof.augmentation_settings import METHODS, PLAIN, REUSE
 from glem_augment import GLEM, GLEMAugment, SyntheticDataset
 from glem_augment.augment.policies import as_policy
 from glem_augment.tensors import evaluating
-from glem_augment.training.start import augment_batch
+from glem_augment.training.augmentation import augment_batch
 
 Component = tuple[str, dict[str, Any]]
 # (uint8 images, labels, bool mask) to images and labels, changed where the mask is true.

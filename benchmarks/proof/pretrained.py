@@ -50,7 +50,7 @@ from benchmarks.proof.augmentation_train import order_of
 from benchmarks.proof.sharpness import OFFLINE, make_classifier
 from glem_augment import GLEMAugment, Noise
 from glem_augment.io import write_json
-from glem_augment.training.start import augment_batch
+from glem_augment.training.augmentation import augment_batch
 
 SIZE, VIEWS = 128, 2
 PER_CLASS = (5, 10, 20, 50)

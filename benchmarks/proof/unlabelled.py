@@ -65,7 +65,7 @@ from benchmarks.proof.augmentation_train import (
 )
 from glem_augment import GLEM, Adversarial, GLEMAugment, Noise
 from glem_augment.io import write_json
-from glem_augment.training.start import augment_batch
+from glem_augment.training.augmentation import augment_batch
 
 NAME = "unlabelled"
 TUNED_ON, NAMES = "fashion-10", ("fashion-10", "cifar10-50", "fashion-50")

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 from benchmarks.common import find_images, parser, write_results
 from benchmarks.paper.research import ResearchTrainer, split_settings
 from glem_augment import ImageData, open_data
+from glem_augment.distributed import share
 from glem_augment.errors import TrainingError
 from glem_augment.evaluation import evaluate
 from glem_augment.training import TrainConfig, Trainer
@@ -79,7 +80,7 @@ def step_seconds(variant: str, pool: ImageData) -> float:
         trainer = make_trainer(variant, pool.subset(rows), folder, 0, 1)
         for x, y in pool.batches(rows, RECIPE["batch_size"]):
             began = time.process_time()
-            trainer.e_step(x, y)
+            trainer.e_step.take(x, y, share(len(x)), trainer.so_far)
             times.append(time.process_time() - began)
     return statistics.median(times[2:])
 

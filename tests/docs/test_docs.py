@@ -20,9 +20,9 @@ from test_custom import GainAndShift
 import glem_augment
 from benchmarks import write_numbers as numbers
 from benchmarks.paper.codes import CODED_METHODS
+from benchmarks.paper.methods import METHODS
 from glem_augment.cli import build_parser, main
 from glem_augment.flows.presets import PRESETS
-from glem_augment.training.config import METHODS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
