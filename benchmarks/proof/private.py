@@ -30,12 +30,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
+from glem_augment.evaluation.pictures import Section, compose
+
 from benchmarks.common import ROOT, find_images, interval, machine, parser, write_results
 from benchmarks.paper.classifier import Recipe, train_classifier
 from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
 from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.private import private_classes
-from glem_augment.io import write_json
+from glem_augment.io import save_png, write_json
 from glem_augment.model.private_fit import latents_alone, set_coordinates
 
 NAME = "private"
@@ -100,6 +102,18 @@ class Images:
         return 100 * found.accuracy(self.judged.tensor(), torch.from_numpy(self.judged.targets))
 
 
+def draw(images: Images, epsilons: list[float], delta: float, path: Path) -> None:
+    """A picture of real images, and below of samples of new models, a row for each epsilon; two of each class."""
+    y = torch.arange(10).repeat_interleave(2)
+    first = np.concatenate([np.flatnonzero(images.judged.targets == k)[:2] for k in range(10)])
+    rows, names = [images.judged.subset(first).tensor().float() / 255], ["real"]
+    for epsilon in epsilons:
+        model = images.model(epsilon, delta, None)[0]
+        rows.append(model.sample(y, 1.0, torch.Generator().manual_seed(0), "rfcm"))
+        names.append(f"epsilon {epsilon:g}" if epsilon else "no privacy")
+    save_png(compose("", "", [Section("", torch.stack(rows), rows=names)]), path)
+
+
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One line for each data set, method and promise: mean and 95 % interval over seeds."""
     table = []
@@ -124,6 +138,7 @@ def main() -> None:
     args.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     args.add_argument("--temperature", type=float, default=1.0)
     args.add_argument("--validation", action="store_true", help="judge held-out training images")
+    args.add_argument("--picture", type=Path, help="draw samples of each epsilon beside real images, and do no more")
     args.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder for latents (%(default)s)")
     args = args.parse_args()
     torch.set_num_threads(args.threads)
@@ -136,6 +151,9 @@ def main() -> None:
     for data in args.data:
         for method in args.method:
             images = Images(data, method, args.work, args.validation)
+            if args.picture is not None:
+                draw(images, args.epsilon, args.delta, args.picture)
+                return
             for seed in args.seeds:
                 for epsilon in args.epsilon:
                     known = {"data": data, "method": method, "judged": judged, "epsilon": epsilon, "delta": args.delta}
