@@ -22,8 +22,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
 
 from benchmarks.common import RESULTS, ROOT, Interval, holm, interval
-from benchmarks.proof.augmentation_plan import Store
-from benchmarks.proof.augmentation_report import (
+from benchmarks.proof.augmentation.plan import Store
+from benchmarks.proof.augmentation.report import (
     Arm,
     Result,
     against_controls,
@@ -32,7 +32,7 @@ from benchmarks.proof.augmentation_report import (
     results_of,
     signed,
 )
-from benchmarks.proof.augmentation_settings import METHODS, PLAIN, SETTINGS, TUNING_SEED
+from benchmarks.proof.augmentation.settings import METHODS, PLAIN, SETTINGS, TUNING_SEED
 from benchmarks.proof.private import summary as private_rows
 from benchmarks.proof.samples_alone import as_long
 from benchmarks.speed.speed import OURS, REVERSIBLE
