@@ -4,7 +4,7 @@
     python benchmarks/proof/no_network.py --settings fashion-10 --seeds 0 1 2
 
 Settings, labelled images, validation images, test images and seeds are the same as in `augmentation/run.py`. The ridge
-is fitted to the labelled images and their mirror images alone. Label spreading (Zhou et al. 2004, scikit-learn) also uses
+is fitted to the labelled images and their mirror images alone. Label spreading (Zhou et al. 2004, scikit-learn) uses
 the other training images without their labels, like the flows called `...-unlabelled`. The prediction for a test image
 is the mean of its neighbours. Both methods are tuned on validation images with the tuning seeds, and tested once. In a
 long tail, classes are weighted equally.
