@@ -32,11 +32,11 @@ from glem_augment.evaluation.compare import (
     POLICIES,
     Comparison,
     Stack,
-    difference,
     models_for,
     moves,
     report,
 )
+from glem_augment.evaluation.intervals import difference
 from glem_augment.io import write_json
 
 NAME, SIZE, STEPS = "photographs", 64, 300

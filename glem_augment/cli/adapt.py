@@ -19,7 +19,7 @@ channels.
 
 Prints a JSON summary. images_per_class and modes_per_class hold the smallest and the largest count over the classes. A
 class of n images has at most n - 1 modes, and a class of one image gets the modes of all classes. glem eval --help
-explains moves_put_back.
+explains moves_rejected.
 """
 EXAMPLES = """\
   glem adapt identity photos/ --image-size 64 --out runs/pixels
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         "modes_per_class": adapted.modes.fewest_and_most if adapted.modes else (0, 0),
         "psi": adapted.config.psi,
         "posterior_temperature": adapted.config.posterior_temperature,
-        "moves_put_back": common.moves(adapted, data, INSTEAD if adapted.config.flow["coupling"] != IDENTITY else ""),
+        "moves_rejected": common.moves(adapted, data, INSTEAD if adapted.config.flow["coupling"] != IDENTITY else ""),
         "seconds": round(time.monotonic() - began, 3),
     }
     common.print_json(result)

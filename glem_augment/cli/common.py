@@ -6,7 +6,6 @@ At its top this imports no torch, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -255,7 +254,7 @@ def open_for(model: GLEM, spec: str, split: str, class_map: ClassMap = None, **o
 
 def print_json(obj: dict[str, Any]) -> None:
     """Print one JSON object on stdout, with null for non-finite numbers, which JSON does not have."""
-    from glem_augment.io import json_text
+    from glem_augment.io import finite, json_text
 
     say(json_text(finite(obj)))
 
@@ -266,11 +265,6 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
         print_json(facts)
     else:
         say(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None).rstrip())
-
-
-def finite(obj: Any) -> Any:
-    """`obj` as JSON can hold it, with None in place of every NaN and infinity."""
-    return json.loads(json.dumps(obj), parse_constant=lambda name: None)
 
 
 def say(text: str) -> None:
@@ -290,22 +284,22 @@ def note(text: str) -> None:
 
 
 def moves(model: GLEM, data: ImageData, instead: str = "") -> dict[str, Any] | None:
-    """The result of `moves_put_back`, None without modes. Notes on stderr report many rejected moves.
+    """The result of `moves_rejected`, None without modes. Notes on stderr report many rejected moves.
 
     `instead` is advice for a flow that rejects more than a fifth.
     """
     from glem_augment.augment.moves import MOST_PUT_BACK
-    from glem_augment.evaluation import moves_put_back
+    from glem_augment.evaluation import moves_rejected
 
     if model.modes is None:
         return None
-    found = moves_put_back(model, data)
+    found = moves_rejected(model, data)
     mixup, strongest = found["mixup"], max(found["noise"])
     noise = found["noise"][strongest]
     if max(mixup, noise) > MOST_PUT_BACK:
         note(
-            f"glem: GLEMAugment would put back {100 * mixup:.0f} % of the images after mixup and {100 * noise:.0f} % "
-            f"after noise of strength {strongest:g}, as implausible; strength='auto' takes {found['strength']:g}"
+            f"glem: GLEMAugment would reject {100 * mixup:.0f} % of the images after mixup and {100 * noise:.0f} % "
+            f"after noise of strength {strongest:g}; strength='auto' takes {found['strength']:g}"
         )
     if instead and max(mixup, found["noise"][found["strength"]]) > TOO_MANY:
         note(f"glem: this flow does not fit such images; {instead}")

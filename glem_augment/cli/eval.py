@@ -14,8 +14,8 @@ Classify labelled images with a flow, and measure its likelihoods. Prints one JS
   bits_per_dim_marginal  the same for p(image), all classes equally likely
   ece                 expected calibration error of the posterior, 15 bins
   round_trip          image -> latent -> image without clamping: errors in uint8 steps, share within half a step
-  moves_put_back      share of the moves of 128 images that GLEMAugment would put back as implausible: by mixup, and
-                      by noise of several strengths. strength="auto" takes "strength"
+  moves_rejected      share of the moves of 128 images (16 with an autoencoder) that GLEMAugment would reject: by mixup,
+                      and by noise of several strengths. strength="auto" takes "strength"
   skipped             images left out, with --skip-bad
 
 Images are converted to the flow's size and channels.
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from glem_augment.distributed import is_primary
     from glem_augment.evaluation import metrics
     from glem_augment.images.sources import without_splits
-    from glem_augment.io import write_json
+    from glem_augment.io import finite, write_json
 
     model = common.load_model(args)
     whole_folder = without_splits(args.data)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     result |= metrics.evaluate(model, data, args.batch_size, args.round_trip, progress=not args.quiet)
     if not is_primary():
         return
-    result["moves_put_back"] = common.moves(model, data)
+    result["moves_rejected"] = common.moves(model, data)
     if args.out is not None:  # first, since printing to a closed pipe ends the command
-        write_json(args.out, common.finite(result))
+        write_json(args.out, finite(result))
     common.print_json(result)

@@ -7,7 +7,6 @@ chosen stacks are measured on the test images with several seeds. Differences ha
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,21 +25,20 @@ from glem_augment.augment.transform import GLEMAugment
 from glem_augment.codec.plausible import to_uint8
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.errors import DataError
+from glem_augment.evaluation.classifier import MEAN, STD, normalised, train_network
+from glem_augment.evaluation.intervals import difference, interval
 from glem_augment.evaluation.metrics import spread
-from glem_augment.evaluation.preview import Section, compose
-from glem_augment.evaluation.quality import ORACLE_MEAN, ORACLE_STD, normalised, train_network
+from glem_augment.evaluation.pictures import Section, compose
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.glem import GLEM
 
-__all__ = ["Comparison", "Stack", "interval"]
+__all__ = ["Comparison", "Stack", "compare"]
 
 COPIES, BATCH = 4, 64  # moved copies of an image at most, images per step
 NETWORK, RATE, RATE_PRETRAINED = "test_resnet", 5e-3, 1e-3  # a small ResNet of timm, and learning rates
 MODES = 64
 BASE = "crop + flip"
 FEWEST_STEPS, MOST_STEPS = 30, 3000
-# Two-sided 97.5 % points of Student's t for 1 to 9 degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,6 @@ def moves(kind: str, shown: str, policies: Sequence[dict[str, Any]] = POLICIES) 
         words = (f"{value:g}" if key == "strength" else value for key, value in settings.items())
         stacks.append(Stack(f"{shown}: {' '.join(words)}", kind, moves=tuple(settings.items())))
     return tuple(stacks)
-
-
-def interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of the mean of 2 to 10 values (Student's t)."""
-    return _T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 @dataclass
@@ -171,7 +164,7 @@ class Comparison:
             aug = GLEMAugment(self.model(stack.kind, train), p=1.0, seed=0, **dict(stack.moves))
             if aug.policy == "adversarial":
                 channels = train.image_shape[0]
-                normalise = v2.Normalize([ORACLE_MEAN] * channels, [ORACLE_STD] * channels)
+                normalise = v2.Normalize([MEAN] * channels, [STD] * channels)
                 aug.attach(torch.nn.Sequential(normalise, self.trained(PLAIN, train, 0)))
             x, y = train.tensor(), torch.from_numpy(train.targets)
             out = torch.empty(self.copies, *x.shape, dtype=torch.uint8)
@@ -221,12 +214,6 @@ def advice(rows: Sequence[dict[str, Any]]) -> str:
     if strongest is not rows[0] and gain > half:
         return f"Use {strongest['name']}: {gain:+.1f} ± {half:.1f} points over {BASE}. Moves add nothing clear to it."
     return f"Nothing clearly beats {BASE} on these images: leave it out, or give it more time and more seeds."
-
-
-def difference(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
-    """The mean difference of two rows' accuracies over seeds, and half of its 95 % interval."""
-    each = [a - b for a, b in zip(row["accuracies"], other["accuracies"], strict=True)]
-    return statistics.mean(each), interval(each)
 
 
 def models_for(train: ImageData, autoencoder: str | None, flow: GLEM | None) -> dict[str, Callable[[ImageData], GLEM]]:

@@ -1,4 +1,4 @@
-"""Measuring a GLEM on labelled images: accuracy, bits/dim, calibration, round trip, moves that are put back."""
+"""Measurements of a GLEM on labelled images: accuracy, bits/dim, calibration, round trip, rejected moves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from glem_augment.images.dataset import ImageData, LabelledImages, images_for
 from glem_augment.model.conditional_flow import psnr, summarise_errors
 from glem_augment.model.glem import GLEM
 
-__all__ = ["calibrate", "calibration_error", "evaluate", "moves_put_back", "spread"]
+__all__ = ["calibrate", "calibration_error", "evaluate", "moves_rejected", "spread"]
 
 CALIBRATION_BINS = 15
 
@@ -69,10 +69,10 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
 
 
 @torch.no_grad()
-def moves_put_back(model: GLEM, data: ImageData) -> dict[str, Any]:
-    """Share of the moves that `GLEMAugment` puts back at its default settings.
+def moves_rejected(model: GLEM, data: ImageData) -> dict[str, Any]:
+    """Share of the moves that `GLEMAugment` rejects at its default settings.
 
-    A move is put back if its result is not plausible, or if the flow does not give the original back.
+    A move is rejected if its result is not plausible, or if the flow does not give the original back.
 
     Args:
         data: images of the flow's shape, labelled by its class indices. 128 evenly spread images are moved; 16 with an

@@ -27,7 +27,7 @@ from torchvision.datasets import ImageFolder
 import glem_augment
 from glem_augment import GLEM, GLEMAugment, SyntheticDataset, open_data
 from glem_augment.cli import COMMANDS, build_parser, main
-from glem_augment.evaluation import moves_put_back
+from glem_augment.evaluation import moves_rejected
 from glem_augment.hub.cards import model_card
 from glem_augment.model.weights import CONFIG, WEIGHTS
 from glem_augment.training import TrainConfig, Trainer
@@ -170,25 +170,25 @@ def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Outp
     data = open_data(images_of(trained), progress=False)
     right = (model.predict(data.tensor()) == torch.from_numpy(data.targets)).float().mean()
     assert result["accuracy"] == pytest.approx(float(right))
-    assert result["moves_put_back"] == json.loads(json.dumps(moves_put_back(model, data)))
+    assert result["moves_rejected"] == json.loads(json.dumps(moves_rejected(model, data)))
 
 
-def test_adapt_and_eval_say_how_many_moves_would_be_put_back(
+def test_adapt_and_eval_say_how_many_moves_would_be_rejected(
     trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {"images": 18, "mixup": 0.02, "noise": {0.5: 0.54, 0.25: 0.12, 0.125: 0.0}, "strength": 0.125}
-    monkeypatch.setattr("glem_augment.evaluation.moves_put_back", lambda model, data: found)
+    monkeypatch.setattr("glem_augment.evaluation.moves_rejected", lambda model, data: found)
     for argv in (["adapt", "--out", str(tmp_path / "a"), "--rank", "2"], ["eval"]):
         output()
         assert main([argv[0], str(trained), images_of(trained), *argv[1:], "--quiet"]) == 0
         out, err = output()
-        assert json.loads(out)["moves_put_back"]["noise"] == {"0.5": 0.54, "0.25": 0.12, "0.125": 0.0}
+        assert json.loads(out)["moves_rejected"]["noise"] == {"0.5": 0.54, "0.25": 0.12, "0.125": 0.0}
         assert "2 % of the images after mixup and 54 % after noise of strength 0.5" in err and "takes 0.125" in err
     found["mixup"] = 0.3
     assert main(["adapt", str(trained), images_of(trained), "--out", str(tmp_path / "b"), "--rank", "2"]) == 0
     assert "glem adapt identity DATA --autoencoder taef2" in output()[1]
     found |= {"mixup": 0.02, "noise": {0.5: 0.01}, "strength": 0.5}
-    assert main(["eval", str(trained), images_of(trained)]) == 0 and "put back" not in output()[1]
+    assert main(["eval", str(trained), images_of(trained)]) == 0 and "would reject" not in output()[1]
 
 
 def test_quiet_silences_every_bar(trained: Path, tmp_path: Path, output: Output) -> None:

@@ -16,6 +16,7 @@ from glem_augment import ImageData
 from glem_augment.cli import main
 from glem_augment.errors import DataError
 from glem_augment.evaluation import compare as module
+from glem_augment.evaluation import interval
 from glem_augment.evaluation.compare import (
     ORDINARY,
     PLAIN,
@@ -23,7 +24,6 @@ from glem_augment.evaluation.compare import (
     Stack,
     advice,
     compare,
-    interval,
     models_for,
     moves,
     parted,

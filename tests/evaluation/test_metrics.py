@@ -1,4 +1,4 @@
-"""Accuracy, bits/dim, calibration and round trip of a flow, and which moves are put back."""
+"""Accuracy, bits/dim, calibration and round trip of a flow, and which moves are rejected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from glem_augment import GLEM, GLEMAugment, ImageData
 from glem_augment.errors import DataError
-from glem_augment.evaluation import calibrate, evaluate, moves_put_back
+from glem_augment.evaluation import calibrate, evaluate, moves_rejected
 from glem_augment.evaluation.metrics import calibration_error, spread
 
 
@@ -93,11 +93,11 @@ def test_adapting_and_calibrating_make_the_posterior_honest(
     assert evaluate(model, test, round_trip=0, progress=False)["ece"] < 0.15
 
 
-def test_shares_of_moves_that_are_put_back_are_those_of_the_transform() -> None:
+def test_shares_of_moves_that_are_rejected_are_those_of_the_transform() -> None:
     own = make_model()
     own.modes.scales.mul_(20.0)  # the stronger moves leave the range
     data = ImageData.from_tensors(images(400, seed=1), labels(400), own.classes)
-    found = moves_put_back(own, data)
+    found = moves_rejected(own, data)
     assert found["images"] == 128 and found["mixup"] == 0.0 and found["strength"] == 0.125
     some = data.subset(spread(400, 128))
     x, y = some.tensor(), torch.from_numpy(some.targets)

@@ -14,7 +14,8 @@ from torchvision.transforms.functional import to_pil_image
 from glem_augment import GLEM, DataError, ImageData, open_data
 from glem_augment.cli import main
 from glem_augment.evaluation import preview as preview_module
-from glem_augment.evaluation.preview import LARGEST, SMALLEST, FlowClassifier, Section, compose, preview
+from glem_augment.evaluation.pictures import LARGEST, SMALLEST, Section, compose
+from glem_augment.evaluation.preview import ModelClassifier, preview
 
 
 def small(
@@ -118,7 +119,7 @@ def test_moves_begin_at_the_real_image_and_mixup_ends_at_the_partner_that_is_sho
     assert torch.allclose(same, real, atol=0.01) and not torch.allclose(moved, real, atol=0.01)
 
 
-def test_adversarial_moves_lower_the_posterior_and_moves_that_are_put_back_are_framed(
+def test_adversarial_moves_lower_the_posterior_and_rejected_moves_are_framed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, data = small((1, 2, 2), count=40)
@@ -143,7 +144,7 @@ def test_the_flows_own_classifier_has_gradients_in_float32(bundled_test: ImageDa
 
     def gradient(dtype: torch.dtype) -> torch.Tensor:
         images = (x.to(dtype) / 255).requires_grad_()
-        logits = FlowClassifier(model.to(dtype))(images)
+        logits = ModelClassifier(model.to(dtype))(images)
         torch.testing.assert_close(logits.softmax(1), model.posterior(images))
         return torch.autograd.grad(cross_entropy(logits, y), images)[0].flatten(1).double()
 

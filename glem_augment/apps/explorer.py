@@ -1,4 +1,4 @@
-"""The answers of `glem explore`, without its page.
+"""What the explorer shows, without its page.
 
 Samples come from `SyntheticDataset`, and moves from `GLEMAugment`.
 """
@@ -17,40 +17,25 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from glem_augment.augment.transform import GLEMAugment
-from glem_augment.checks import DrawSource, Policy
-from glem_augment.codec.plausible import to_uint8
-from glem_augment.codec.resize import PixelAdapter
-from glem_augment.errors import BadImageError
-from glem_augment.evaluation.metrics import spread
-from glem_augment.evaluation.preview import FlowClassifier, Section, compose
-from glem_augment.evaluation.quality import memorisation_ratio, nearest
-from glem_augment.images.dataset import ImageData, images_for
-from glem_augment.images.readers import FolderSource, to_tensor
-from glem_augment.model.glem import GLEM
-from glem_augment.synthetic.dataset import SyntheticDataset
+from glem_augment import GLEM, BadImageError, GLEMAugment, ImageData, SyntheticDataset
+from glem_augment.codec import PixelAdapter, to_uint8
+from glem_augment.evaluation import ModelClassifier, Section, compose, memorisation_ratio, nearest, spread
+from glem_augment.images import FolderSource, images_for, to_tensor
 
 # Uploads with more pixels than cameras take are refused. Longer sides than a screen shows are reduced.
 MOST_PIXELS, LONGEST = 50_000_000, 768
+ANY_MARGIN = 1e6  # a `margin` of GLEMAugment that rejects no finite image
 NEIGHBOURS = 12  # samples that are compared with real images
 
 
 class Moved(NamedTuple):
     """A moved image, uint8 [C, H, W]; posterior [2, K] and likelihood [2] given the class, before and after the move;
-    whether `GLEMAugment` would put the move back."""
+    whether `GLEMAugment` rejects the move."""
 
     image: Tensor
     posterior: Tensor
     likelihood: Tensor
-    put_back: bool
-
-
-class _Shown(GLEMAugment):
-    """The transform, which keeps its last moved images [n, C, H, W] in `moved`, even if it puts them back."""
-
-    def _images(self, *values: Any) -> Tensor:
-        self.moved = super()._images(*values)
-        return self.moved
+    rejected: bool
 
 
 class Explorer:
@@ -67,17 +52,17 @@ class Explorer:
         self.model, self.sets, self.data, self.progress = model, sets, sets[0], progress
         self.shown, self.pixels = sets[0].at_own_size(), PixelAdapter(model.image_shape)
 
-    def samples(self, cls: int, temperature: float, source: DrawSource, seed: int, count: int = 32) -> Tensor:
+    def samples(self, cls: int, temperature: float, source: Any, seed: int, count: int = 32) -> Tensor:
         """The first samples [count, C, H, W] that `glem generate` draws of a class."""
         return SyntheticDataset(self.model, {cls: count}, temperature, seed, source=source).images(range(count))
 
-    def sample_sheet(self, cls: int, temperature: float, source: DrawSource, seed: int) -> Image.Image:
+    def sample_sheet(self, cls: int, temperature: float, source: Any, seed: int) -> Image.Image:
         """A picture of samples with class, source, temperature and seed."""
         cells = self.samples(cls, temperature, source, seed).unflatten(0, (-1, 8))
         note = f"source {source}, temperature {temperature:g}, seed {seed}"
         return compose(f"Samples: {self.model.classes[cls]}", note, [Section("", cells)])
 
-    def neighbours(self, cls: int, temperature: float, source: DrawSource, seed: int) -> tuple[Image.Image, str]:
+    def neighbours(self, cls: int, temperature: float, source: Any, seed: int) -> tuple[Image.Image, str]:
         """Samples above their nearest real images in pixels, and a sentence on memorisation."""
         samples = self.samples(cls, temperature, source, seed, NEIGHBOURS)
         flat, sections = samples.flatten(1), [Section("Samples", samples[None])]
@@ -115,7 +100,7 @@ class Explorer:
         self,
         image: Tensor,
         cls: int,
-        policy: Policy,
+        policy: Any,
         strength: float,
         seed: int = 0,
         coefficients: Sequence[float] | None = None,
@@ -129,20 +114,24 @@ class Explorer:
         """
         modes = None if coefficients is None else len(coefficients)
         settings: dict[str, Any] = {} if policy == "mixup" else {"strength": strength}
-        aug = _Shown(self.model, p=1.0, policy=policy, modes=modes, seed=seed, **settings)
+        aug = GLEMAugment(self.model, p=1.0, policy=policy, modes=modes, seed=seed, **settings)
         if policy == "adversarial":
-            aug.attach(FlowClassifier(self.model))
+            aug.attach(ModelClassifier(self.model))
         x, y = image[None].to(self.model.device), torch.tensor([cls])
         drawn = aug.draw(x, y)
         if coefficients is not None:
             drawn = replace(drawn, eps=torch.tensor([coefficients], dtype=torch.float32))
         elif policy == "mixup":
             drawn = replace(drawn, l=torch.tensor([1 - strength / 2]))
-        aug.replay(x, y, drawn)
-        moved = aug.moved[0].cpu()
+        moved = aug.replay(x, y, drawn)[0]
+        rejected = aug.stats["replaced"] > 0
+        if rejected:  # it is shown all the same
+            aug.margin = ANY_MARGIN
+            moved = aug.replay(x, y, drawn)[0]
+        moved = moved[0].cpu()
         small = self._small(image, moved)
         likelihood = self._likelihood(small, y.expand(2))
-        return Moved(moved, self.model.posterior(small).cpu(), likelihood, aug.stats["replaced"] > 0)
+        return Moved(moved, self.model.posterior(small).cpu(), likelihood, rejected)
 
     def _likelihood(self, x: Tensor, y: Tensor) -> Tensor:
         """-log p(x | y) [n] in the model's unit, such as bits/dim."""

@@ -9,8 +9,8 @@ import torch
 from PIL import ExifTags, Image
 
 from glem_augment import GLEM, BadImageError, GLEMAugment, ImageData, SyntheticDataset
+from glem_augment.apps.explorer import LONGEST, Explorer, read_upload
 from glem_augment.evaluation import evaluate
-from glem_augment.evaluation.explorer import LONGEST, Explorer, read_upload
 from glem_augment.evaluation.metrics import calibration_error
 from glem_augment.images.dataset import images_for
 
@@ -41,7 +41,7 @@ def test_samples_are_those_of_a_data_set_and_neighbours_are_the_nearest(explorer
 def test_moves_are_those_of_the_transform_in_any_size(explorer: Explorer, shape: tuple[int, int, int]) -> None:
     model, image = explorer.model, torch.randint(60, 120, shape, dtype=torch.uint8)
     still = explorer.move(image, 2, "noise", 1.0, coefficients=[0.0] * 4)
-    assert torch.equal(still.image, image) and not still.put_back
+    assert torch.equal(still.image, image) and not still.rejected
     assert torch.equal(still.posterior[0], still.posterior[1]) and torch.equal(still.likelihood[0], still.likelihood[1])
     # One mode by one standard deviation.
     assert model.modes is not None
@@ -52,7 +52,7 @@ def test_moves_are_those_of_the_transform_in_any_size(explorer: Explorer, shape:
     wanted = aug.pixels.from_unit(aug.pixels.from_flow(x, small, small + change), torch.uint8)[0]
     moved = explorer.move(image, 2, "noise", 0.5, coefficients=[0.0, 2.0, 0.0, 0.0])
     assert (moved.image.int() - wanted.int()).abs().max() <= 1 and not torch.equal(wanted, image)
-    # The policies move as they do elsewhere, and what would be put back is shown all the same.
+    # The policies move as they do elsewhere, and what is rejected is shown all the same.
     y = torch.tensor([2])
     noise = GLEMAugment(model, p=1.0, policy="noise", strength=0.3, seed=7)(image[None], y)[0][0]
     assert torch.equal(explorer.move(image, 2, "noise", 0.3, 7).image, noise)
@@ -60,7 +60,7 @@ def test_moves_are_those_of_the_transform_in_any_size(explorer: Explorer, shape:
     calm, fooled = (explorer.move(image, 2, policy, 0.3, 7) for policy in ("noise", "adversarial"))
     assert fooled.posterior[1, 2] < calm.posterior[1, 2]
     wild = explorer.move(image, 2, "noise", 100.0)
-    assert wild.put_back and not torch.equal(wild.image, image)
+    assert wild.rejected and not torch.equal(wild.image, image)
 
 
 def test_lines_run_from_the_first_image_to_the_second(explorer: Explorer) -> None:
