@@ -138,15 +138,15 @@ class Explorer:
         return (-self.model.log_prob(x, y) / self.model.likelihood[2]).cpu()
 
     @torch.no_grad()
-    def between(self, first: Tensor, second: Tensor, share: float, points: int = 41) -> tuple[Tensor, Tensor, Tensor]:
+    def between(self, first: Tensor, second: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
         """The straight line in latent space between two images.
 
         Returns:
-            The image with that share of the second image, in the flow's size; `points` shares from 0 to 1; their
-            posteriors [points, K].
+            The image with that share of the second image, in the flow's size; 41 shares from 0 to 1; their
+            posteriors [41, K].
         """
         start, end = self.model.encode(self._small(first, second))[0]
-        shares = torch.linspace(0, 1, points)
+        shares = torch.linspace(0, 1, 41)
         line = torch.lerp(start, end, torch.cat([shares, torch.tensor([share])])[:, None].to(start))
         image = to_uint8(self.model.decode(line[-1:]))[0].cpu()
         return image, shares, self.model.posterior_from_latents(line[:-1]).cpu()

@@ -23,7 +23,8 @@ from glem_augment.model.glem import GLEM
 MIX_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
 NOISE_STRENGTHS = (0.25, 0.5, 1.0, 1.5)
 TEMPERATURES = (0.5, 0.8, 1.0)
-MAX_CLASSES = 20
+LINES, STEPS = 4, 8  # interpolations of a kind, and images of each
+MAX_CLASSES, EACH = 20, 3  # classes with samples, and samples of each at each temperature
 _ROWS = 16  # that are moved at once
 
 
@@ -141,10 +142,10 @@ def _moved(
     return list(columns), torch.stack([unit(images) for images in columns.values()], 1), marked
 
 
-def class_samples(model: GLEM, seed: int, each: int = 3) -> Section:
+def class_samples(model: GLEM, seed: int) -> Section:
     """Samples of the first 20 classes at several temperatures, from the class Gaussian and from the RFCM."""
     k = min(model.num_classes, MAX_CLASSES)
-    y = torch.arange(k, device=model.device).repeat_interleave(each)
+    y = torch.arange(k, device=model.device).repeat_interleave(EACH)
     note = "drawn from the class's Gaussian"
     sources = {"Gaussian": "gaussian"}
     if model.modes is not None:
@@ -155,27 +156,27 @@ def class_samples(model: GLEM, seed: int, each: int = 3) -> Section:
         for temperature in TEMPERATURES:
             # All temperatures share their noise, so that a row shows the effect of temperature alone.
             x = model.sample(y, temperature, torch.Generator().manual_seed(seed), source)
-            parts.append(unit(x).unflatten(0, (k, each)))
-            columns += [f"{name}, T = {temperature:.1f}", *[""] * (each - 1)]
+            parts.append(unit(x).unflatten(0, (k, EACH)))
+            columns += [f"{name}, T = {temperature:.1f}", *[""] * (EACH - 1)]
     if model.num_classes > k:
         note += f"; the first {k} of {model.num_classes} classes"
     return Section("Samples of each class", torch.cat(parts, 1), columns, model.classes[:k], note)
 
 
-def _interpolations(model: GLEM, data: ImageData, seed: int, lines: int = 4, steps: int = 8) -> list[Section]:
+def _interpolations(model: GLEM, data: ImageData, seed: int) -> list[Section]:
     """Straight lines in latent space between two real images: within a class, and between two classes."""
-    ends = [("within a class", *_pairs(data, lines, seed + 1))]
+    ends = [("within a class", *_pairs(data, LINES, seed + 1))]
     if len(np.unique(data.targets)) > 1:
         # Twice as many images, spread over the classes in order: images half of the list apart differ in class.
-        spread = _pairs(data, 2 * lines, seed + 2)[0]
-        ends.append(("between two classes", spread[:lines], spread[lines:]))
-    columns = ["real", *(f"{i / (steps - 1):.2f}" for i in range(1, steps - 1)), "real"]
+        spread = _pairs(data, 2 * LINES, seed + 2)[0]
+        ends.append(("between two classes", spread[:LINES], spread[LINES:]))
+    columns = ["real", *(f"{i / (STEPS - 1):.2f}" for i in range(1, STEPS - 1)), "real"]
     note = "straight lines in latent space between two real images"
     sections, pixels = [], PixelAdapter(model.image_shape)
     for what, starts, stops in ends:
         real = (_load(data, indices, model.device)[0] for indices in (starts, stops))
         x1, x2 = (pixels.to_flow(pixels.to_unit(x)) for x in real)
-        cells = unit(model.interpolate(x1, x2, steps))
+        cells = unit(model.interpolate(x1, x2, STEPS))
         names = [[short(model.classes[data.targets[i]], 12) for i in pair] for pair in zip(starts, stops, strict=True)]
         rows = [" - ".join(dict.fromkeys(pair)) for pair in names]
         sections.append(Section(f"Interpolations {what}", cells, columns, rows, note))

@@ -141,7 +141,7 @@ class RealLatents:
         if empty:
             raise ValueError(
                 f"source='mixup' has no real image of {', '.join(empty[:10])}: leave these classes out (per_class as a "
-                "mapping, or weight 0), or take another source"
+                "mapping), or take another source"
             )
         if single:
             warnings.warn(
