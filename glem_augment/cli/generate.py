@@ -87,7 +87,6 @@ def per_class(text: str) -> Any:
 
 def run(args: argparse.Namespace) -> None:
     from glem_augment.distributed import is_primary
-    from glem_augment.evaluation import quality_report
     from glem_augment.hub.cards import CardFacts
     from glem_augment.images.sources import without_splits
     from glem_augment.synthetic.dataset import SyntheticDataset
@@ -116,6 +115,8 @@ def run(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt(f"{args.out} is not complete; to finish it, run: {command}") from None
     report = None
     if args.report is not None and is_primary():  # no other rank waits for it
+        from glem_augment.evaluation import quality_report  # loads the drawing code
+
         judging = {"progress": progress, "class_map": args.class_map}
         report = quality_report(dataset, real, unseen, args.report, **judging)
         if report["warning"]:
