@@ -13,8 +13,7 @@ from glem_augment.cli import common
 
 DESCRIPTION = """\
 Draw new images of every class from a flow. glem-provenance.json records the flow and the settings. The same seed draws
-the same images for any classes and any number of images (rounding may change a pixel by one step). Prints a JSON
-summary.
+the same images for any classes and any number of images. Prints a JSON summary.
 
   --format imagefolder             PNG files, a folder per class; the same command again writes missing files.
                                    A class without images has no folder; classes.json has the label of every class.

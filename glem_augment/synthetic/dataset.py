@@ -1,7 +1,8 @@
 """SyntheticDataset: images drawn from the classes of a GLEM, by index.
 
-Images are decoded in fixed blocks, because the last bits of convolutions and matrix products depend on the batch size.
-So item i is the same image for any batch, order and worker.
+Images are decoded in blocks of one size, because the last bits of convolutions and matrix products depend on the batch
+size. So an image depends on model, seed, class and place in the class alone: not on batches, order, workers, or on how
+many images there are.
 """
 
 from __future__ import annotations
@@ -164,9 +165,11 @@ class SyntheticDataset(Dataset):
     def draw(self, cls: int, number: int) -> Drawn:
         """Draw block `number` of a class, without the cache. RuntimeError: the model has changed."""
         self._check_model()
-        within = np.arange(number * self.plan.block, min(self.counts[cls], (number + 1) * self.plan.block))
-        drawn = self.sampler.draw(np.full_like(within, cls), within)
-        self._implausible.update((self._starts[cls] + within[drawn.implausible]).tolist())
+        within = number * self.plan.block + np.arange(self.plan.block)
+        count = min(self.counts[cls] - within[0], self.plan.block)
+        # The last block is drawn whole too: in a smaller batch its images would have other last bits.
+        drawn = Drawn(*(part[:count] for part in self.sampler.draw(np.full_like(within, cls), within)))
+        self._implausible.update((self._starts[cls] + within[:count][drawn.implausible]).tolist())
         return drawn
 
     def export(
