@@ -77,6 +77,10 @@ def add_data(parser: argparse.ArgumentParser, split: str | None = "test", **opti
     """DATA and its options; `split` is the default, None for test where there are splits."""
     parser.add_argument("data", metavar="DATA", help=DATA_HELP, **optional)
     parser.add_argument("--split", default=split, help=f"of DATA (default: {split or 'test, if there are splits'})")
+    add_skip_bad(parser)
+
+
+def add_skip_bad(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and name them")
 
 

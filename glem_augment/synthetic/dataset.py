@@ -168,7 +168,8 @@ class SyntheticDataset(Dataset):
         within = number * self.plan.block + np.arange(self.plan.block)
         count = min(self.counts[cls] - within[0], self.plan.block)
         # The last block is drawn whole too: in a smaller batch its images would have other last bits.
-        drawn = Drawn(*(part[:count] for part in self.sampler.draw(np.full_like(within, cls), within)))
+        whole = self.sampler.draw(np.full_like(within, cls), within)
+        drawn = Drawn(whole.latents[:count], whole.images[:count], whole.implausible[:count])
         self._implausible.update((self._starts[cls] + within[:count][drawn.implausible]).tolist())
         return drawn
 
