@@ -29,7 +29,16 @@ from glem_augment.errors import ModelFileError
 __all__ = ["atomic_write", "finite", "json_text", "save_png", "write_json"]  # for applications
 
 # `atomic_write` rewrites these system errors, because they name a temporary file, or none.
-_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_REFUSED = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

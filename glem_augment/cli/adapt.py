@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
     record = adapted.config.training
     if args.pooled:
         data = data.with_targets(data.targets * 0, adapted.classes)
+    instead = INSTEAD if adapted.config.flow["coupling"] != IDENTITY else ""
     result = {
         "out": str(folder),
         "model": args.model,
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         "modes_per_class": adapted.modes.fewest_and_most if adapted.modes else (0, 0),
         "psi": adapted.config.psi,
         "posterior_temperature": adapted.config.posterior_temperature,
-        "moves_rejected": common.moves(adapted, data, INSTEAD if adapted.config.flow["coupling"] != IDENTITY else ""),
+        "moves_rejected": common.moves(adapted, data, instead, progress=not args.quiet),
         "seconds": round(time.monotonic() - began, 3),
     }
     common.print_json(result)

@@ -287,7 +287,7 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def moves(model: GLEM, data: ImageData, instead: str = "") -> dict[str, Any] | None:
+def moves(model: GLEM, data: ImageData, instead: str = "", progress: bool = True) -> dict[str, Any] | None:
     """The result of `moves_rejected`, None without modes. Notes on stderr report many rejected moves.
 
     `instead` is advice for a flow that rejects more than a fifth.
@@ -297,7 +297,7 @@ def moves(model: GLEM, data: ImageData, instead: str = "") -> dict[str, Any] | N
 
     if model.modes is None:
         return None
-    found = moves_rejected(model, data)
+    found = moves_rejected(model, data, progress)
     mixup, strongest = found["mixup"], max(found["noise"])
     noise = found["noise"][strongest]
     if max(mixup, noise) > MOST_PUT_BACK:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
 from glem_augment.cli import common
@@ -48,8 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    began = time.monotonic()  # imports and reading count
     from glem_augment.evaluation.compare import check_network, compare, parted, picture
     from glem_augment.images.dataset import open_data
+    from glem_augment.images.sources import without_splits
     from glem_augment.io import finite, save_png, write_json
     from glem_augment.model.glem import GLEM
 
@@ -59,16 +62,14 @@ def run(args: argparse.Namespace) -> None:
     size = common.height_and_width(args.image_size) or (64, 64)
     reading: dict[str, Any] = dict(progress=not args.quiet, skip_bad=args.skip_bad)
     train = open_data(args.data, "train", size, **reading)
-    if args.test is not None:
-        test = open_data(args.test, "test", size, train.image_shape[0], **reading)
+    common.name_skipped(train)
+    if args.test is None and without_splits(args.data):
+        train, test = parted(train, 4)
     else:
-        test = open_data(args.data, "test", size, train.image_shape[0], **reading)
-        if len(test) == len(train) and test.name == train.name:  # there is one folder of images alone
-            train, test = parted(train, 4)
-    for data in (train, test):
-        common.name_skipped(data)
+        test = open_data(args.test or args.data, "test", size, train.image_shape[0], **reading)
+        common.name_skipped(test)
     flow = None if args.model is None else GLEM.from_pretrained(args.model)
-    options: dict[str, Any] = dict(progress=not args.quiet, folder=args.out)
+    options: dict[str, Any] = dict(progress=not args.quiet, folder=args.out, began=began)
     try:
         result = compare(
             train, test, args.minutes, args.seeds, args.autoencoder, flow, network, bool(args.pretrained), **options

@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     real = parser.add_argument_group("real images, for --per-class balance, --source mixup and --report")
     real.add_argument("--real", metavar="DATA", help=common.DATA_HELP)
     real.add_argument("--split", metavar="SPLIT", help="split of DATA (default: train)")
+    common.add_skip_bad(real)
     common.add_class_map(real)
 
 
@@ -95,11 +96,12 @@ def run(args: argparse.Namespace) -> None:
     check_folder(args.out)  # refuses a folder before any work
     model = common.load_model(args)
     progress = not args.quiet
+    reading = {"progress": progress, "skip_bad": args.skip_bad}
     real = unseen = None
     if args.real is not None:
-        real = common.open_resized(model, args.real, args.split or "train", progress=progress)
+        real = common.open_resized(model, args.real, args.split or "train", **reading)
     if args.report is not None and is_primary() and not without_splits(args.real):
-        unseen = common.open_resized(model, args.real, "test", progress=progress)
+        unseen = common.open_resized(model, args.real, "test", **reading)
     given = ("temperature", "modes", "alpha")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     options |= {"real": real, "class_map": args.class_map}
@@ -149,6 +151,7 @@ def _check_together(args: argparse.Namespace) -> None:
         ("alpha", "--source mixup", mixup),
         ("split", "--real", args.real is not None),
         ("class_map", "--real", args.real is not None),
+        ("skip_bad", "--real", args.real is not None),
     ):
-        if getattr(args, name) is not None and not there:
+        if getattr(args, name) not in (None, False) and not there:
             raise ValueError(f"--{name.replace('_', '-')} has no effect without {needed}")

@@ -69,6 +69,7 @@ def compare(
     pretrained: bool = False,
     progress: bool = True,
     folder: Path | None = None,
+    began: float | None = None,
 ) -> dict[str, Any]:
     """Choose and measure stacks within `minutes`; the result has `rows`, `advice`, `cut` and the settings.
 
@@ -82,11 +83,12 @@ def compare(
         network: a network of timm. pretrained: it starts from timm's weights.
         folder: finished trainings are stored there in cells.json. The same call resumes from them with the time that
             was left.
+        began: `time.monotonic()` at the start of the time; by default now.
 
     Raises:
         DataError: classes that differ, or a class with fewer than five images. ValueError: timm has no such network.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     if train.classes != test.classes:
         raise DataError(f"training and test images differ in classes: {train.classes[:5]} and {test.classes[:5]}")
     if np.bincount(train.targets, minlength=len(train.classes)).min() < 5:
@@ -99,6 +101,7 @@ def compare(
     store = Store(None if folder is None else folder / CELLS, settings)
     fit, held = parted(train, 5)
     run = Run(Comparison(models_for(train, autoencoder, flow), 1, network, pretrained), fit, held, train, test, store)
+    run.began = began
     with tqdm(unit="step", desc="compare", disable=not progress, dynamic_ncols=True) as bar:
         schedule = run.planned(began + 60 * minutes - store.seconds, seeds, autoencoder, bar)
         with suppress(OutOfTime):

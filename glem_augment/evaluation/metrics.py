@@ -69,14 +69,15 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
 
 
 @torch.no_grad()
-def moves_rejected(model: GLEM, data: ImageData) -> dict[str, Any]:
+def moves_rejected(model: GLEM, data: ImageData, progress: bool = False) -> dict[str, Any]:
     """Share of the moves that `GLEMAugment` rejects at its default settings.
 
     A move is rejected if its result is not plausible, or if the flow does not give the original back.
 
     Args:
-        data: images of the flow's shape, labelled by its class indices. 128 evenly spread images are moved; 16 with an
+        data: images of the flow's shape, labelled by its class indices. 128 evenly spread images are moved; 8 with an
             autoencoder, which is slow for large images.
+        progress: show a bar on stderr when it takes longer than two seconds.
 
     Returns:
         `mixup`: the share for policy "mixup"; `noise`: the share for policy "noise" at each strength of "auto";
@@ -85,7 +86,7 @@ def moves_rejected(model: GLEM, data: ImageData) -> dict[str, Any]:
     Raises:
         ValueError: a model without modes.
     """
-    count = min(128 if model.autoencoder is None else 16, len(data))
+    count = min(128 if model.autoencoder is None else 8, len(data))
     x, y = (batch.to(model.device) for batch in next(data.batches(spread(len(data), count), count)))
 
     def lost(**settings: Any) -> float:
@@ -93,10 +94,13 @@ def moves_rejected(model: GLEM, data: ImageData) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the result holds the same numbers
             aug(x, y)
+        bar.update()
         return aug.stats["replaced"] / count
 
-    noise = {strength: lost(policy="noise", strength=strength) for strength in LADDER}
-    return {"images": count, "mixup": lost(), "noise": noise, "strength": strongest(noise.items())}
+    with tqdm(total=len(LADDER) + 1, desc="rejected moves", delay=2, disable=not progress, dynamic_ncols=True) as bar:
+        noise = {strength: lost(policy="noise", strength=strength) for strength in LADDER}
+        mixup = lost()
+    return {"images": count, "mixup": mixup, "noise": noise, "strength": strongest(noise.items())}
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ NOISE_STRENGTHS = (0.25, 0.5, 1.0, 1.5)
 TEMPERATURES = (0.5, 0.8, 1.0)
 LINES, STEPS = 4, 8  # interpolations of a kind, and images of each
 MAX_CLASSES, EACH = 20, 3  # classes with samples, and samples of each at each temperature
+MAX_SLOW = 6  # classes with samples of an autoencoder, which decodes large images slowly
 _ROWS = 16  # that are moved at once
 
 
@@ -53,6 +54,7 @@ def preview(
     modes: int | None = None,
     seed: int = 0,
     progress: bool = False,
+    name: str = "",
 ) -> Image.Image:
     """Augmentations at rising strength, samples and interpolations in one picture.
 
@@ -63,6 +65,7 @@ def preview(
         modes: principal modes to move along, by default all stored modes.
         seed: the same call gives the same picture.
         progress: show a bar on stderr when it takes longer than two seconds.
+        name: of the model, for the title.
 
     Raises:
         DataError: no images. ValueError: images of other channels, or more modes than the model has.
@@ -76,7 +79,7 @@ def preview(
     sections += [class_samples(model, seed), *_interpolations(model, data, seed)]
     c, h, w = model.image_shape
     missing = "" if model.modes is not None else " No class modes are stored: no augmentations, no RFCM samples."
-    title = f"{model.config.flow.get('preset', 'custom')} flow, {c}x{h}x{w}, {model.num_classes} classes"
+    title = f"{name or model.origin or 'Model'}: {c}x{h}x{w} {model.numbers_are}, {model.num_classes} classes"
     return compose(title, f"real images from {data.name}.{missing}", sections)
 
 
@@ -88,8 +91,8 @@ def _augmentations(
 ) -> Section:
     """Real images and their moves by GLEMAugment at rising strength, with one draw per row.
 
-    Adversarial moves attack the flow's posterior. Images are floats, so that only an image that was put back equals its
-    original bit for bit.
+    Adversarial moves attack the flow's posterior. Images are floats, so that only an image whose move was rejected
+    equals its original bit for bit.
     """
     aug = GLEMAugment(model, p=1.0, policy=policy, modes=modes, seed=seed)
     if policy == "adversarial":
@@ -103,23 +106,23 @@ def _augmentations(
     pairs = np.stack(_pairs(data, rows, seed), 1)
     found: list[tuple[Tensor, Tensor]] = []
     names: list[str] = []
-    with tqdm(total=rows, unit="row", desc=policy, delay=2, disable=not progress) as bar:
+    with tqdm(unit="image", desc=policy, delay=2, disable=not progress) as bar:
         for part in np.array_split(pairs, -(-rows // _ROWS)):
-            columns, cells, marked = _moved(aug, data, *part.T)
+            columns, cells, marked = _moved(aug, data, part[:, 0], part[:, 1], bar)
             found.append((cells, marked))
             names += [model.classes[i] for i in data.targets[part[:, 0]].tolist()]
-            bar.update(len(part))
     cells, marked = map(torch.cat, zip(*found, strict=True))
     assert model.modes is not None
     used = model.modes.in_words(modes)
-    note = f"{used} principal modes of the class; {what}; red frame: not plausible, so the original is kept"
+    note = f"{used} principal modes of the class; {what}; red frame: the move is rejected, the original stays"
     return Section(f"Augmentations of real images: {policy}", cells, columns, names, note, marked)
 
 
 def _moved(
-    aug: GLEMAugment, data: ImageData, chosen: np.ndarray, partners: np.ndarray
+    aug: GLEMAugment, data: ImageData, chosen: np.ndarray, partners: np.ndarray, bar: tqdm
 ) -> tuple[list[str], Tensor, Tensor]:
-    """Labels of the columns, the cells [n, N, C, H, W], and whether each was put back, bool [n, N]."""
+    """Labels of the columns, the cells [n, N, C, H, W], and whether each move was rejected, bool [n, N]."""
+    slow = aug.model.autoencoder is not None
     x, y = _load(data, np.concatenate([chosen, partners]), aug.model.device)
     x, n = unit(x).to(aug.model.device), len(chosen)
     drawn = aug.draw(x, y)
@@ -128,12 +131,15 @@ def _moved(
         alone = torch.from_numpy(np.concatenate([chosen == partners] * 2))
         partner = torch.where(alone, -1, torch.arange(2 * n).roll(n))
         drawn = replace(drawn, partner=partner, partner_cls=drawn.cls)
-        moves = [(f"l = {share:g}", 1.0, replace(drawn, l=torch.full_like(drawn.l, share))) for share in MIX_SHARES]
+        kept = MIX_SHARES[::2] if slow else MIX_SHARES
+        moves = [(f"l = {keep:g}", 1.0, replace(drawn, l=torch.full_like(drawn.l, keep))) for keep in kept]
     else:
-        moves = [(f"s = {strength:g}", strength, drawn) for strength in NOISE_STRENGTHS]
+        strengths = NOISE_STRENGTHS[1:3] if slow else NOISE_STRENGTHS
+        moves = [(f"s = {strength:g}", strength, drawn) for strength in strengths]
     columns = {"real": x[:n]}
     for label, aug.strength, params in moves:
-        columns[label] = aug.replay(x, y, params)[0][:n]
+        columns[label] = aug.replay(x, y, params.where(params.rows < n))[0][:n]  # partners are not moved
+        bar.update(n)
     marked = torch.stack([(images == x[:n]).flatten(1).all(1) for images in columns.values()], 1).cpu()
     marked[:, 0] = False
     if aug.policy == "mixup":
@@ -143,8 +149,8 @@ def _moved(
 
 
 def class_samples(model: GLEM, seed: int) -> Section:
-    """Samples of the first 20 classes at several temperatures, from the class Gaussian and from the RFCM."""
-    k = min(model.num_classes, MAX_CLASSES)
+    """Samples of the first classes at several temperatures, from the class Gaussian and from the RFCM."""
+    k = min(model.num_classes, MAX_CLASSES if model.autoencoder is None else MAX_SLOW)
     y = torch.arange(k, device=model.device).repeat_interleave(EACH)
     note = "drawn from the class's Gaussian"
     sources = {"Gaussian": "gaussian"}
