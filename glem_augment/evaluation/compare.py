@@ -43,6 +43,7 @@ __all__ = ["CELLS", "advice", "compare", "parted", "picture", "report"]
 
 CELLS = "cells.json"  # finished trainings, from which a run resumes
 LEARNED = 0.8  # the least share of the accuracy above chance that LONGER times as many steps give
+WIDE = 3.0  # points: wider intervals can't tell that nothing helps
 COPYING = 0.3  # the largest part of the time for moved copies
 TRIED_STEPS = 5  # to measure the time of a step
 SHOWN = 8  # images in the picture
@@ -390,6 +391,9 @@ def advice(rows: Sequence[dict[str, Any]]) -> str:
     gain, half = difference(strongest, rows[0])
     if strongest is not rows[0] and gain > half:
         return f"Use {strongest['name']}: {gain:+.1f} ± {half:.1f} points over {BASE}. Moves add nothing clear to it."
+    widest = max(difference(row, rows[0])[1] for row in rows[1:])
+    if widest > WIDE:
+        return f"No advice: gains are uncertain by up to ± {widest:.1f} points. Give it more time and more seeds."
     return f"Nothing clearly beats {BASE} on these images: leave it out, or give it more time and more seeds."
 
 
