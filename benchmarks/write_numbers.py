@@ -433,9 +433,6 @@ def single_files() -> Named:
         yield f"kld: {row['pass']}, memory", f"{row['peak extra memory / mu']:.1f}"
     for row in stored("matexp")["rows"]:
         yield f"matexp: {row['way']}", f"{row['median ratio']:.0f}"
-    for row in stored("jet_beside_conv")["rows"]:
-        yield f"jet_beside_conv: {row['flow']}, accuracy", f"{row['test accuracy %']:.1f}"
-        yield f"jet_beside_conv: {row['flow']}, bits/dim", f"{row['test bits/dim']:.3f}"
     for row in stored("backbones")["rows"]:
         for key, digits in (("bits/dim", 2), ("NF accuracy %", 1)):
             if row[key] != "diverged":

@@ -87,7 +87,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "seed": (42, "of everything random"),
     "off_epoch": (None, "first epoch without the augmentation, counted from 0; null: never off"),
     "augment": (
-        {"policy": "noise", "p": 0.5, "strength": 0.5},
+        {"policy": {"name": "noise", "strength": 0.5}, "p": 0.5},
         "all settings of GLEMAugment (replaces the default), YAML: {policy: mixup, p: 0.3}",
     ),
 }
@@ -105,7 +105,7 @@ SMOKE: dict[str, Any] = {
     "lr": 2e-3,
     "amp": None,
     "workers": 0,
-    "augment": {"policy": "adversarial", "p": 0.5, "strength": 0.25},
+    "augment": {"policy": {"name": "adversarial", "strength": 0.25}, "p": 0.5},
 }
 
 
@@ -239,10 +239,11 @@ def run(args: argparse.Namespace, root: Path) -> None:
 
     # Augmentation (*)
     flow = GLEM.from_pretrained(args.flow, device=device)
-    class_map = match_classes(flow, names, partial=True)
+    class_map = match_classes(flow, names, partial=True).tolist()
     augment = {**args.augment, "mean": config["mean"], "std": config["std"], "seed": args.seed}
     # The classifier may have more classes than the data, for example 1000 for a few classes of ImageNet.
-    aug = GLEMAugment.from_config({**augment, "class_map": class_map, "num_classes": net.num_classes}, flow)
+    class_map += [-1] * (net.num_classes - len(class_map))
+    aug = GLEMAugment.from_config({**augment, "class_map": class_map}, flow)
     train_loader = aug.wrap(train_loader, off_epoch=args.off_epoch)
     soft = aug.target(torch.zeros(1, dtype=torch.int64)).ndim == 2
     if primary:
@@ -279,7 +280,7 @@ def run(args: argparse.Namespace, root: Path) -> None:
     if args.distributed:
         model = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
     dtype = None if args.amp is None else getattr(torch, args.amp)
-    if aug.policy == "adversarial":
+    if aug.policy.wants_classifier:
         aug.attach(model, autocast=dtype)  # (*)
     scaler = None
     if dtype == torch.float16:  # small gradients would be zero in float16

@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from glem_augment import GLEM, GLEMAugment
+from glem_augment import GLEM, Adversarial, GLEMAugment, Mixup, Noise
 from glem_augment.images.matching import match_classes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+POLICIES = {"mixup": Mixup, "noise": Noise, "adversarial": Adversarial}
 
 
 def main() -> None:
@@ -32,9 +33,9 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="folder with train/ and val/ image folders (default: bundled images)")
     parser.add_argument("--flow", default=BUNDLED)
     parser.add_argument("--where", default="chain", choices=("collate", "wrap", "chain"))
-    parser.add_argument("--policy", default="noise", choices=("mixup", "noise", "adversarial"))
+    parser.add_argument("--policy", default="noise", choices=tuple(POLICIES))
     parser.add_argument("--p", type=float, default=0.5)
-    parser.add_argument("--strength", type=float, help="of noise and adversarial (default: from the first batch)")
+    parser.add_argument("--strength", type=float, help="of noise (default: 0.5) and adversarial (default: 0.25)")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -72,15 +73,14 @@ def run(args: argparse.Namespace, root: Path, device: torch.device) -> None:
     class_map = match_classes(flow, train, partial=True).tolist()
     aug = GLEMAugment(
         flow,
+        POLICIES[args.policy](**({} if args.strength is None else {"strength": args.strength})),
         p=args.p,
-        policy=args.policy,
-        strength="auto" if args.strength is None else args.strength,
         mean=MEAN,
         std=STD,
         class_map=class_map,
         seed=args.seed,
     )
-    if args.policy == "adversarial":
+    if aug.policy.wants_classifier:
         aug.attach(net)
 
     # 1. In the workers: the flow runs on their CPUs.

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # type checkers do not follow `__getattr__`
+    from glem_augment.augment.policies import Adversarial, Mixup, Noise, Policy
     from glem_augment.augment.transform import GLEMAugment
     from glem_augment.classes.gaussians import ClassGaussians
     from glem_augment.errors import (
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GLEM",
+    "Adversarial",
     "BadImageError",
     "ClassGaussians",
     "ClassMismatchError",
@@ -43,7 +45,10 @@ __all__ = [
     "GLEMError",
     "HubError",
     "ImageData",
+    "Mixup",
     "ModelFileError",
+    "Noise",
+    "Policy",
     "RealAndSynthetic",
     "SyntheticDataset",
     "TrainingError",
@@ -53,6 +58,7 @@ __all__ = [
 ]
 _MODULES = {
     "augment.transform": "GLEMAugment",
+    "augment.policies": "Adversarial Mixup Noise Policy",
     "images.matching": "match_classes",
     "images.dataset": "ImageData open_data",
     "errors": "BadImageError ClassMismatchError DataError GLEMError HubError ModelFileError TrainingError",

@@ -18,17 +18,16 @@ Preset = Literal[
     "mef_glem",
     "glow_tiny",
     "glow_fast",
-    "jet_tiny",
-    "jet_imagenet64",
     "latent",
     "identity",
+    "stationary",
 ]
 DrawSource = Literal["gaussian", "rfcm", "mixup"]  # the source of a SyntheticDataset's latents
 Format = Literal["imagefolder", "webdataset"]  # of an export
-Policy = Literal["mixup", "noise", "adversarial"]  # how GLEMAugment moves latents
+PolicyName = Literal["mixup", "noise", "adversarial"]  # how GLEMAugment moves latents
 Memory = Literal["stored", "reversible"]  # how training keeps a flow's activations
 
-PRESET_NAMES, SOURCES, FORMATS, POLICIES = (get_args(kind) for kind in (Preset, DrawSource, Format, Policy))
+PRESET_NAMES, SOURCES, FORMATS, POLICIES = (get_args(kind) for kind in (Preset, DrawSource, Format, PolicyName))
 BUNDLED_IMAGES = "bundled:fashion-mnist"
 RUN_FILE = "run.json"  # of a run of `glem train`: its command and how it opened the data
 DEFAULT_MODES = 64  # principal modes per class

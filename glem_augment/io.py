@@ -1,30 +1,21 @@
-"""Files: written atomically, validated on load; and locks of folders.
-
-A safetensors file is validated in two steps: the header before memory is allocated, then every value.
-"""
+"""Files and folders of this machine: atomic writing, digests, locks."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
-import math
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, Any, Literal
 
-import torch
 from filelock import FileLock, Timeout
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
-from glem_augment.errors import ModelFileError
 
 __all__ = ["atomic_write", "finite", "json_text", "save_png", "write_json"]  # for applications
 
@@ -105,9 +96,12 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", 
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as `sha256sum` prints it, in little memory. ValueError: an empty file."""
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
+    """SHA-256 of a file, as `sha256sum` prints it, in little memory."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:  # can't be mapped
+            return hashlib.sha256().hexdigest()
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            return hashlib.sha256(content).hexdigest()
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
@@ -170,72 +164,3 @@ def expand(path: str | os.PathLike[str]) -> Path:
         raise ValueError(
             f"{os.fspath(path)}: that user has no home folder; write ./~... for a name that begins with ~"
         ) from None
-
-
-# ---- safetensors -----------------------------------------------------------------------------------------------------
-
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-_EXACT = {torch.bool: {"BOOL"}, torch.int64: {"I64"}, torch.int32: {"I32"}}
-_CHUNK = 2**18  # numbers per check, which bounds the memory
-
-
-@contextmanager
-def open_tensors(path: Path, most_header: int) -> Iterator[Any]:
-    """An open safetensors file with a header of at most `most_header` bytes. All errors become ModelFileErrors."""
-    try:
-        header = header_bytes(path)
-        if header > most_header:
-            raise ModelFileError(f"{path} has a header of {header} bytes, more than the {most_header} that it can need")
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except ModelFileError:
-        raise
-    except ValueError as error:  # from the `with` block: the file does not describe its model
-        raise ModelFileError(f"{path} can't be read: {error}") from None
-    except (SafetensorError, OSError, RuntimeError, LookupError, OverflowError) as error:
-        raise ModelFileError(f"{path} can't be read: {error}; it is truncated or no safetensors file") from None
-
-
-def header_bytes(path: Path) -> int:
-    """The length of a safetensors header. ModelFileError: the file is shorter than that."""
-    size = os.stat(path).st_size
-    with open(path, "rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if size < 10 or header > size - 8:
-        raise ModelFileError(f"{path} can't be read: its {size} bytes are truncated, or no safetensors file")
-    return header
-
-
-def check_header(path: Path, file: Any, expected: Mapping[str, Tensor]) -> None:
-    """Compare names, shapes and types in an open safetensors file with the `expected` tensors. ModelFileError: unequal.
-
-    Floating-point tensors may be stored in any floating-point type.
-    """
-    names = set(file.keys())
-    missing, extra = sorted(set(expected) - names), sorted(names - set(expected))
-    if missing or extra:
-        raise ModelFileError(
-            f"{path} does not fit its model: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(extra)} unknown {[name[:80] for name in extra[:3]]}"
-        )
-    for name, wanted in expected.items():
-        entry, allowed = file.get_slice(name), _EXACT.get(wanted.dtype, _FLOATS)
-        shape, dtype = list(entry.get_shape()), entry.get_dtype()
-        if shape != list(wanted.shape) or dtype not in allowed:
-            raise ModelFileError(
-                f"{path}: {name} is {dtype} {shape}, its model needs {'/'.join(sorted(allowed))} {[*wanted.shape]}"
-            )
-
-
-@torch.no_grad()
-def copy_checked(path: Path, name: str, source: Tensor, target: Tensor, lowest: float = -math.inf) -> None:
-    """Copy `source`, a view of the mapped file, into `target`, and check the values."""
-    if source.dtype is torch.bool and bool((source.view(torch.uint8) > 1).any()):
-        raise ModelFileError(f"{path}: {name} holds bytes that are neither true nor false")
-    target.copy_(source)
-    # The target is checked, because a finite float64 may have become an infinite float32.
-    for part in target.reshape(-1).split(_CHUNK):
-        if not bool(torch.isfinite(part).all()):
-            raise ModelFileError(f"{path}: {name} holds values that are not finite")
-        if lowest > -math.inf and bool((part < lowest).any()):
-            raise ModelFileError(f"{path}: {name} holds values below {lowest:g}, but variances can't be negative")

@@ -86,7 +86,7 @@ def full_precision(device_type: str) -> Iterator[None]:
     """Run the block in true float32: neither TF32 nor autocast, whatever the caller's settings.
 
     TF32 and bf16 break the inverse. 24 orthogonal layers there and back lose 4e-6 in float32, 9e-3 in TF32 and 8e-2 in
-    bf16. One uint8 step is 4e-3. Subnets may opt into less, see `flows.coupling.Subnet`.
+    bf16. One uint8 step is 4e-3. Subnets may opt into less, see `flows.subnets.Subnet`.
     """
     _enter()
     try:

@@ -1,4 +1,4 @@
-"""Tensors on devices: copies, a temporary eval mode, a key of a model's state."""
+"""Tensors on devices: copies, temporary modes of modules, a key of a model's state."""
 
 from __future__ import annotations
 
@@ -41,3 +41,16 @@ def weights_key(*modules: nn.Module) -> tuple[tuple[int, int], ...]:
     """
     tensors = (t for module in modules for t in chain(module.parameters(), module.buffers()))
     return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """The modules with frozen parameters inside the `with` block."""
+    learning = [p for module in modules for p in module.parameters() if p.requires_grad]
+    try:
+        for p in learning:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from glem_augment import GLEM, GLEMAugment, SyntheticDataset
+from glem_augment import GLEM, Adversarial, GLEMAugment, Mixup, Noise, SyntheticDataset
 from glem_augment.images.dataset import ImageData
 from glem_augment.training import TrainConfig, Trainer
 
@@ -141,8 +141,8 @@ def refuses_mixtures(device: torch.device) -> None:
 
 
 POLICIES: list[dict[str, Any]] = [
-    {"partner": "same"}, {"partner": "any"}, {"partner": "any", "labels": "posterior"}, {"basis": "shared"},
-    {"policy": "noise"}, {"policy": "adversarial"}, {"policy": "noise", "class_map": [0, None, 1]},
+    {"policy": Mixup()}, {"policy": Mixup(partner="any")}, {"policy": Mixup(basis="shared")},
+    {"policy": Noise()}, {"policy": Adversarial()}, {"policy": Noise(), "class_map": [0, None, 1]},
 ]  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def moves(host: GLEM, data: ImageData, device: torch.device, policies: list[dict
         for batch in (x, x[:2].float() / 255):  # in a batch of two, partners are drawn
             labels = y[: len(batch)]
             made = [GLEMAugment(m, p=1.0, seed=0, **settings) for m in (there, host, host)]  # a copy goes to the device
-            if settings.get("policy") == "adversarial":
+            if settings["policy"].wants_classifier:
                 for aug, network in zip(made, (fake_net, net, fake_net), strict=True):
                     aug.attach(network)
             wanted, target = made[1](batch, labels)
@@ -182,23 +182,23 @@ def waits_once(host: GLEM, data: ImageData, device: torch.device) -> None:
     there = copy.deepcopy(host).to(device)
     x, y = data.tensor()[:12].to(device), torch.from_numpy(data.targets[:12]).to(device)
     soft = torch.nn.functional.one_hot(y, host.num_classes).float()
-    for settings in ({"partner": "any"}, {"labels": "posterior"}, {"policy": "noise", "strength": 0.1}):
+    for policy in (Mixup(partner="any"), Mixup(labels="mix"), Noise(0.1)):
         for labels in (y, soft):
-            aug = GLEMAugment(there, p=1.0, seed=0, mean=0.0, std=1.0, **settings)
+            aug = GLEMAugment(there, policy, p=1.0, seed=0, mean=0.0, std=1.0)
             aug._inverse.FIRST = 1
             normalised = x.float() / 255
             aug(normalised, labels)
-            assert aug.stats["replaced"] == 0  # which reads the counts
+            assert aug.stats["rejected"] == 0  # which reads the counts
             waits.clear()
             aug(normalised, labels)
-            assert waits == {"copy to the host": 1}, (settings, waits)
+            assert waits == {"copy to the host": 1}, (policy, waits)
 
 
 def behind_an_autoencoder(_: GLEM, data: ImageData, device: torch.device) -> None:
     x = data.tensor().repeat(1, 3, 2, 2)
     host = GLEM.create("identity", (3, 16, 16), data.classes, autoencoder="taef2")
     host = host.adapt((x, data.targets), classes=data.classes, rank=4, progress=False)
-    moves(host, ImageData.from_tensors(x, data.targets, data.classes), device, [{"policy": "adversarial"}])
+    moves(host, ImageData.from_tensors(x, data.targets, data.classes), device, [{"policy": Adversarial()}])
 
 
 def synthetic_sets(host: GLEM, data: ImageData, device: torch.device) -> None:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import glem_augment.cli as cli
 from glem_augment import GLEM
 from glem_augment import io as glem_io
-from glem_augment.training import Trainer, optim
+from glem_augment.training import Trainer, guard
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Installed packages only: where the tests are, the server does not know.
@@ -91,7 +91,7 @@ def _child(argv: list[str], notes: str, die_at: int | None, poison: bool, every_
     os.dup2(log, 2)
     # Drawing the curves would take half of a run's time; other tests draw them.
     Figure.savefig = lambda figure, file, **_: file.write(b"curves")
-    optim.MAX_BAD_STEPS = 3
+    guard.MAX_BAD_STEPS = 3
     Trainer.checkpoint_seconds = 0.0 if every_step else math.inf
     file = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     _note_saves(file)
@@ -171,14 +171,20 @@ def die_before(count: int, die: Callable[[], Any], operations: list[Operation]) 
 
 
 def _poison() -> None:
-    encode, e_step, on = GLEM.encode, Trainer.e_step, [False]
+    encode, fit, on = GLEM.encode, Trainer.fit, [False]
 
     def bad_encode(self: GLEM, *args: Any) -> tuple[Tensor, Tensor]:
         z, logdet = encode(self, *args)
         return (z * math.nan if on[0] and torch.is_grad_enabled() else z), logdet
 
-    def bad_step(self: Trainer, *batch: Any) -> tuple[float, float]:
-        on[0] = self.rollbacks == 0 and self.step >= 9
-        return e_step(self, *batch)
+    def bad_fit(self: Trainer) -> GLEM:
+        take = self.e_step.take
 
-    GLEM.encode, Trainer.e_step = bad_encode, bad_step
+        def bad_step(*batch: Any) -> tuple[float, float]:
+            on[0] = self.rollbacks == 0 and self.step >= 9
+            return take(*batch)
+
+        self.e_step.take = bad_step
+        return fit(self)
+
+    GLEM.encode, Trainer.fit = bad_encode, bad_fit

@@ -23,7 +23,8 @@ ROOMS = (
     "flows",
 )
 # Imports inside functions: downloads of GLEM.from_pretrained, GLEM.push_to_hub, and aug.wrap with its siblings.
-LOOK_UPS = {("model.weights", "hub"), ("model.glem", "hub"), ("augment.transform", "augment.loops")}
+AUG_WRAP = {("augment.transform", f"augment.{name}") for name in ("loader", "mixup_fn", "collate", "samples")}
+LOOK_UPS = {("model.weights", "hub"), ("model.glem", "hub"), *AUG_WRAP}
 
 
 def modules() -> dict[str, Path]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from glem_augment.augment.random import RandomState
+from glem_augment.augment.state import RandomState
 from glem_augment.checks import check_choice, check_number, check_whole
 from glem_augment.io import lock_folder
 from glem_augment.tensors import weights_key
@@ -65,9 +65,9 @@ def test_a_folder_is_locked_by_one_process_at_a_time_and_free_after_a_kill(tmp_p
 
 def test_ranks_and_workers_draw_differently_and_resume_from_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     def draws(rank: int, worker: int | None, state: dict[str, Any] | None = None) -> Tensor:
-        monkeypatch.setattr("glem_augment.augment.random.rank", lambda otherwise=0: rank)
+        monkeypatch.setattr("glem_augment.augment.state.rank", lambda otherwise=0: rank)
         info = None if worker is None else type("Info", (), {"seed": 0, "id": worker})()
-        monkeypatch.setattr("glem_augment.augment.random.get_worker_info", lambda: info)
+        monkeypatch.setattr("glem_augment.augment.state.get_worker_info", lambda: info)
         random = RandomState(5)
         if state is not None:
             random.restore(state)
@@ -105,7 +105,7 @@ def test_states_are_saved_restored_and_checked() -> None:
 
 def test_the_rank_travels_with_a_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
     here = RandomState(0)
-    monkeypatch.setattr("glem_augment.augment.random.rank", lambda otherwise=0: 3)
+    monkeypatch.setattr("glem_augment.augment.state.rank", lambda otherwise=0: 3)
     sent = pickle.dumps(here)
     wanted = torch.rand(3, generator=here.generator())
     monkeypatch.undo()  # a spawned process knows no rank

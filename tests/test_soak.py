@@ -145,7 +145,7 @@ def test_memory_stays_constant(model: GLEM, policy: str, count: int) -> None:
     # One number kept per batch would be more.
     assert_no_growth(before, Footprint.now(), 4 * MIB, 1000 if count > 1000 else 300)
     stats = aug.stats
-    assert moved * 0.7 < stats["selected"] < moved and stats["replaced"] < 0.1 * moved
+    assert moved * 0.7 < stats["selected"] < moved and stats["rejected"] < 0.1 * moved
     if adversarial:
         assert all(p.grad is None for p in classifier.parameters())
 

@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from glem_augment import GLEM, GLEMAugment, open_data
+from glem_augment import GLEM, Adversarial, GLEMAugment, Noise, open_data
 from glem_augment.cli import main
 from glem_augment.distributed import gather
 
@@ -57,7 +57,7 @@ def classify(data: TensorDataset, flow: GLEM, epochs: range, file: Path) -> list
     torch.manual_seed(0)
     net = Classifier()
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    aug = GLEMAugment(flow, p=0.7, policy="adversarial", strength=0.5, seed=3)
+    aug = GLEMAugment(flow, Adversarial(0.5), p=0.7, seed=3)
     parts: dict[str, Any] = {"net": net, "optimizer": optimizer, "aug": aug}
     if epochs.start:
         for name, state in torch.load(file, weights_only=True).items():
@@ -93,7 +93,7 @@ def augment() -> None:
     whole = classify(data, flow, range(2), OUT / "a.pt")
     parts = [*classify(data, flow, range(1), OUT / "b.pt")[:-1], *classify(data, flow, range(1, 2), OUT / "b.pt")]
     assert len(whole) == len(parts) == 5 and all(map(torch.equal, whole, parts))
-    eps = GLEMAugment(flow, policy="noise", seed=3).draw(*data[:]).eps
+    eps = GLEMAugment(flow, Noise(), seed=3).draw(*data[:]).drawn["eps"]
     (first, weights), (second, others) = gather((eps, whole[-1]))
     assert torch.equal(weights, others) and not torch.equal(first, second)
 

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from glem_augment import GLEM, ClassGaussians, GLEMAugment, GLEMError, ImageData, SyntheticDataset, open_data
+from glem_augment import (
+    GLEM,
+    ClassGaussians,
+    GLEMAugment,
+    GLEMError,
+    ImageData,
+    Noise,
+    SyntheticDataset,
+    open_data,
+)
 
 
 def train(classifier: nn.Module, loader: DataLoader[tuple[Tensor, ...]], augment: GLEMAugment) -> float:
@@ -26,7 +35,7 @@ def main() -> None:
     decoded: Tensor = model.decode(z)
     gaussians: ClassGaussians = model.gaussians
     bits = model.bits_per_dim(images[:8], labels[:8]).mean().item() - float(logdet[0])
-    aug = GLEMAugment(model, p=0.5, policy="mixup", strength=0.5, modes=64)
+    aug = GLEMAugment(model, Noise(strength=0.5), p=0.5, modes=64)
     loader = DataLoader(TensorDataset(images, labels), batch_size=32)
     loss: float = train(nn.Flatten(), loader, aug)
     synthetic = SyntheticDataset(model, per_class=10, seed=0)
@@ -36,6 +45,7 @@ def main() -> None:
         print(error, decoded.shape, gaussians, bits, loss, len(synthetic))
 
     GLEMAugment(model, policy="mixpu")  # type: ignore[arg-type]
+    Noise(alpha=0.5)  # type: ignore[call-arg]
     SyntheticDataset(model, per_class=10, source="rcfm")  # type: ignore[arg-type]
     synthetic.export("folder", format="zip")  # type: ignore[arg-type]
     open_data("photos", "train", imagesize=32)  # type: ignore[call-arg]

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from glem_augment.errors import TrainingError
 from glem_augment.evaluation import features_and_logits, label_reliability
 from glem_augment.io import atomic_write
-from glem_augment.training.start import augment_batch
+from glem_augment.training.augmentation import augment_batch
 
 # Channels per stage of the residual networks. "resnet18" is the paper's network; smaller networks are for CPUs.
 _RESNETS = {"resnet18": (64, 128, 256, 512), "resnet18_quarter": (16, 32, 64, 128)}

@@ -22,6 +22,7 @@ from glem_augment.distributed import Share
 from glem_augment.errors import DataError
 from glem_augment.flows import resolve_preset
 from glem_augment.training import TrainConfig
+from glem_augment.training.augmentation import augment_batch
 
 CODED_METHODS = {
     # Baseline 1: a monomodal flow, N(0, I), on images with class codes.
@@ -154,12 +155,11 @@ def coded_trainer(
 ) -> ResearchTrainer:
     """A trainer for `data` with codes, whose augmentation leaves the codes alone."""
 
-    class CodedTrainer(ResearchTrainer):
-        def augmented(self, x: Tensor, generator: torch.Generator, share: Share) -> Tensor:
-            image, code = codes.split(x)
-            return torch.cat([super().augmented(image, generator, share), code], 2)
+    def augment(x: Tensor, generator: torch.Generator, share: Share) -> Tensor:
+        image, code = codes.split(x)
+        return torch.cat([augment_batch(image, config.augment, generator, share), code], 2)
 
-    return CodedTrainer(data, config, folder, resume, device=device, research=research)
+    return ResearchTrainer(data, config, folder, resume, device=device, augment=augment, research=research)
 
 
 def code_agreement(model: GLEM, codes: ClassCodes, per_class: int, temperature: float, seed: int) -> float:

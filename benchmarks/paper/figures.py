@@ -11,13 +11,14 @@ from torch import Tensor
 
 from benchmarks.paper.classifier import Classifier
 from benchmarks.paper.lab import Lab
+from benchmarks.paper.research import Research, ResearchObjective
 from benchmarks.paper.tables import Cell
 from glem_augment import GLEM, GLEMAugment
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.codec.plausible import in_range
 from glem_augment.io import write_json
-from glem_augment.training import TrainConfig
-from glem_augment.training.objective import LatentStatistics, m_step_loss
+from glem_augment.training.objective import Progress
+from glem_augment.training.statistics import LatentStatistics
 
 PAIRS, STEPS = 200, 11
 
@@ -65,9 +66,9 @@ def two_dimensional_fit(settings: dict[str, Any], z: Tensor, y: Tensor, steps: i
 
     The points are fixed, although a flow would move them. So the figure shows the effect of the losses alone.
     """
-    config = TrainConfig(psi=(5.0, 0.2, 0.05), **settings)
+    objective = ResearchObjective(Research(psi=(5.0, 0.2, 0.05), **settings))
     classes = int(y.max()) + 1
-    gaussians = ClassGaussians(classes, 2, config.psi)
+    gaussians = ClassGaussians(classes, 2, objective.psi)
     with torch.no_grad():
         for c in range(classes):
             gaussians.mu[c] = z[y == c].mean(0)
@@ -75,11 +76,11 @@ def two_dimensional_fit(settings: dict[str, Any], z: Tensor, y: Tensor, steps: i
         statistics = LatentStatistics(classes, 2)
         statistics.add(z, y, -gaussians.log_prob_of(z, y))
     optimizer = torch.optim.Adam(gaussians.parameters())
-    gaussians.mu.requires_grad_(config.learns("means"))
-    gaussians.s.requires_grad_(config.learns("variances"))
+    gaussians.mu.requires_grad_("mu" in objective.learned)
+    gaussians.s.requires_grad_("s" in objective.learned)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / steps)
-        loss = m_step_loss(gaussians, statistics, config, config.kld_weight)
+        loss = objective.m_loss(gaussians, statistics, Progress(0, 1, 0, 1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -234,7 +235,7 @@ def augmented_pictures(lab: Lab, path: Path) -> None:
     model.fit_modes(train, rank=64, max_per_class=500)
     rows = torch.arange(len(train))[:: max(1, len(train) // 64)][:64]
     x, y = train.tensor()[rows].float() / 255, torch.from_numpy(train.targets)[rows]
-    augment = GLEMAugment(model, p=1.0, policy="mixup", seed=0)
+    augment = GLEMAugment(model, "mixup", p=1.0, seed=0)
     out = [augment(x.to(model.device), y.to(model.device))[0].cpu() for _ in range(3)]
     plt = _plots()
     shown = torch.linspace(0, len(rows) - 1, 8).long().tolist()

@@ -23,7 +23,8 @@ from benchmarks.common import machine
 from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
 from benchmarks.paper.codes import CODED_METHODS, ClassCodes, balance_by_rejection, code_agreement, coded_trainer
 from benchmarks.paper.continuum import continuum_correlation
-from benchmarks.paper.research import ResearchTrainer, split_settings
+from benchmarks.paper.methods import METHODS, PAPER
+from benchmarks.paper.research import ResearchTrainer, most_likely, split_settings
 from benchmarks.paper.rfcm import ThinCovariances, fit_covariances
 from benchmarks.paper.scales import SCALES, DataSpec, Scale
 from benchmarks.paper.tables import Cell
@@ -33,10 +34,9 @@ from glem_augment.evaluation import coverage, evaluate, feature_fid, label_relia
 from glem_augment.evaluation.metrics import spread
 from glem_augment.io import atomic_write, write_json
 from glem_augment.training import TimeUpError, TrainConfig
-from glem_augment.training.config import METHODS, PAPER
-from glem_augment.training.folder import has_checkpoint
-from glem_augment.training.objective import LatentStatistics
-from glem_augment.training.start import stratified_split
+from glem_augment.training.batches import stratified_split
+from glem_augment.training.checkpoint import has_checkpoint
+from glem_augment.training.statistics import LatentStatistics
 
 # Part of every name. Raise the number when the meaning of a setting changes.
 _VERSION = 1
@@ -232,7 +232,7 @@ class Lab:
 
         def fit(found: LatentStatistics, floor: float) -> float:
             gaussians.lowest_variance = floor
-            found.most_likely(gaussians)
+            most_likely(found, gaussians)
             return evaluate(model, held_out, round_trip=0, progress=False)["bits_per_dim"]
 
         most = statistics(np.concatenate([split.nf, split.g]))
@@ -399,7 +399,7 @@ class Lab:
         if fitted.codes is not None:
             coded = fitted.codes.append_random(test.tensor(), torch.Generator().manual_seed(0))
             test = ImageData.from_tensors(coded, test.targets, test.classes, test.class_ids, test.name)
-        fitted.model.config.posterior_temperature = 1.0  # methods are compared by the posteriors that they give
+        fitted.model.latent_classes.temperature = 1.0  # methods are compared by the posteriors that they give
         found = evaluate(fitted.model, test, round_trip=0, progress=False)
         accuracy = found["accuracy"]
         if cell.source == "rfcm":

@@ -1,8 +1,10 @@
 """Train with settings that stored results and recipes need, and that the package does not have.
 
-    python benchmarks/paper/research.py DATA --config RECIPE.yaml --out DIR [--init MODEL] [--max-minutes M]
+    python benchmarks/paper/research.py DATA --out DIR [--method NAME] [--config RECIPE.yaml] [--init MODEL]
+        [--max-minutes M]
 
-trains like `glem train --config`, with these settings in addition to the package's settings. It resumes a run in DIR.
+trains like `glem train --config`, with the settings of `Research` in addition to the package's settings, and with the
+methods of `methods.py`. RECIPE wins over the method. The command resumes a run in DIR.
 """
 
 from __future__ import annotations
@@ -10,9 +12,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +24,64 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
+from benchmarks.paper.methods import HYBRID_JOINT, METHODS, PAPER
 from glem_augment import GLEM, ImageData, open_data
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.cli.common import table
 from glem_augment.cli.train import checked
+from glem_augment.distributed import Share
 from glem_augment.training import EXIT_TIME_UP, TimeUpError, TrainConfig, Trainer
-from glem_augment.training.folder import has_checkpoint
-from glem_augment.training.objective import LatentStatistics, m_learning_rates
+from glem_augment.training.checkpoint import has_checkpoint
+from glem_augment.training.objective import Objective, Progress, Repulsion, encode_with_noise, falling
+from glem_augment.training.statistics import LatentStatistics
 
 REFIT_STEPS, REFIT_LR = 200, 3e-3
+SATURATION = 0.05  # of the bounded repulsion, nats per dimension
+NOISE_STD = 0.5  # levels; the dequantisation of IB-INN
+BY_OBJECTIVE: Any = "by objective"
 
 
 @dataclass
 class Research:
-    """Settings in addition to `TrainConfig`.
+    """Settings in addition to `TrainConfig`, or in place of its objective.
+
+    The E-step's loss is `mean NLL / d + beta * cross-entropy`. The M-step's is the mean NLL, with classes of equal
+    weight, plus the cross-entropy of a hybrid, and with a repulsion:
+
+    - "glem" is `training.objective.Repulsion`.
+    - "saturating" replaces each pair's KLD by `t (1 - exp(-KLD / t))`, t = 0.05 d nats, and is bounded for any weight.
+    - "mle" (the paper's Baseline 2), "hybrid" and "ib" have no repulsion. After their M-steps, a refit ends the run. It
+      fits the Gaussians to latents of the training images under the averaged flow.
+
+    "ib" is the objective of IB-INN: -log p(x) = -log mean_y p(x|y) in place of -log p(x|y), and Gaussian
+    dequantisation.
 
     Attributes:
+        kld_weight: of "glem" and "saturating", at the start.
+        beta, label_smoothing: of the cross-entropy of "hybrid" and "ib". ce_scale: factor of its class scores.
+        joint: the E-step's loss teaches the Gaussians on all images, in place of M-steps. By default so for "hybrid".
+        random_init: standard deviations of the means and of the variances' parameters of a random start; None: start at
+            class means of the initial latents, with equal variances.
+        psi: variances are a*sigmoid(b*s)+c; None: plain variances.
+        learn: the parameters of the Gaussians that are learned: "both", "means", "variances" or "none".
         m_rounds: M-steps per epoch, evenly spread.
-        freeze_gaussians_at: share of the run after which the Gaussians are fixed and the flow trains on all images.
+        freeze_gaussians_at: part of the run after which the Gaussians are fixed and the flow trains on all images.
         sigma_lr_scale: factor of the variances' learning rate.
         averaging: "ema", or "none" for the flow's last weights.
-        beta_anneal: (share, factor). After this share of the run, beta falls geometrically to `factor * beta`.
+        beta_anneal: (part, factor). After this part of the run, beta falls geometrically to `factor * beta`.
         equal_steps: an epoch without M-steps has only as many steps as an epoch with M-steps.
         refit_beta: beta of the Gaussians' refit at the end of a hybrid run with M-steps; None: beta; 0: no refit.
-
-    M-steps of a hybrid run have the cross-entropy, too, with classes of equal weight.
     """
 
+    objective: str = "hybrid"
+    kld_weight: float = 3.0
+    beta: float = BY_OBJECTIVE
+    ce_scale: float = BY_OBJECTIVE
+    label_smoothing: float = BY_OBJECTIVE
+    joint: bool = BY_OBJECTIVE
+    random_init: tuple[float, float] | None = BY_OBJECTIVE
+    psi: tuple[float, float, float] | None = BY_OBJECTIVE
+    learn: str = "both"
     m_rounds: int = 1
     freeze_gaussians_at: float = 1.0
     sigma_lr_scale: float = 1.0
@@ -58,12 +90,28 @@ class Research:
     equal_steps: bool = False
     refit_beta: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.objective not in ("glem", "saturating", "mle", "hybrid", "ib"):
+            raise ValueError(f"no objective {self.objective!r}: use glem, saturating, mle, hybrid or ib")
+        hybrid = self.objective in ("hybrid", "ib")
+        others = PAPER | (dict(beta=0.3, ce_scale=0.2) if hybrid else dict(beta=0.0, ce_scale=1.0))
+        joint = self.objective == "hybrid" and self.joint is not False
+        for name, value in (HYBRID_JOINT if joint else others).items():
+            if getattr(self, name) == BY_OBJECTIVE:
+                setattr(self, name, value)
+        if self.psi is not None:
+            a, b, c = self.psi
+            self.psi = (float(a), float(b), float(c))
+
 
 def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], Research]:
     """Settings of the package, and research settings."""
     names = {field.name for field in fields(Research)}
     own = {name: value for name, value in settings.items() if name not in names}
     return own, Research(**{name: value for name, value in settings.items() if name in names})
+
+
+# ---- the objective ---------------------------------------------------------------------------------------------------
 
 
 class KeptLatents(LatentStatistics):
@@ -79,118 +127,204 @@ class KeptLatents(LatentStatistics):
         self.latents.append(z)
         self.labels.append(y)
 
-    def cross_entropy(self, gaussians: ClassGaussians, config: TrainConfig) -> Tensor:
+    def cross_entropy(self, gaussians: ClassGaussians, research: Research) -> Tensor:
         """Mean over the classes of their mean cross-entropy."""
         z, y = torch.cat(self.latents), torch.cat(self.labels)
         # Torch's own `weight` would weigh the smoothing by the classes that it is spread over.
         weight = (1 / self.count.clamp_min(1)).to(z.dtype)[y]
-        scores = config.ce_scale * gaussians.log_prob(z)
-        each = F.cross_entropy(scores, y, label_smoothing=config.label_smoothing, reduction="none")
+        scores = research.ce_scale * gaussians.log_prob(z)
+        each = F.cross_entropy(scores, y, label_smoothing=research.label_smoothing, reduction="none")
         return ((weight * each).sum() / weight.sum()).double()
+
+
+class ScaledAdam(torch.optim.Adam):
+    """Adam on Gaussians whose variances have `scale` times the learning rate."""
+
+    def __init__(self, gaussians: ClassGaussians, scale: float) -> None:
+        super().__init__(gaussians.parameters())
+        self.gaussians, self.scale = gaussians, scale
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        s = self.gaussians.s
+        before = s.clone()
+        super().step(closure)
+        self.gaussians.project()
+        s.copy_(before + self.scale * (s - before))  # Adam's step is linear in its rate
+
+
+class ResearchObjective(Objective):
+    """The objective of the settings `research`."""
+
+    def __init__(self, research: Research) -> None:
+        self.research = research
+        self.psi, self.joint, self.m_rounds = research.psi, research.joint, research.m_rounds
+        named = {"means": "mu", "variances": "s"}
+        self.learned = tuple(named[name] for name in named if research.learn in ("both", name))
+        self.fixed_beta: float | None = None
+
+    def settings(self) -> dict[str, Any]:
+        own = asdict(self.research).items()
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in own}
+
+    @property
+    def repels(self) -> bool:
+        """Whether M-steps push the classes apart."""
+        return self.research.objective in ("glem", "saturating")
+
+    @property
+    def crossed(self) -> bool:
+        """Whether M-steps have the cross-entropy."""
+        return bool(self.research.beta) and not self.joint
+
+    def weights(self, progress: Progress) -> dict[str, float]:
+        return {"kld_weight": falling(self.research.kld_weight, progress)} if self.repels else {}
+
+    def m_epochs(self, epochs: int) -> int:
+        none = self.joint or self.research.learn == "none"
+        return 0 if none else math.ceil(self.research.freeze_gaussians_at * epochs)
+
+    def annealed(self, progress: Progress) -> float:
+        """The current beta."""
+        if self.fixed_beta is not None:
+            return self.fixed_beta
+        start, end = self.research.beta_anneal
+        late = max(0.0, progress.step / progress.steps - start) / (1 - start)
+        return self.research.beta * end**late
+
+    def gaussian_optimizer(self, gaussians: ClassGaussians) -> torch.optim.Optimizer:
+        return ScaledAdam(gaussians, self.research.sigma_lr_scale)
+
+    @torch.no_grad()
+    def start(
+        self,
+        gaussians: ClassGaussians,
+        statistics: Callable[[], LatentStatistics],
+        generator: Callable[[int], torch.Generator],
+    ) -> None:
+        if self.research.random_init is None:
+            statistics().start_of_new_flow(gaussians)
+            return
+        if self.psi is None:
+            gaussians.set_variance(torch.ones_like(gaussians.s))
+        means, noise = (torch.randn(gaussians.mu.shape, generator=generator(key)) for key in (2, 6))
+        gaussians.mu.copy_(self.research.random_init[0] * means)
+        gaussians.s.add_(self.research.random_init[1] * noise.to(gaussians.s))
+        gaussians.project()
+
+    def encode(
+        self, model: GLEM, x: Tensor, generator: torch.Generator, share: Share, latent_noise: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        if not model.codec.levels or self.research.objective != "ib":
+            return super().encode(model, x, generator, share, latent_noise)
+        return encode_with_noise(model, x, NOISE_STD * 2.0**-model.bits, generator, share)
+
+    def e_loss(
+        self, gaussians: ClassGaussians, z: Tensor, logdet: Tensor, y: Tensor, progress: Progress
+    ) -> tuple[Tensor, Tensor]:
+        beta, ib = self.annealed(progress), self.research.objective == "ib"
+        if not beta and not ib:
+            return super().e_loss(gaussians, z, logdet, y, progress)
+        scores = gaussians.log_prob(z)
+        own = scores.gather(1, y[:, None])[:, 0]
+        if ib:
+            own = torch.logsumexp(scores, 1) - math.log(gaussians.num_classes)
+        nll = -(own + logdet).mean() / gaussians.dim
+        if not beta:
+            return nll, nll
+        smoothing = self.research.label_smoothing
+        return nll + beta * F.cross_entropy(self.research.ce_scale * scores, y, label_smoothing=smoothing), nll
+
+    def statistics(self, num_classes: int, dim: int, device: torch.device) -> LatentStatistics:
+        return (KeptLatents if self.crossed else LatentStatistics)(num_classes, dim, device)
+
+    def m_loss(self, gaussians: ClassGaussians, statistics: LatentStatistics, progress: Progress) -> Tensor:
+        if self.research.objective == "glem":
+            return Repulsion(self.research.kld_weight).m_loss(gaussians, statistics, progress)
+        dim = gaussians.dim
+        loss = statistics.balanced_nll(gaussians) / dim
+        weight = falling(self.research.kld_weight, progress)
+        if self.research.objective == "saturating" and weight > 0 and gaussians.num_classes > 1:
+            loss = loss - weight * saturating_kld(gaussians, SATURATION * dim) / dim
+        if isinstance(statistics, KeptLatents):
+            loss = loss + self.annealed(progress) * statistics.cross_entropy(gaussians, self.research)
+        return loss
+
+
+def saturating_kld(gaussians: ClassGaussians, scale: float) -> Tensor:
+    """Mean over pairs of `scale * (1 - exp(-KLD / scale))` in nats: the KLD if it is small, `scale` if large."""
+    k = gaussians.num_classes
+    kld = gaussians.kld_matrix()
+    return (scale * -torch.expm1(-kld / scale)).sum() / max(1, k * (k - 1))
+
+
+@torch.no_grad()
+def most_likely(
+    statistics: LatentStatistics, gaussians: ClassGaussians, learned: tuple[str, ...] = ("mu", "s")
+) -> None:
+    """Set the learned parameters to the minimum of `balanced_nll` within the range of the variances."""
+    mean, variance = statistics.moments()
+    if "mu" in learned:
+        gaussians.mu.copy_(mean)
+    if "s" in learned:
+        # About the Gaussian's mean, which is the class mean only if it was just set.
+        gaussians.set_variance(variance + (mean - gaussians.mu.double()).square())
+
+
+# ---- the trainer -----------------------------------------------------------------------------------------------------
 
 
 class ResearchTrainer(Trainer):
     """A `Trainer` with the settings `research`."""
 
     def __init__(self, data: ImageData, config: TrainConfig, *args: Any, research: Research, **options: Any) -> None:
-        self.research = research
-        super().__init__(data, config, *args, **options)
-        self.frozen_from = math.ceil(research.freeze_gaussians_at * config.epochs) if self.m_total else 0
-        self.m_total = research.m_rounds * self.frozen_from
-        self.m_rates = m_learning_rates(self.m_total, config.m_steps, self.frozen_from * self.steps_per_epoch)
-        if self.ema is not None and research.averaging == "none":
-            self.ema.decay = 0.0
+        self.research, self.own_objective = research, ResearchObjective(research)
+        super().__init__(data, config, *args, objective=self.own_objective, **options)
+        if self.e_step.ema is not None and research.averaging == "none":
+            self.e_step.ema.decay = 0.0
 
     def count_steps(self) -> int:
         if not self.research.equal_steps:
             return super().count_steps()
-        return max(1, len(self.split.nf) // self.config.batch_size)
+        return max(1, len(self.batches.split.nf) // self.config.batch_size)
 
-    def epoch_rows(self, epoch: int) -> np.ndarray:
-        if self.m_total and epoch < getattr(self, "frozen_from", math.inf):
-            return self.split.nf
-        return np.concatenate([self.split.nf, self.split.g])
+    def refit(self, model: GLEM) -> bool:
+        """After M-steps without repulsion, fit the Gaussians to latents of the training images."""
+        objective, m_step, beta = self.own_objective, self.m_step, self.research.refit_beta
+        if not m_step.total or objective.repels or (objective.crossed and beta == 0):
+            return False
+        if not objective.crossed:
+            most_likely(m_step.last_pass(model, self.batches.training_rows()), model.gaussians, objective.learned)
+            return True
+        split = self.batches.split
+        rows = np.concatenate([split.nf, split.g])
+        rows = self.batches.some_of_each_class(rows, model.dim * model.num_classes)  # all classes are in memory
+        statistics = m_step.last_pass(model, rows)
+        self.gaussians.optimizer.state.clear()
+        objective.fixed_beta = self.research.beta if beta is None else beta
+        for step in range(REFIT_STEPS):
+            m_step.descend(statistics, REFIT_LR * (1 - step / REFIT_STEPS), self.so_far)
+        return True
 
-    def m_steps_due(self, epoch: int, position: int) -> int:
-        rounds = self.research.m_rounds
-        first = epoch * rounds
-        before = [first + r for r in range(rounds) if r * self.steps_per_epoch // rounds == position]
-        return sum(self.m_done <= r for r in before) if epoch < self.frozen_from else 0
 
-    def e_step(self, *batch: Any) -> tuple[float, float]:
-        with self.with_beta(self.annealed()):
-            return super().e_step(*batch)
-
-    def m_step(self) -> None:
-        with self.with_beta(self.annealed()):
-            super().m_step()
-
-    def annealed(self) -> float:
-        """The current beta."""
-        start, end = self.research.beta_anneal
-        late = max(0.0, self.step / self.total_steps - start) / (1 - start)
-        return self.config.beta * end**late
-
-    @contextmanager
-    def with_beta(self, beta: float) -> Iterator[None]:
-        """A context with another beta."""
-        before, self.config.beta = self.config.beta, beta
-        try:
-            yield
-        finally:
-            self.config.beta = before
-
-    @property
-    def crossed(self) -> bool:
-        """Whether M-steps have the cross-entropy."""
-        return bool(self.config.beta) and not self.config.joint
-
-    def new_statistics(self) -> LatentStatistics:
-        if not self.crossed:
-            return super().new_statistics()
-        return KeptLatents(self.model.num_classes, self.model.dim, self.device)
-
-    def m_loss(self, statistics: LatentStatistics) -> Tensor:
-        loss = super().m_loss(statistics)
-        if isinstance(statistics, KeptLatents):
-            loss = loss + self.config.beta * statistics.cross_entropy(self.model.gaussians, self.config)
-        return loss
-
-    def refit_rows(self) -> np.ndarray:
-        if not self.crossed:
-            return super().refit_rows()
-        if self.research.refit_beta == 0:
-            return np.empty(0, np.int64)
-        return self.some_of_each_class(np.concatenate([self.split.nf, self.split.g]), self.model.num_classes)
-
-    def refit(self, model: GLEM, rows: np.ndarray) -> None:
-        if not self.crossed:
-            return super().refit(model, rows)
-        statistics = self.latent_pass(self.m_total, rows, model)
-        self.m_optimizer.state.clear()
-        beta = self.research.refit_beta
-        with self.with_beta(self.config.beta if beta is None else beta):
-            for step in range(REFIT_STEPS):
-                self.descend(statistics, REFIT_LR * (1 - step / REFIT_STEPS))
-
-    @torch.no_grad()
-    def gaussian_step(self, rate: float) -> None:
-        s = self.model.gaussians.s
-        before = s.clone()
-        super().gaussian_step(rate)
-        s.copy_(before + self.research.sigma_lr_scale * (s - before))  # Adam's step is linear in its rate
-        self.model.gaussians.project()
+def method_trainer(
+    name: str, data: ImageData, out: str | Path, device: str | None = None, progress: bool = True, **settings: Any
+) -> ResearchTrainer:
+    """A trainer of the method `name`, with `settings` of `TrainConfig` and `Research` winning over it."""
+    own, research = split_settings({**METHODS[name], **settings})
+    return ResearchTrainer(data, TrainConfig(**own), out, device=device, progress=progress, research=research)
 
 
 def main() -> int:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("data")
-    args.add_argument("--config", type=table, required=True)
+    args.add_argument("--method", choices=METHODS)
+    args.add_argument("--config", type=table)
     args.add_argument("--out", type=Path, required=True)
     args.add_argument("--init", type=GLEM.from_pretrained)
     args.add_argument("--max-minutes", type=float)
     given = args.parse_args()
-    own, research = split_settings(given.config)
+    own, research = split_settings({**METHODS.get(given.method, {}), **(given.config or {})})
     config = TrainConfig(**checked(own, "--config"), max_minutes=given.max_minutes)
     size = None if given.init is None else given.init.image_shape[1:]
     data = open_data(given.data, "train", size)

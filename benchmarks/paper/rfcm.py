@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from glem_augment.checks import check_number
-from glem_augment.classes.fit import REST_FLOOR, centred
+from glem_augment.classes.fit import REST_FLOOR
+from glem_augment.classes.statistics import centred
 
 # With less, float64 can't tell the determinant of two images' covariance from zero.
 _LEAST_RIDGE = 1e-10

@@ -26,7 +26,7 @@ from benchmarks.proof.augmentation_settings import (
 )
 from glem_augment import GLEM, ImageData, open_data
 from glem_augment.training import TimeUpError, TrainConfig
-from glem_augment.training.folder import has_checkpoint
+from glem_augment.training.checkpoint import has_checkpoint
 
 # name -> folder in $GLEM_DATA, another place, name of the test split
 PLACES = {

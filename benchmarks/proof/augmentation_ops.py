@@ -18,8 +18,9 @@ from torchvision.transforms import v2
 
 from benchmarks.proof.augmentation_settings import METHODS, PLAIN, REUSE
 from glem_augment import GLEM, GLEMAugment, SyntheticDataset
+from glem_augment.augment.policies import as_policy
 from glem_augment.tensors import evaluating
-from glem_augment.training.start import augment_batch
+from glem_augment.training.augmentation import augment_batch
 
 Component = tuple[str, dict[str, Any]]
 # (uint8 images, labels, bool mask) to images and labels, changed where the mask is true.
@@ -141,8 +142,9 @@ class Stack:
         if name == "latent-noise":
             return Reused(self._latent_noise(model, params["strength"]), p, count)
         assert model.modes is not None
-        aug = GLEMAugment(model, p=1.0, modes=min(64, model.modes.rank), seed=seed, **params)
-        if params["policy"] == "adversarial":
+        policy = as_policy({"name" if key == "policy" else key: value for key, value in params.items()})
+        aug = GLEMAugment(model, policy, p=1.0, modes=min(64, model.modes.rank), seed=seed)
+        if policy.wants_classifier:
             aug.attach(self.network)
         # All rows may be partners; only rows of the mask are decoded.
         return Reused(lambda x, y, mask: aug.replay(x, y, aug.draw(x, y).where(mask)), p, count)

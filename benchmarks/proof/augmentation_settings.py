@@ -195,7 +195,7 @@ METHODS: dict[str, Method] = {
         (
             {"policy": "mixup", "partner": "any", "labels": "mix", "alpha": 0.3, "p": 0.5},
             {"policy": "mixup", "partner": "any", "labels": "mix", "alpha": 1.0, "p": 0.5},
-            {"policy": "mixup", "partner": "any", "labels": "posterior", "alpha": 1.0, "p": 0.5},
+            {"policy": "mixup", "partner": "any", "labels": "mix", "alpha": 4.0, "p": 0.5},
         ),
         flow=True,
     ),

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import find_images, parser, write_results
 from glem_augment import GLEM, open_data
-from glem_augment.classes.fit import pooled_covariance
+from glem_augment.classes.statistics import pooled_covariance
 from glem_augment.flows.presets import create_flow
 from glem_augment.io import write_json
 
@@ -69,9 +69,8 @@ def numbers(kind: str) -> tuple[Tensor, Tensor]:
     x, y = data.tensor()[rows], torch.from_numpy(data.targets[rows])
     if channels == 0:
         return x.float() / 256, y
-    autoencoder = GLEM.create("identity", data.image_shape, data.classes, autoencoder="taef2").autoencoder
-    assert autoencoder is not None
-    h = torch.cat([autoencoder.raw(part.float() / 255) for part in x.split(max(1, 2**20 // side**2))])
+    codec = GLEM.create("identity", data.image_shape, data.classes, autoencoder="taef2").codec
+    h = torch.cat([codec.encode(part) for part in x.split(max(1, 2**20 // side**2))])
     h = (h - h.mean((0, 2, 3), keepdim=True)) / h.std((0, 2, 3), keepdim=True)
     if channels < h.shape[1]:
         flat = h.permute(0, 2, 3, 1).reshape(-1, h.shape[1])

@@ -33,8 +33,7 @@ from benchmarks.proof.augmentation_settings import Setting
 from benchmarks.proof.augmentation_train import accuracy, train
 from glem_augment import GLEM, ImageData, SyntheticDataset
 from glem_augment.io import write_json
-from glem_augment.training import Trainer
-from glem_augment.training.config import method
+from glem_augment.training import TrainConfig, Trainer
 
 NAME, LARGEST, TUNING_SEED = "long_tails", 500, 1000
 SHAPES = {"fashion-mnist": (28, 1), "cifar10": (32, 3), "imagenette": (32, 3)}
@@ -69,8 +68,8 @@ class LongTail:
             return GLEM.create("identity", images.image_shape, task.classes).adapt(images, progress=False)
         place = self.work / f"{self.setting.name}-{seed}"
         if not (place / "model.safetensors").is_file():
-            config = method(
-                "hybrid-joint", preset="glow_fast", epochs=FLOW_IMAGES // len(images), batch_size=32, lr=0.005,
+            config = TrainConfig(
+                preset="glow_fast", epochs=FLOW_IMAGES // len(images), batch_size=32, lr=0.005,
                 schedule="cosine", augment=("flip", "crop"), val_fraction=0.0, sample_every=0, threads=1, seed=seed,
             )  # fmt: skip
             Trainer(images, config, place, resume=place.is_dir(), device="cpu", progress=False).fit()

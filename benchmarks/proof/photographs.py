@@ -24,7 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import find_images, parser, write_results
-from glem_augment import GLEM, ImageData, TrainConfig, Trainer, open_data
+from benchmarks.paper.research import method_trainer
+from glem_augment import GLEM, Adversarial, ImageData, Noise, open_data
 from glem_augment.evaluation.compare import report
 from glem_augment.evaluation.intervals import difference
 from glem_augment.evaluation.stacks import ORDINARY, PLAIN, POLICIES, Stack, moves
@@ -35,9 +36,9 @@ NAME, SIZE, STEPS = "photographs", 64, 300
 SHOWN = {"pixels": "pixel modes", "autoencoder": "taef2 modes", "flow": "flow's modes"}
 TRIED = (
     *POLICIES,
-    dict(policy="noise", strength=2.0),
-    dict(policy="adversarial", strength=0.5),
-    dict(policy="adversarial", strength=1.0),
+    Noise(strength=2.0),
+    Adversarial(strength=0.5),
+    Adversarial(strength=1.0),
 )
 OTHERS = (
     *ORDINARY,
@@ -57,13 +58,14 @@ def few(data: ImageData, per_class: int, seed: int, first: int = 0) -> ImageData
 
 def trained_flow(data: ImageData) -> GLEM:
     """A flow in TAEF2's latents, trained on these images alone, with modes of these images."""
-    config = TrainConfig(
+    settings: dict[str, Any] = dict(
         preset="latent", flow_options=dict(whiten=64, depth=[6], blocks=[1], width=[128]),
-        autoencoder="taef2", objective="mle", batch_size=50,
+        autoencoder="taef2", batch_size=50,
         epochs=max(1, 15_000 // len(data)), lr=1e-3, latent_noise=0.3, augment=("flip", "crop"), threads=1,
     )  # fmt: skip
     with TemporaryDirectory() as out:
-        return Trainer(data, config, out, progress=False).fit().adapt(data, rank=MODES, progress=False)
+        model = method_trainer("lambda0-psi", data, out, progress=False, **settings).fit()
+        return model.adapt(data, rank=MODES, progress=False)
 
 
 def main() -> None:

@@ -48,9 +48,9 @@ from benchmarks.proof.augmentation_data import Flows, make_task
 from benchmarks.proof.augmentation_settings import CIFAR_LATENTS, FINAL_SEEDS, TUNING_SEED, TUNING_SEEDS, Setting
 from benchmarks.proof.augmentation_train import order_of
 from benchmarks.proof.sharpness import OFFLINE, make_classifier
-from glem_augment import GLEMAugment
+from glem_augment import GLEMAugment, Noise
 from glem_augment.io import write_json
-from glem_augment.training.start import augment_batch
+from glem_augment.training.augmentation import augment_batch
 
 SIZE, VIEWS = 128, 2
 PER_CLASS = (5, 10, 20, 50)
@@ -114,7 +114,7 @@ def views_of(setting: Setting, seed: int, backbone: Backbone, flows: Flows) -> d
                            v2.ColorJitter(0.4, 0.4, 0.4, 0.1)])  # fmt: skip
     kinds = {"image": [x], "flip": [x.flip(-1)]}
     for arm, name in MOVES.items():
-        move = GLEMAugment(flows.adapted(name, setting, seed, task), p=1.0, policy="noise", strength=0.5, seed=seed)
+        move = GLEMAugment(flows.adapted(name, setting, seed, task), Noise(0.5), p=1.0, seed=seed)
         kinds[arm] = [move(x, y)[0] for _ in range(VIEWS)]
     kinds["ordinary"] = [torch.stack([ordinary(image) for image in x]) for _ in range(VIEWS)]
     return {kind: (backbone(torch.cat(parts)), y.repeat(len(parts))) for kind, parts in kinds.items()}
@@ -133,7 +133,7 @@ def fine_tuned(setting: Setting, seed: int, arm: str, value: Any, steps: int, fl
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.15)
     if arm in MOVES:
         flow = flows.adapted(MOVES[arm], setting, seed, task)
-        move = GLEMAugment(flow, p=0.5, policy="noise", strength=value, seed=seed)
+        move = GLEMAugment(flow, Noise(value), seed=seed)
     randaugment, erase = v2.RandAugment(), RandomErasing(probability=0.5, mode="const", device="cpu")
     for rows in order_of(y, BATCH, steps, seed):
         view = move(x[rows], y[rows])[0] if arm in MOVES else x[rows]

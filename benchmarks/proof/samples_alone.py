@@ -148,7 +148,7 @@ class Images:
         path = self.work / f"{method} reconstructions.npy"
         if not path.is_file():
             model, x = self.flow(method), self.train.tensor()
-            parts = [model.images(model.numbers(part)).clamp(0, 1) for part in x.split(500)]
+            parts = [model.codec.decode(model.numbers(part)).clamp(0, 1) for part in x.split(500)]
             np.save(path, (255 * torch.cat(parts)).round().to(torch.uint8).numpy())
         return torch.from_numpy(np.load(path))
 

@@ -32,13 +32,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import find_images, parser, write_results
-from glem_augment import GLEM, GLEMAugment, ImageData, open_data
+from glem_augment import GLEM, Adversarial, GLEMAugment, ImageData, Mixup, Noise, Policy, open_data
 
 OFFLINE = "efficientnet-lite0"
-POLICIES: dict[str, dict[str, object]] = {
-    "mixup, same class": dict(policy="mixup", partner="same"),
-    "noise along modes": dict(policy="noise"),
-    "adversarial along modes": dict(policy="adversarial"),
+POLICIES: dict[str, type[Policy]] = {
+    "mixup, same class": Mixup,
+    "noise along modes": Noise,
+    "adversarial along modes": Adversarial,
 }
 ENERGY_WITHIN, POINTS_LOST = 0.10, 2.0
 STRENGTHS = [0.125 * 1.25**k for k in range(24)]
@@ -117,11 +117,10 @@ class _OnImages(nn.Module):
         return self.net((x - self.bench.mean) / self.bench.std)[:, self.bench.rows]
 
 
-def make(flow: GLEM, bench: Bench, settings: dict[str, object], strength: float) -> GLEMAugment:
-    if settings["policy"] != "mixup":
-        settings = {**settings, "strength": strength}
-    aug = GLEMAugment(flow, p=1.0, alpha=8.0, seed=0, **settings)  # type: ignore[arg-type]
-    if settings["policy"] == "adversarial":
+def make(flow: GLEM, bench: Bench, kind: type[Policy], strength: float) -> GLEMAugment:
+    policy = Mixup(alpha=8.0) if kind is Mixup else kind(strength=strength)  # type: ignore[call-arg]
+    aug = GLEMAugment(flow, policy, p=1.0, seed=0)
+    if policy.wants_classifier:
         aug.attach(bench.on_images())
     return aug
 
@@ -159,14 +158,14 @@ def main() -> None:
     rows = [dict(flow="none", policy="originals", strength=None, change=0.0, energy=1.0, accuracy=100 * clean / total)]
     verdicts = []
     for name, flow in flows.items():
-        for policy, settings in POLICIES.items():
-            found = (s for s in STRENGTHS if bench.change(make(flow, bench, settings, s), args.search) >= args.change)
+        for policy, kind in POLICIES.items():
+            found = (s for s in STRENGTHS if bench.change(make(flow, bench, kind, s), args.search) >= args.change)
             # Mixup has no strength: its weight sets the length of the move.
-            strength = 1.0 if settings["policy"] == "mixup" else next(found, math.nan)
+            strength = 1.0 if kind is Mixup else next(found, math.nan)
             if math.isnan(strength):
                 print(f"sharpness: {name}, {policy}: no strength up to {STRENGTHS[-1]:.3g} moves pixels that far")
                 continue
-            aug, right, moved, after = make(flow, bench, settings, strength), 0, 0.0, 0.0
+            aug, right, moved, after = make(flow, bench, kind, strength), 0, 0.0, 0.0
             for x, y in tqdm(list(bench.batches()), desc=f"{name}, {policy}", unit="batch"):
                 out, _ = aug(x, y)
                 right += int(bench.right(out, y).sum())

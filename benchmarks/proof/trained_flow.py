@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 from benchmarks.common import find_images, parser, write_results
 from glem_augment import GLEM, open_data
 from glem_augment.evaluation.metrics import evaluate
-from glem_augment.training.folder import METRICS
+from glem_augment.training.log import METRICS
 
 
 def main() -> None:

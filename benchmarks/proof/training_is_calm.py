@@ -29,13 +29,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import find_images, parser, write_results
-from glem_augment import ImageData, open_data
+from benchmarks.paper.methods import METHODS
+from benchmarks.paper.research import ResearchTrainer, split_settings
+from glem_augment import GLEM, ImageData, open_data
 from glem_augment.errors import TrainingError
 from glem_augment.flows.presets import PRESETS
 from glem_augment.io import atomic_write
-from glem_augment.training import TimeUpError, TrainConfig, Trainer
-from glem_augment.training.config import METHODS, method
-from glem_augment.training.folder import held_out
+from glem_augment.training import TimeUpError, TrainConfig
+from glem_augment.training.measure import held_out
 
 NAME = "training_is_calm"
 POINTS, MEASURED = 12, 200  # of a curve; held-out images
@@ -66,33 +67,40 @@ KINDS: dict[str, tuple[str, Callable[[], ImageData]]] = {
 }
 
 
-class Watched(Trainer):
+class Watched(ResearchTrainer):
     """A run that records, at intervals, its step and the bits/dim of held-out images under the current flow."""
 
     curve: list[tuple[int, float]]
 
     def note(self) -> None:
-        rows = self.split.val[:: math.ceil(len(self.split.val) / MEASURED)]
-        found = held_out(self.model, self.images(rows, 64))
+        val = self.batches.split.val
+        found = held_out(self.model, self.batches.read(val[:: math.ceil(len(val) / MEASURED)], 64))
         self.curve.append((self.step, found["val_bits_per_dim"]))
 
-    def e_step(self, *batch: Any) -> Any:
-        if self.step % max(1, self.total_steps // POINTS) == 0:
-            self.note()
-        return super().e_step(*batch)
+    def fit(self) -> GLEM:
+        take = self.e_step.take
+
+        def watched(*batch: Any) -> tuple[float, float]:
+            if self.step % max(1, self.total_steps // POINTS) == 0:
+                self.note()
+            return take(*batch)
+
+        self.e_step.take = watched  # type: ignore[method-assign]
+        return super().fit()
 
 
 def run_cell(data: ImageData, preset: str, name: str, steps: int, seconds: float) -> dict[str, Any]:
     """Train, and return the row with the result."""
     default = TrainConfig()
-    config = method(
-        name, preset=preset, modes_rank=0, sample_every=0, max_minutes=seconds / 60,
+    own, research = split_settings(METHODS[name])
+    config = TrainConfig(
+        **own, preset=preset, modes_rank=0, sample_every=0, max_minutes=seconds / 60,
         epochs=min(default.epochs, max(1, steps * default.batch_size // len(data))),
     )  # fmt: skip
     began, message = time.monotonic(), ""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # returns after a divergence are counted below
-        trainer = Watched(data, config, folder, device="cpu", progress=False)
+        trainer = Watched(data, config, folder, device="cpu", progress=False, research=research)
         trainer.curve = []
         try:
             if trainer.fit().config.training["worse_than_independent_pixels"]:

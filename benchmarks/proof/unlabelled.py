@@ -63,9 +63,9 @@ from benchmarks.proof.augmentation_train import (
     order_of,
     train,
 )
-from glem_augment import GLEM, GLEMAugment
+from glem_augment import GLEM, Adversarial, GLEMAugment, Noise
 from glem_augment.io import write_json
-from glem_augment.training.start import augment_batch
+from glem_augment.training.augmentation import augment_batch
 
 NAME = "unlabelled"
 TUNED_ON, NAMES = "fashion-10", ("fashion-10", "cifar10-50", "fashion-50")
@@ -154,8 +154,9 @@ def two_views(name: str, method: str, value: float, moves: Moves, seed: int) -> 
     move = None
     if moves:
         policy, strength = moves
-        move = GLEMAugment(modes_of(task.train, task.classes), p=0.5, policy=policy, strength=strength, seed=seed)
-        if policy == "adversarial":
+        kind = {"noise": Noise, "adversarial": Adversarial}[policy]
+        move = GLEMAugment(modes_of(task.train, task.classes), kind(strength), seed=seed)
+        if kind.wants_classifier:
             move.attach(network)
     randaugment, erase = v2.RandAugment(), RandomErasing(probability=1.0, mode="const", device="cpu")
     for step in range(steps):

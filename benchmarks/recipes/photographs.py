@@ -22,8 +22,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = open_data(args.data, "train", image_size=128, channels=3)
-    model = GLEM.create("identity", data.image_shape, data.classes, autoencoder="taef2")
-    model = model.adapt(data, rank=128, pooled=True)
+    model = GLEM.fit(data, "taef2", rank=128, pooled=True)
     assert model.modes is not None
     for name in ("directions", "shared_directions"):
         setattr(model.modes, name, getattr(model.modes, name).half())

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 from benchmarks.common import find_images, parser, write_results
 from benchmarks.paper.research import ResearchTrainer, split_settings
 from glem_augment import ImageData, open_data
+from glem_augment.distributed import share
 from glem_augment.errors import TrainingError
 from glem_augment.evaluation import evaluate
 from glem_augment.training import TrainConfig, Trainer
@@ -46,12 +47,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "affine, relu": {**AFFINE},
     "affine, relu, narrow": {**AFFINE, "width": [32, 40]},
     "affine, relu, bottleneck": {**AFFINE, "subnet": "bottleneck", "width": [64, 96]},
-    "affine, relu, depthwise": {**AFFINE, "subnet": "depthwise", "width": [64, 96]},
     "affine, relu, depth 4": {**AFFINE, "depth": [4, 4], "width": [64, 88]},
     "affine, relu, depth 16, narrow": {**AFFINE, "depth": [16, 16], "width": [24, 32]},
     "affine, relu, 3 levels": {**AFFINE, "depth": [8, 8, 8], "width": [40, 56, 72], "blocks": [1, 1, 1]},
     "bottleneck =": {"subnet": "bottleneck", "width": [136, 184]},
-    "depthwise =": {"subnet": "depthwise", "width": [120, 160]},
     "transformer, lr 0.003 =": {"subnet": "transformer", "width": [64, 88], "lr": 0.003},
     "patch 4 =": {"patch": 4, "depth": [16], "width": [32], "blocks": [1]},
     "depth 16 =": {"depth": [16, 16], "width": [32, 40]},
@@ -81,7 +80,7 @@ def step_seconds(variant: str, pool: ImageData) -> float:
         trainer = make_trainer(variant, pool.subset(rows), folder, 0, 1)
         for x, y in pool.batches(rows, RECIPE["batch_size"]):
             began = time.process_time()
-            trainer.e_step(x, y)
+            trainer.e_step.take(x, y, share(len(x)), trainer.so_far)
             times.append(time.process_time() - began)
     return statistics.median(times[2:])
 

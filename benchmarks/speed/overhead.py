@@ -89,8 +89,8 @@ def make_flow() -> tuple[GLEM, float]:
 
 def make_augment(model: GLEM, policy: str, step: Step, p: float) -> GLEMAugment:
     """GLEMAugment for normalised images."""
-    aug = GLEMAugment(model, p=p, policy=policy, seed=SEED, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
-    if policy == "adversarial":
+    aug = GLEMAugment(model, policy, p, seed=SEED, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    if aug.policy.wants_classifier:
         aug.attach(step.net)
     return aug
 
@@ -114,7 +114,7 @@ def row(policy: str, times: dict[str, list[float]], aug: GLEMAugment | None) -> 
         return found | dict.fromkeys(COLUMNS)
     more = [100 * (a / b - 1) for a, b in zip(times[policy], times["none"], strict=True)]
     low, median, high = np.percentile(more, [25, 50, 75])
-    kept = 100 * aug.stats["replaced"] / max(1, aug.stats["selected"])
+    kept = 100 * aug.stats["rejected"] / max(1, aug.stats["selected"])
     limit, middle = LIMITS[policy], f"{low:.3g} to {high:.3g}"
     return found | dict(zip(COLUMNS, (float(median), middle, limit, bool(median <= limit), kept), strict=True))
 

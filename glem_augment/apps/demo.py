@@ -10,7 +10,7 @@ import shlex
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from itertools import islice
@@ -24,7 +24,7 @@ from torch.utils.data import Subset
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from glem_augment import GLEM, GLEMAugment, ImageData, SyntheticDataset, __version__, open_data
+from glem_augment import GLEM, GLEMAugment, ImageData, Mixup, Noise, Policy, SyntheticDataset, __version__, open_data
 from glem_augment.evaluation import (
     Section,
     classifier,
@@ -119,22 +119,21 @@ def photographs(spec: str, size: Size, progress: bool) -> tuple[Part, dict[str, 
     rows = spread(len(source), min(size.photographs, len(source)))
     x = open_data(Subset(source, rows.tolist()), image_size=side, channels=3, progress=progress).tensor()
     n, y = len(x), torch.zeros(len(x), dtype=torch.int64)
-    noise, mixup = dict(policy="noise", strength=0.5), dict(policy="mixup")
-    kinds: dict[str, dict[str, Any]] = {"noise 0.5": noise, "noise 1": noise | {"strength": 1.0}, "mixup": mixup}
+    kinds: dict[str, Policy] = {"noise 0.5": Noise(0.5), "noise 1": Noise(1.0), "mixup": Mixup()}
     columns, moves = {"original": x}, {}
-    for name, settings in tqdm(kinds.items(), desc="moving photographs", delay=2, disable=not progress):
-        aug = GLEMAugment(model, p=1.0, seed=0, **settings)
+    for name, policy in tqdm(kinds.items(), desc="moving photographs", delay=2, disable=not progress):
+        aug = GLEMAugment(model, policy, p=1.0, seed=0)
         drawn = aug.draw(x, y)
         if name == "mixup":  # a photograph that is alone is mixed with a draw
             partner = torch.arange(n).roll(-1) if n > 1 else torch.tensor([-1])
-            drawn = replace(drawn, partner=partner, partner_cls=y, l=torch.full((n,), 0.5))
+            drawn = drawn.having(partner=partner, partner_cls=y, keep=torch.full((n,), 0.5))
         columns[name] = aug.replay(x, y, drawn)[0]
         change = (columns[name].float() - x.float()).abs().mean()
-        moves[name] = {"mean_change": float(change), "rejected": aug.stats["replaced"]}
+        moves[name] = {"mean_change": float(change), "rejected": aug.stats["rejected"]}
     unsorted = "" if spec == PHOTOGRAPHS else ", channels=3, unlabelled=True"
     part = Part(
         {"photos": n, "data": spec, "side": side[0], "modes": aug.modes, "opened": json.dumps(spec) + unsorted},
-        [f"{sum(move['rejected'] for move in moves.values())} of {3 * n} moves were rejected."],
+        [f"{sum(move['rejected'] for move in moves.values())} of {3 * n} moves were rejected as not plausible."],
         Section("", torch.stack(list(columns.values()), 1), list(columns)),
         [("move", "mean change (0 to 255)", "rejected")],
     )
@@ -163,8 +162,7 @@ def classifiers(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
     flow = GLEM.from_pretrained(FASHION)
     train, test = (fashion(flow, split, size) for split in ("train", "test"))
     classes, rank = len(train.classes), flow.checked_modes(None)
-    pixels = GLEM.create("identity", flow.image_shape, flow.classes, flow.class_ids)
-    pixels = pixels.adapt(train, rank=rank, progress=False)
+    pixels = GLEM.fit(train, rank=rank, progress=False)
     models = {"real images": None, "samples of the flow": flow, "samples of the pixels' Gaussians": pixels}
     accuracies: dict[str, list[float]] = {name: [] for name in models}
     first: dict[str, Tensor] = {}

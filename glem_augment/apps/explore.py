@@ -110,7 +110,7 @@ def move_tab(gr: Any, page: Any, explorer: Explorer, modes: int) -> None:
         moved = explorer.move(image, cls, "noise" if by_hand else policy, strength, seed, sliders if by_hand else None)
         change = moved.image.float() - image.float()
         largest = float(change.abs().max())
-        why = "it is not plausible, or the flow does not give the original back"
+        why = "it is not plausible, or the model does not give the original back"
         fate = f"**GLEMAugment rejects**: {why}" if moved.rejected else "GLEMAugment uses"
         facts = (
             f"A move along the modes of {names[cls]}, which {fate}. {unit} given that class: {moved.likelihood[0]:.3f} "
@@ -125,7 +125,7 @@ def move_tab(gr: Any, page: Any, explorer: Explorer, modes: int) -> None:
         inputs.append(gr.Dropdown(choices, value=-1, label="Class along whose modes it moves"))
         policies = [("sliders below", "sliders"), *((name, name) for name in POLICIES)]
         inputs.append(gr.Radio(policies, value="sliders", label="Policy: how the move is chosen"))
-        strength = "factor on the sliders or the noise; of mixup, twice the partner's share"
+        strength = "factor on the sliders or the noise; of mixup, twice 1 - keep"
         inputs.append(gr.Slider(0, 2, STRENGTH, step=0.05, label="Strength", info=strength))
         inputs.append(gr.Number(0, label="Seed", minimum=0, precision=0))
         for i in range(modes):

@@ -6,7 +6,6 @@ Samples come from `SyntheticDataset`, and moves from `GLEMAugment`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +16,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from glem_augment import GLEM, BadImageError, GLEMAugment, ImageData, SyntheticDataset
+from glem_augment import GLEM, Adversarial, BadImageError, GLEMAugment, ImageData, Mixup, Noise, SyntheticDataset
 from glem_augment.codec import PixelAdapter, to_uint8
 from glem_augment.evaluation import ModelClassifier, Section, compose, memorisation_ratio, nearest, spread
 from glem_augment.images import FolderSource, images_for, to_tensor
 
 # Uploads with more pixels than cameras take are refused. Longer sides than a screen shows are reduced.
 MOST_PIXELS, LONGEST = 50_000_000, 768
-ANY_MARGIN = 1e6  # a `margin` of GLEMAugment that rejects no finite image
 NEIGHBOURS = 12  # samples that are compared with real images
 
 
@@ -36,6 +34,14 @@ class Moved(NamedTuple):
     posterior: Tensor
     likelihood: Tensor
     rejected: bool
+
+
+class _Shown(GLEMAugment):
+    """The transform, which keeps its last moved images [n, C, H, W] in `moved`, even if it rejects them."""
+
+    def _images(self, *values: Any) -> Tensor:
+        self.moved = super()._images(*values)
+        return self.moved
 
 
 class Explorer:
@@ -108,30 +114,26 @@ class Explorer:
         """Move an image along the modes of class `cls`.
 
         Args:
-            policy: "mixup" draws a partner from the class, "adversarial" attacks the flow's posterior.
-            strength: in standard deviations; of mixup, twice the partner's share.
+            policy: "mixup" draws a partner from the class, "adversarial" attacks the model's posterior.
+            strength: in standard deviations; of mixup, twice 1 - keep.
             coefficients: of the top modes, in place of the draws of policy "noise".
         """
         modes = None if coefficients is None else len(coefficients)
-        settings: dict[str, Any] = {} if policy == "mixup" else {"strength": strength}
-        aug = GLEMAugment(self.model, p=1.0, policy=policy, modes=modes, seed=seed, **settings)
+        policies = {"mixup": Mixup(), "noise": Noise(strength), "adversarial": Adversarial(strength)}
+        aug = _Shown(self.model, policies[policy], p=1.0, modes=modes, seed=seed)
         if policy == "adversarial":
             aug.attach(ModelClassifier(self.model))
         x, y = image[None].to(self.model.device), torch.tensor([cls])
         drawn = aug.draw(x, y)
         if coefficients is not None:
-            drawn = replace(drawn, eps=torch.tensor([coefficients], dtype=torch.float32))
+            drawn = drawn.having(eps=torch.tensor([coefficients], dtype=torch.float32))
         elif policy == "mixup":
-            drawn = replace(drawn, l=torch.tensor([1 - strength / 2]))
-        moved = aug.replay(x, y, drawn)[0]
-        rejected = aug.stats["replaced"] > 0
-        if rejected:  # it is shown all the same
-            aug.margin = ANY_MARGIN
-            moved = aug.replay(x, y, drawn)[0]
-        moved = moved[0].cpu()
+            drawn = drawn.having(keep=torch.tensor([1 - strength / 2]))
+        aug.replay(x, y, drawn)
+        moved = aug.moved[0].cpu()
         small = self._small(image, moved)
         likelihood = self._likelihood(small, y.expand(2))
-        return Moved(moved, self.model.posterior(small).cpu(), likelihood, rejected)
+        return Moved(moved, self.model.posterior(small).cpu(), likelihood, aug.stats["rejected"] > 0)
 
     def _likelihood(self, x: Tensor, y: Tensor) -> Tensor:
         """-log p(x | y) [n] in the model's unit, such as bits/dim."""

@@ -1,1 +1,1 @@
-"""Classes in the latent space: their Gaussians, divergences, principal modes and full covariances."""
+"""Classes in the latent space: statistics, Gaussians, modes, and the release of statistics with a privacy guarantee."""

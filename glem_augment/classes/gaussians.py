@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from glem_augment.checks import HIGHEST_TEMPERATURE, INITIAL_VARIANCE, LOWEST_SHARE, check_number
+from glem_augment.checks import INITIAL_VARIANCE, LOWEST_SHARE, check_number
 from glem_augment.precision import full_precision
 
 # Between these shares of its range psi represents variances well; nearer to the ends s runs away.
@@ -30,29 +30,6 @@ INNER = (0.01, 0.99)
 _LOG_2PI = math.log(2 * math.pi)
 # Dimensions that a divergence works on at a time: float64 temporaries then stay near K * 256 * 8 bytes each.
 _SLICE = 256
-
-
-@torch.no_grad()
-def fit_temperature(scores: Tensor, y: Tensor) -> float:
-    """The T >= 1 at which softmax(scores / T) gives the classes y the highest likelihood (Guo et al. 2017).
-
-    The mean of -log softmax(b s)_y is convex in b = 1/T; bisection finds where its slope, the mean of
-    sum_k p_k s_k - s_y, is zero. T = 1 is the floor: for a few images that are all recognised the best T would be 0.
-
-    `scores` [N, K] are log p(x|y) of held-out images in nats, up to a constant per image; images whose scores are not
-    all finite are left out. y is int64 [N].
-    """
-    scores = scores.double()
-    scores = scores - scores.gather(1, y[:, None])
-    scores = scores[scores.isfinite().all(1)]
-    low, high = 1 / HIGHEST_TEMPERATURE, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        if float(((middle * scores).softmax(1) * scores).sum()) > 0:
-            high = middle
-        else:
-            low = middle
-    return 1 / high
 
 
 class ClassSampler(nn.Module):

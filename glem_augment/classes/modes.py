@@ -6,7 +6,8 @@ dimension,
 
     Cov_y  =  V_y^T diag(s_y^2) V_y + diag(rest_y),        V_y [k, d] with orthonormal rows.
 
-A class may have several such parts, of groups of its images: a mixture of Gaussians.
+A class may have several such parts, of groups of its images: a mixture of Gaussians. Tied parts differ in their means
+alone.
 
 Source: Enescu & Sahbi, ACCV 2024, "Reestimated Full Covariance Matrix" (RFCM, Table 5).
 """
@@ -54,17 +55,17 @@ def _per_row(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, y: Tens
         return torch.cat([function(r[:, None], directions[c])[:, 0] for r, c in pairs])
 
 
-def mix_along_modes(z: Tensor, partner: Tensor, l: Tensor, y: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
-    """Principal-mode mixup z' = z + (1 - l) P (partner - z) [n, d], with the projection P of `project_on_modes`.
+def mix_along_modes(z: Tensor, partner: Tensor, keep: Tensor, y: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Principal-mode mixup z' = z + (1 - keep) P (partner - z) [n, d], with the projection P of `project_on_modes`.
 
-    l [n] is the share of z that is kept along the modes. The second result is the share [n] of |partner - z|^2 that P
-    keeps, 0 for no difference.
+    keep [n] says how much of z stays along the modes. The second result is the fraction [n] of |partner - z|^2 that
+    lies along them, 0 for no difference.
     """
     delta = partner - z
     projected = project_on_modes(delta, y, directions)
     total = delta.square().sum(dim=1)
-    share = projected.square().sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
-    return z + (1.0 - l)[:, None] * projected, share.clamp(max=1.0)
+    along = projected.square().sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return z + (1.0 - keep)[:, None] * projected, along.clamp(max=1.0)
 
 
 # ---- modes and samples of all classes --------------------------------------------------------------------------------
@@ -75,9 +76,9 @@ class ClassModes(ClassSampler):
 
     Buffers, with P parts for each of K classes; row y P + j is part j of class y:
         mean: [K P, d].
-        directions: [K P, k, d], orthonormal rows; zero rows where a part has fewer than k modes.
-        scales: [K P, k], the standard deviation along each mode, descending.
-        rest: [K P, d], the variance per dimension outside the modes.
+        directions: [K P, k, d], orthonormal rows; zero rows where a part has fewer than k modes. [K, k, d] if tied.
+        scales: [K P, k], the standard deviation along each mode, descending. [K, k] if tied.
+        rest: [K P, d], the variance per dimension outside the modes. [K, d] if tied.
         counts: int64 [K P], images seen; 0 for a part that is not there.
         shared_directions, shared_scales: [j, d] and [j], the modes of the pooled within-class covariance.
 
@@ -92,24 +93,35 @@ class ClassModes(ClassSampler):
     shared_directions: Tensor
     shared_scales: Tensor
 
-    def __init__(self, num_classes: int, rank: int, dim: int, parts: int = 1, shared_rank: int | None = None) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        rank: int,
+        dim: int,
+        parts: int = 1,
+        shared_rank: int | None = None,
+        tied: bool = False,
+    ) -> None:
         super().__init__()
         rows, shared = num_classes * parts, shared_rank or rank
+        covariances = num_classes if tied else rows
         self.register_buffer("mean", torch.zeros(rows, dim))
-        self.register_buffer("directions", torch.zeros(rows, rank, dim))
-        self.register_buffer("scales", torch.zeros(rows, rank))
-        self.register_buffer("rest", torch.zeros(rows, dim))
+        self.register_buffer("directions", torch.zeros(covariances, rank, dim))
+        self.register_buffer("scales", torch.zeros(covariances, rank))
+        self.register_buffer("rest", torch.zeros(covariances, dim))
         self.register_buffer("counts", torch.zeros(rows, dtype=torch.int64))
         self.register_buffer("shared_directions", torch.zeros(shared, dim))
         self.register_buffer("shared_scales", torch.zeros(shared))
-        self.num_classes, self.rank, self.dim, self.parts = num_classes, rank, dim, parts
+        self.num_classes, self.rank, self.dim, self.parts, self.tied = num_classes, rank, dim, parts, tied
         self.noise_size = rank + dim + (parts > 1)  # one number more chooses a part
         self._classifier: tuple[object, tuple[Tensor, Tensor, Tensor]] | None = None
 
     @property
     def fewest_and_most(self) -> tuple[int, int]:
         """The smallest and the largest number of modes (of any length) that a class has."""
-        present = (self.scales > 0).sum(1)[self.counts > 0] if bool(self.counts.any()) else (self.scales > 0).sum(1)
+        present = (self.scales > 0).sum(1)
+        if bool(self.counts.any()) and not self.tied:
+            present = present[self.counts > 0]
         return int(present.min()), int(present.max())
 
     def in_words(self, most: int) -> str:
@@ -118,7 +130,12 @@ class ClassModes(ClassSampler):
 
     def variance(self) -> Tensor:
         """The variance of every dimension, along the modes and outside them: [K P, d]."""
-        return (self.scales[..., None] * self.directions).square().sum(1) + self.rest
+        found = (self.scales[..., None] * self.directions).square().sum(1) + self.rest
+        return found.repeat_interleave(self.parts, 0) if self.tied else found
+
+    def covariance_rows(self, rows: Tensor) -> Tensor:
+        """The rows of `directions`, `scales` and `rest` for rows of `mean`, int64 of any shape."""
+        return rows // self.parts if self.tied else rows
 
     def rows_of(self, y: Tensor, z: Tensor) -> Tensor:
         """The row of the part of class y, int64 [n], whose mean is nearest to z [n, d]: int64 [n]."""
@@ -168,7 +185,8 @@ class ClassModes(ClassSampler):
                     for row in range(y * self.parts, (y + 1) * self.parts):
                         share = (1 - SHRUNK) * float(self.counts[row]) / float(totals[y])
                         away = self.mean[row].double() - centre
-                        own = _outer(self.scales[row], self.directions[row]) + self.rest[row].double().diag()
+                        at = row // self.parts if self.tied else row
+                        own = _outer(self.scales[at], self.directions[at]) + self.rest[at].double().diag()
                         covariance = covariance + share * (own + torch.outer(away, away))
                     factor = torch.linalg.cholesky(covariance)
                     logdets.append(2 * factor.diagonal().log().sum())
@@ -193,7 +211,8 @@ class ClassModes(ClassSampler):
             upto = self.counts.unflatten(0, (-1, self.parts)).double().cumsum(1)
             share = torch.special.ndtr(noise[:, -1].double()) * upto[y, -1]
             y = y * self.parts + (share[:, None] >= upto[y]).sum(1).clamp_max(self.parts - 1)
-        spread = combine_modes(along * self.scales[y], y, self.directions) + outside * self.rest[y].sqrt()
+        at = self.covariance_rows(y)
+        spread = combine_modes(along * self.scales[at], at, self.directions) + outside * self.rest[at].sqrt()
         return self.mean[y] + temperature * spread
 
 

@@ -17,7 +17,7 @@ from glem_augment.errors import GLEMError
 DESCRIPTION = """\
 Synthetic-data augmentation from a class-conditional normalizing flow.
 
-A flow learns your labelled images once (glem train), or a trained flow gets your classes (glem adapt). Then it moves
+A flow learns your labelled images once (glem train), or gets your classes in one pass (glem fit). Then it moves
 real images within their class, draws new images (glem generate), and classifies (glem eval).
 
 DATA is one of
@@ -26,7 +26,7 @@ DATA is one of
   hfds/uoft-cs/cifar100@cache?input_key=img&target_key=fine_label;
   bundled:fashion-mnist, 100 real images per class and split, or bundled:photographs, three photographs, inside the
   package.
-MODEL is a folder that glem train or glem adapt wrote, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub. A
+MODEL is a folder that glem train or glem fit wrote, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub. A
 local folder of that name is used first; hf-hub:ORG/NAME always means the Hub. HF_TOKEN opens private repositories,
 HF_HUB_OFFLINE=1 uses the cache alone.
 """
@@ -47,7 +47,8 @@ GLEM_DEBUG=1 prints the traceback of an error. Exit codes: 0 done, 2 an error, 7
 COMMANDS = {
     "demo": "show the library on one page, in about a minute",
     "train": "fit a flow to your images",
-    "adapt": "give a trained flow your classes",
+    "fit": "make a model of your images in one pass, nothing is trained",
+    "adapt": "another name of fit",
     "eval": "accuracy, bits/dim, calibration and round trip, as JSON",
     "generate": "draw a synthetic data set from a flow",
     "preview": "a picture of augmentations, samples, interpolations",

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from glem_augment.images.matching import ClassMap
     from glem_augment.model.glem import GLEM
 
-TOO_MANY = 0.2  # a flow that rejects a larger share of moves does not fit its images
 EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
 DATA_HELP = "images: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
 MODEL_HELP = "a folder written by glem train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
@@ -287,24 +286,16 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def moves(model: GLEM, data: ImageData, instead: str = "", progress: bool = True) -> dict[str, Any] | None:
-    """The result of `moves_rejected`, None without modes. Notes on stderr report many rejected moves.
-
-    `instead` is advice for a flow that rejects more than a fifth.
-    """
-    from glem_augment.augment.moves import MOST_PUT_BACK
-    from glem_augment.evaluation import moves_rejected
+def moves(model: GLEM, data: ImageData, progress: bool = True) -> dict[str, Any] | None:
+    """The result of `rejected_moves`, None without modes. A note on stderr reports many rejected moves."""
+    from glem_augment.augment.state import MOST_REJECTED
+    from glem_augment.evaluation import rejected_moves
 
     if model.modes is None:
         return None
-    found = moves_rejected(model, data, progress)
-    mixup, strongest = found["mixup"], max(found["noise"])
-    noise = found["noise"][strongest]
-    if max(mixup, noise) > MOST_PUT_BACK:
-        note(
-            f"glem: GLEMAugment would reject {100 * mixup:.0f} % of the images after mixup and {100 * noise:.0f} % "
-            f"after noise of strength {strongest:g}; strength='auto' takes {found['strength']:g}"
-        )
-    if instead and max(mixup, found["noise"][found["strength"]]) > TOO_MANY:
-        note(f"glem: this flow does not fit such images; {instead}")
+    found = rejected_moves(model, data, progress)
+    mixup, noise = found["mixup"], found["noise"]
+    if max(mixup, *noise.values()) > MOST_REJECTED:
+        parts = ", ".join(f"{100 * part:.0f} % at strength {strength:g}" for strength, part in noise.items())
+        note(f"glem: GLEMAugment would reject {100 * mixup:.0f} % of the moves by mixup; by noise {parts}")
     return found

@@ -11,10 +11,12 @@ from glem_augment.cli import common
 DESCRIPTION = """\
 Train one network on your images with several stacks of augmentation: crop + flip; ordinary stacks (TrivialAugment,
 RandAugment, RandomErasing, Mixup, CutMix); ColorJitter alone, with CutMix and with Mixup; and moves along the modes of
-the pixels, of an autoencoder's latents and, with --model, of a flow. Held-out training images choose the best stack of
-each kind. The chosen stacks, and noise of strength 0.5 along the pixels' modes, are measured on the test images with
-several seeds. Prints a table with 95 % intervals and one sentence of advice, which may be to leave augmentation out.
-There is no advice from networks that have learned too little: then the sentence says how many minutes it takes.
+the pixels, of an autoencoder's latents and, with --model, of a flow, by GLEMAugment's Noise(strength=0.5), the setting
+to start with, Noise(strength=1) and Mixup(), along the pixels' modes Adversarial(), too. Held-out training images
+choose the best stack of each kind. The chosen stacks, and Noise(strength=0.5) along the pixels' modes, are measured on
+the test images with several seeds. Prints a table with 95 % intervals and one sentence of advice, which may be to leave
+augmentation out. There is no advice from networks that have learned too little: then the sentence says how many minutes
+it takes.
 
 It ends after --minutes: it plans again after every training, and says which seeds and trials it cut. Finished trainings
 are stored, so the same command resumes a stopped comparison. DIR gets report.json and moves.png.

@@ -14,8 +14,8 @@ Classify labelled images with a flow, and measure its likelihoods. Prints one JS
   bits_per_dim_marginal  the same for p(image), all classes equally likely
   ece                 expected calibration error of the posterior, 15 bins
   round_trip          image -> latent -> image without clamping: errors in uint8 steps, share within half a step
-  moves_rejected      share of the moves of 128 images (8 with an autoencoder) that GLEMAugment would reject: by mixup,
-                      and by noise of several strengths. strength="auto" takes "strength"
+  rejected_moves      how many of the moves of 128 images (8 with an autoencoder) GLEMAugment would reject, from 0 to 1:
+                      by mixup, and by noise of several strengths
   skipped             images left out, with --skip-bad
 
 Images are converted to the flow's size and channels.
@@ -63,9 +63,9 @@ def run(args: argparse.Namespace) -> None:
     if result.get("bits_per_dim", 0) > model.bits:
         common.note(
             f"glem: {result['bits_per_dim']:.2f} bits/dim is more than {model.bits}, the bits of a pixel as it is: "
-            "the model does not fit these images; adapt it to them (glem adapt)"
+            "the model does not fit these images; fit it to them (glem fit)"
         )
-    result["moves_rejected"] = common.moves(model, data, progress=not args.quiet)
+    result["rejected_moves"] = common.moves(model, data, progress=not args.quiet)
     if args.out is not None:  # first, since printing to a closed pipe ends the command
         write_json(args.out, finite(result))
     common.print_json(result)

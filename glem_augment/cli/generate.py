@@ -30,7 +30,11 @@ the same images for any classes and any number of images. Prints a JSON summary.
   --report DIR --real DATA         compare up to 5000 images with equally many of DATA, the flow's training images: FID,
                                    coverage, label reliability, and memorisation if DATA has test images. The judge is
                                    a small classifier, which is trained on DATA for about a minute.
+
+A private model (glem fit --epsilon) refuses balance and mixup, which look at real images. A report on it looks at them
+too: it stays outside --out, and must not be shared.
 """
+UNCOVERED = "the report looks at real images and is not covered by the model's privacy: do not share it"
 EXAMPLES = """\
   glem generate bundled:fashion-mnist --per-class 100 --out synthetic/
   glem generate runs/photos --per-class 1000 --temperature 0.8 --format webdataset --out synthetic/
@@ -54,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("the source of the images")
     source.add_argument("--source", choices=SOURCES, help="see above (default: rfcm, or gaussian without modes)")
     # The default None marks an option as not given: options without effect are refused.
-    temperature = "for gaussian and rfcm: factor on the standard deviation (default: 0.9)"
+    temperature = "for gaussian and rfcm: factor on the standard deviation (default: 0.9; 1 for a private model)"
     source.add_argument("--temperature", type=common.number(0), metavar="T", help=temperature)
     common.add_count(source, "--modes", f"for mixup: number of modes (default: {DEFAULT_MODES}, or all)")
     source.add_argument("--alpha", type=common.number(0), metavar="A", help="for mixup: A of Beta(A, A) (default: 1)")
@@ -95,6 +99,10 @@ def run(args: argparse.Namespace) -> None:
     _check_together(args)
     check_folder(args.out)  # refuses a folder before any work
     model = common.load_model(args)
+    if args.report is not None and model.config.privacy is not None:
+        if args.report.resolve().is_relative_to(args.out.resolve()):
+            raise ValueError("--report on a private model looks at real images: give a folder outside --out")
+        common.note(f"glem: {UNCOVERED}")
     progress = not args.quiet
     reading = {"progress": progress, "skip_bad": args.skip_bad}
     real = unseen = None

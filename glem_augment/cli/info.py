@@ -9,7 +9,8 @@ from glem_augment.cli import common
 
 DESCRIPTION = """\
 Describe a model: image shape and bits, the numbers of its flow, parameters, files, classes, modes, and the record of
-its training. The files are validated; a model on the Hugging Face Hub is downloaded first.
+its training. The files are validated; a model on the Hugging Face Hub is downloaded first. Of several private models of
+the same images it also says which promise holds for all of them together.
 """
 EXAMPLES = """\
   glem info bundled:fashion-mnist
@@ -20,12 +21,29 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.describe(parser, DESCRIPTION, EXAMPLES)
-    common.add_model(parser)
+    common.add_model(parser, nargs="+")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of YAML")
 
 
 def run(args: argparse.Namespace) -> None:
-    common.show(model_facts(args.model), args.json)
+    models = [model_facts(name) for name in args.model]
+    if len(models) == 1:
+        common.show(models[0], args.json)
+        return
+    common.show({"models": models, "together": together([m["privacy"] for m in models])}, args.json)
+
+
+def together(promises: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """The promise of models of the same images together; None if one of them has none."""
+    from glem_augment.classes.privacy import Privacy, total
+
+    if None in promises:
+        return None
+    found = [Privacy(p["epsilon"], p["delta"], p["images_per_person"]) for p in promises if p is not None]
+    delta = max(privacy.delta for privacy in found)
+    mu, epsilon = total(found, delta)
+    unit = max(found, key=lambda privacy: privacy.images_per_person).unit
+    return {"if they have the same images": True, "epsilon": round(epsilon, 4), "delta": delta, "mu": mu, "unit": unit}
 
 
 def model_facts(name: str) -> dict[str, Any]:
@@ -46,7 +64,6 @@ def model_facts(name: str) -> dict[str, Any]:
             "image_shape": list(model.image_shape),
             "bits": model.bits,
             "flow": config.flow,
-            "base": config.base,
             "parameters": {
                 "flow": sum(p.numel() for p in model.flow.parameters()),
                 "gaussians": sum(p.numel() for p in model.gaussians.parameters()),
@@ -60,6 +77,7 @@ def model_facts(name: str) -> dict[str, Any]:
             "num_classes": model.num_classes,
             "classes": model.classes,
             "class_ids": model.class_ids,
+            "privacy": config.privacy,
             "modes_per_class": (0, 0) if model.modes is None else model.modes.fewest_and_most,
             "training": config.training,
         }

@@ -1,4 +1,4 @@
-"""`glem train`: fit a flow to labelled images. Its options come from the fields of `TrainConfig`."""
+"""`glem train`: train a model of images. Its options come from the fields of `TrainConfig`."""
 
 from __future__ import annotations
 
@@ -18,23 +18,14 @@ from tqdm import tqdm
 from glem_augment import __version__
 from glem_augment.checks import RUN_FILE
 from glem_augment.cli import common
-from glem_augment.training.config import (
-    AUGMENTATIONS,
-    METHODS,
-    SETTINGS,
-    TrainConfig,
-    check_names,
-    check_setting,
-    method,
-)
+from glem_augment.training.config import AUGMENTATIONS, SETTINGS, TrainConfig, check_names, check_setting
 
 if TYPE_CHECKING:
-    from glem_augment.images.dataset import ImageData
     from glem_augment.model.glem import GLEM
     from glem_augment.training import Trainer
 
 DESCRIPTION = """\
-Fit a class-conditional flow to labelled images, or a flow to images without classes (--unlabelled). DIR gets the model
+Train a model of labelled images, or of images without classes (--unlabelled). DIR gets the model
 (model.safetensors, config.json), the checkpoint, metrics.jsonl and samples/. A run that was stopped, even killed, goes
 on with
 
@@ -46,12 +37,11 @@ pieces. Each piece ends with a checkpoint, and with exit status 75 until the run
   until glem train DATA --out DIR --max-minutes 9 --resume; do [ $? = 75 ] || break; done
 
 A run that diverges returns to its last good checkpoint and goes on at half the learning rate, up to three times.
---help-all shows the settings for research too.
 """
 EXAMPLES = """\
   glem train photos/ --image-size 32 --augment flip,crop --out runs/photos
   glem train bundled:fashion-mnist --epochs 5 --out runs/quick
-  glem train torch/cifar10@data --method glem --preset mef_cifar --bits 5 --epochs 500 --batch-size 512 --out runs/cifar
+  glem train torch/cifar10@data --objective glem --preset mef_cifar --bits 5 --epochs 500 --out runs/cifar
   glem train photos/ --config settings.yaml --lr 5e-3 --out runs/photos2
   glem train --unlabelled unsorted/ --image-size 32 --out runs/unsorted
   glem train photos/ --init runs/photos --lr 3e-3 --warmup-steps 100 --out runs/tuned
@@ -61,15 +51,13 @@ EXIT_CODES = "Exit codes: 0 finished, 2 an error, 75 stopped by --max-minutes, 1
 
 # How DATA is opened. This is not part of TrainConfig, but a resumed run must open the same images.
 _VIEW = {
-    "split": "train", "image_size": None, "channels": None, "init": None, "skip_bad": False, "method": None,
-    "log_to": None, "unlabelled": False,
+    "split": "train", "image_size": None, "channels": None, "init": None, "skip_bad": False, "log_to": None,
+    "unlabelled": False,
 }  # fmt: skip
 # Arguments of argparse for each kind of setting. `_typed` parses the text of lists and tables.
 PARSING: dict[Any, dict[str, Any]] = {
-    bool: {"action": argparse.BooleanOptionalAction},
     int: {"type": common.whole(0), "metavar": "N"},
     float: {"type": common.number(), "metavar": "X"},
-    "numbers": {"nargs": "+", "metavar": "X"},
     "names": {"metavar": "LIST"},
     "text": {"metavar": "NAME"},
     "table": {"action": "append", "metavar": "KEY=JSON"},
@@ -91,12 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=common.table, metavar="FILE", help=config)
     common.add_device(parser)
     parser.argument_default = argparse.SUPPRESS  # a flag that is not given leaves no attribute behind
-    init = "start from the flow of this model (fine-tuning), with its image size, bits and psi as defaults"
+    init = "start from the flow of this model (fine-tuning), with its image size and bits as defaults"
     parser.add_argument("--init", metavar="MODEL", help=init)
-    methods = (
-        "settings of a published method or of this library (docs/reproduction.md); flags win (default: hybrid-joint)"
-    )
-    parser.add_argument("--method", choices=tuple(METHODS), help=methods)
     log = "also send the rows of metrics.jsonl to DIR/tensorboard, or to the W&B project WANDB_PROJECT"
     parser.add_argument("--log-to", choices=("tensorboard", "wandb"), help=log)
     view = parser.add_argument_group("images")
@@ -104,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_image_size(view, "above 64 a flow is slow on a CPU (default: the common size of the images)")
     view.add_argument("--channels", type=int, choices=(1, 3), help="grey or RGB (default: as in the files)")
     switch = argparse.BooleanOptionalAction
-    unlabelled = "train by likelihood on all images in DATA and its folders; glem adapt gives the flow classes later"
+    unlabelled = "train by likelihood on all images in DATA and its folders; glem fit gives the flow classes later"
     view.add_argument("--unlabelled", action=switch, help=f"{unlabelled} (default: learn classes)")
     bad = "leave out images that can't be read, and list them in DIR/skipped.json (default: stop at the first)"
     view.add_argument("--skip-bad", action=switch, help=bad)
@@ -112,32 +96,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every setting, grouped. Flags that are not given leave no attribute behind.
-
-    `--help` leaves out the settings that only research needs; `--help-all` shows them too.
-    """
-    hidden: dict[argparse.Action, str] = {}
-
-    class HelpAll(argparse.Action):
-        def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-            for action, text in hidden.items():
-                action.help = text
-            parser.print_help()
-            parser.exit()
-
-    parser.add_argument("--help-all", action=HelpAll, nargs=0, help="show the settings for research as well, and exit")
+    """Add a flag for every setting, grouped. Flags that are not given leave no attribute behind."""
     defaults = TrainConfig().to_dict()
     group: argparse._ActionsContainer = parser
     for name, about in SETTINGS.items():
         if "group" in about:
             group = parser.add_argument_group(about["group"])
         text = f"{about['help']} (default: {about.get('shown', defaults[name])})".replace("%", "%%")
-        shown = argparse.SUPPRESS if about.get("research") else text
         kind = about["kind"]
         parsing: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else PARSING[kind]
-        action = group.add_argument(_flag(name), dest=name, default=argparse.SUPPRESS, help=shown, **parsing)
-        if about.get("research"):
-            hidden[action] = text
+        group.add_argument(_flag(name), dest=name, default=argparse.SUPPRESS, help=text, **parsing)
 
 
 def _flag(name: str) -> str:
@@ -167,10 +135,6 @@ def _typed(name: str, value: Any, where: str) -> Any:
     try:
         if kind == "table" and isinstance(value, list):
             value = dict(map(_flow_option, value))
-        elif kind == "numbers" and about["optional"] and value in ("none", ["none"]):
-            value = None
-        elif kind == "numbers" and isinstance(value, list):
-            value = [float(v) for v in value]
         elif kind == "names" and isinstance(value, str):
             named = {"none": (), "": (), "paper": AUGMENTATIONS}
             value = named.get(value.strip(), [part.strip() for part in value.split(",")])
@@ -200,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     from glem_augment.io import lock_folder
     from glem_augment.model.glem import GLEM
     from glem_augment.training import Trainer
-    from glem_augment.training.folder import has_checkpoint, load_checkpoint, require_unused
+    from glem_augment.training.checkpoint import has_checkpoint, load_checkpoint, require_unused
 
     began = time.monotonic()
     device, out = common.pick_device(args), args.out
@@ -220,12 +184,11 @@ def run(args: argparse.Namespace) -> int:
         settings = _over({**checked(earlier.facts["config"], str(earlier.path)), "max_minutes": None}, settings)
         record = json.loads((out / RUN_FILE).read_text(encoding="utf-8")) if (out / RUN_FILE).is_file() else {}
         before = {name: record[name] for name in _VIEW if name in record}
-        for name in ("method", "init"):
-            if name in view and view[name] != before.get(name):
-                raise ValueError(
-                    f"the run in {out} has --{name} {before.get(name) or '(none)'}, not {view[name]}: leave it out to "
-                    "go on, or give another --out"
-                )
+        if "init" in view and view["init"] != before.get("init"):
+            raise ValueError(
+                f"the run in {out} has --init {before.get('init') or '(none)'}, not {view['init']}: leave it out to "
+                "go on, or give another --out"
+            )
         view = {**before, **view}
     else:
         require_unused(out)  # before any image is read; the Trainer checks it again
@@ -237,16 +200,12 @@ def run(args: argparse.Namespace) -> int:
     init_model = None if view["init"] is None or args.resume else GLEM.from_pretrained(view["init"])
     if init_model is not None:
         settings.setdefault("bits", init_model.bits)
-        if view["method"] is None:  # a method may set psi
-            settings.setdefault("psi", init_model.config.psi)
         channels, *side = init_model.image_shape
         view["image_size"] = view["image_size"] or side
         view["channels"] = view["channels"] or (channels if channels in (1, 3) else None)
-    if view["unlabelled"] and not (view["method"] or "objective" in settings):
-        view["method"] = "unlabelled"
-    # Settings are checked before the data is opened. A checkpoint holds all settings, so its method is not read again.
-    chosen = None if args.resume else view["method"]
-    config = TrainConfig(**settings) if chosen is None else method(chosen, **settings)
+    if view["unlabelled"]:
+        settings.setdefault("objective", "mle")
+    config = TrainConfig(**settings)  # checked before the data is opened
     size = common.height_and_width(view["image_size"])
     # The folder is locked before the images are decoded, which may take minutes. The first rank locks it for all ranks.
     with lock_folder(out) if is_primary() else nullcontext():
@@ -259,12 +218,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _header(trainer: Trainer) -> None:
     """Print the summary before the flow is initialised."""
-    common.say(summary(trainer, trainer.data))
-    side = max(trainer.data.image_shape[1:])
-    if side > LARGE and trainer.device.type == "cpu" and trainer.codec is None and trainer.config.preset != "identity":
+    common.say(summary(trainer))
+    model = trainer.model
+    side = max(model.image_shape[1:])
+    if (
+        side > LARGE
+        and trainer.device.type == "cpu"
+        and model.autoencoder is None
+        and trainer.config.preset != "identity"
+    ):
         common.note(
             f"glem: at {side} pixels a CPU takes minutes to start, and long for each step: give --image-size 32 or 64. "
-            "glem adapt identity needs no training"
+            "glem fit needs no training"
         )
 
 
@@ -273,9 +238,9 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
     from glem_augment.distributed import is_primary
     from glem_augment.io import write_json
     from glem_augment.training import EXIT_TIME_UP, TimeUpError
-    from glem_augment.training.folder import TRACKERS
+    from glem_augment.training.log import TRACKERS
 
-    out, data = trainer.out, trainer.data
+    out, data = trainer.out, trainer.batches.data
     if args.resume and trainer.step >= trainer.total_steps and (finished := _finished(out)) is not None:
         common.say(f"{out} is already finished: {_held_out(finished)}")
         return 0
@@ -288,11 +253,11 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
     if view["log_to"] and is_primary():
         trainer.log.callbacks.append(TRACKERS[view["log_to"]](out, trainer.step))
     if args.resume:
-        common.say(summary(trainer, data))
+        common.say(summary(trainer))
     if trainer.total_steps < FEW_STEPS and not args.quiet:
         common.note(
             f"glem: {trainer.total_steps} steps are few: a flow takes thousands. Give more --epochs, or give a trained "
-            "flow your classes in seconds with glem adapt"
+            "flow your classes in seconds with glem fit"
         )
     if trainer.config.sample_every and find_spec("matplotlib") is None:
         common.note("glem: curves.png is left out, because matplotlib is not installed: pip install matplotlib")
@@ -326,7 +291,7 @@ def _finished(out: Path) -> GLEM | None:
     from glem_augment.errors import ModelFileError
     from glem_augment.model.glem import GLEM
     from glem_augment.model.weights import CONFIG
-    from glem_augment.training.folder import NEWEST
+    from glem_augment.training.checkpoint import NEWEST
 
     try:
         if (out / CONFIG).stat().st_mtime_ns < (out / NEWEST).stat().st_mtime_ns:
@@ -336,29 +301,35 @@ def _finished(out: Path) -> GLEM | None:
         return None
 
 
-def summary(trainer: Trainer, data: ImageData) -> str:
-    """A table for people: data, flow and steps of the training."""
+def summary(trainer: Trainer) -> str:
+    """A table for people: data, model and steps of the training."""
     from glem_augment.distributed import world_size
 
-    model, split, config = trainer.whole(trainer.model), trainer.split, trainer.config
+    model, config, batches = trainer.whole(trainer.model), trainer.config, trainer.batches
+    data, split = batches.data, batches.split
     shape = "x".join(str(side) for side in model.image_shape)
     parameters = sum(p.numel() for p in model.flow.parameters())
     where = f" on {trainer.device}" + (f", from step {trainer.step}" if trainer.step else "")
     names = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
     learners = f"{len(split.nf)} for the flow, {len(split.g)} for the Gaussians"
-    if not trainer.m_total:  # there are no M-steps
-        learners = f"{len(split.nf) + len(split.g)} for the flow{' and the Gaussians' if config.joint else ''}"
+    if not trainer.m_step.total:  # there are no M-steps
+        learners = f"{len(split.nf) + len(split.g)} for the flow and the Gaussians"
     rows = [
         ("data", f"{data.name}: {len(data)} images, {shape}, {len(data.classes)} classes ({names})"),
         *([("skipped", f"{len(data.skipped)} images that can't be used, see {SKIPPED_FILE}")] if data.skipped else []),
         ("split", f"{learners}, {len(split.val)} held out"),
         ("flow", f"{model.config.flow['preset']}, {parameters:,} parameters, {model.numbers_are}"),
-        ("objective", f"{config.objective}, beta {config.beta:g}"),
-        ("batch", f"{config.batch_size} images on {world_size()} processes, learning rate {trainer.lr:g}"),
+        ("objective", _objective(config)),
+        ("batch", f"{config.batch_size} images on {world_size()} processes, learning rate {trainer.e_step.lr:g}"),
         ("steps", f"{trainer.total_steps} ({config.epochs} epochs of {trainer.steps_per_epoch}){where}"),
         ("out", str(trainer.out)),
     ]
     return "\n".join(f"{key:<11}{value}" for key, value in rows)
+
+
+def _objective(config: TrainConfig) -> str:
+    weights = {"hybrid": f", beta {config.beta:g}", "glem": f", KLD weight {config.kld_weight:g}"}
+    return config.objective + weights.get(config.objective, "")
 
 
 def _held_out(model: GLEM) -> str:

@@ -1,6 +1,9 @@
 """Codecs between images and the numbers that a flow models: pixel levels, autoencoders, and resizing."""
 
+from glem_augment.codec.autoencoder import Autoencoder
+from glem_augment.codec.codec import Codec, to_unit
+from glem_augment.codec.pixels import Levels
 from glem_augment.codec.plausible import to_uint8
 from glem_augment.codec.resize import PixelAdapter
 
-__all__ = ["PixelAdapter", "to_uint8"]
+__all__ = ["Autoencoder", "Codec", "Levels", "PixelAdapter", "to_uint8", "to_unit"]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glem_augment.codec.codec import Codec, check_images, to_unit
+from glem_augment.codec.levels import Dequantisation
 from glem_augment.tensors import evaluating
 
 _MIN_STD = 1e-3  # a channel that never varies would otherwise become infinite
+_MOST_PIXELS = 2**19  # per pass
 
 
 @runtime_checkable
@@ -29,79 +33,158 @@ class Autoencoder(Protocol):
         """Latents [B,C,h,w] to RGB images [B,3,H,W]; values may leave [0, 1] a little."""
 
 
-class StandardisedAutoencoder(nn.Module):
+class StandardisedAutoencoder(Codec):
     """A frozen autoencoder with its latents standardised per channel: `h = (E(x) - mean) / std`.
 
     Latents of published autoencoders differ in scale from family to family and from channel to channel. So `fit` takes
     mean and standard deviation from images, once. They are stored with the model; the autoencoder is not. It is put
-    into eval mode and frozen.
+    into eval mode and frozen. Densities are over E(x).
+
+    Grey images become RGB on the way in, and the mean of the channels on the way out. Sides that the autoencoder does
+    not divide are extended by their edges on the way in, and cropped on the way out, which blurs less than resizing.
+
+    Args:
+        autoencoder: see `Autoencoder`.
+        image_shape: (C, H, W), with C 1 or 3.
+        shape: of the latents, by default found with `latent_shape`.
     """
 
     mean: Tensor
     std: Tensor
     fitted: Tensor
 
-    def __init__(self, autoencoder: nn.Module, channels: int) -> None:
-        super().__init__()
+    def __init__(
+        self, autoencoder: nn.Module, image_shape: tuple[int, int, int], shape: tuple[int, int, int] | None = None
+    ) -> None:
+        super().__init__(image_shape, shape or latent_shape(autoencoder, image_shape))
+        high, wide = (
+            padded - side for padded, side in zip(_padded(autoencoder, image_shape), image_shape[1:], strict=True)
+        )
+        self._edges = (wide // 2, wide - wide // 2, high // 2, high - high // 2)  # left, right, top, bottom
         self.autoencoder = autoencoder.eval().requires_grad_(False)
-        self.register_buffer("mean", torch.zeros(channels, 1, 1))
-        self.register_buffer("std", torch.ones(channels, 1, 1))
+        self.most = max(1, min(self.most, _MOST_PIXELS // math.prod(image_shape[1:])))
+        self.register_buffer("mean", torch.zeros(self.shape[0], 1, 1))
+        self.register_buffer("std", torch.ones(self.shape[0], 1, 1))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
 
     def train(self, mode: bool = True) -> StandardisedAutoencoder:
         """Stay in eval mode: the autoencoder is frozen."""
         return super().train(False)
 
-    def raw(self, x: Tensor) -> Tensor:
-        """RGB images [B,3,H,W] in [0, 1] to latents [B,C,h,w] as the autoencoder gives them; differentiable."""
-        return self.autoencoder.encode(x)  # type: ignore[operator]
-
-    def encode(self, x: Tensor) -> Tensor:
-        """RGB images [B,3,H,W] in [0, 1] to standardised latents [B,C,h,w]; differentiable."""
-        return (self.raw(x) - self.mean) / self.std
+    def encode(self, x: Tensor, noise: Dequantisation = None) -> Tensor:
+        """Images [B,C,H,W] in [0, 1] to standardised latents [B,c,h,w]; differentiable."""
+        return (self._raw(x) - self.mean) / self.std
 
     def decode(self, h: Tensor) -> Tensor:
-        """Standardised latents [B,C,h,w] to RGB images [B,3,H,W]; differentiable."""
-        return self.autoencoder.decode(h * self.std + self.mean)  # type: ignore[operator]
+        """Standardised latents [B,c,h,w] to images [B,C,H,W]; differentiable."""
+        x = self.autoencoder.decode(h * self.std + self.mean)  # type: ignore[operator]
+        left, _, top, _ = self._edges
+        channels, height, width = self.image_shape
+        x = x[:, :, top : top + height, left : left + width]
+        return x if channels == 3 else x.mean(1, keepdim=True)
 
-    def logdet(self, pixels: int) -> Tensor:
-        """log|det dh / dE(x)| in nats, the same for all images, for latents of h * w `pixels`."""
-        return -self.std.log().sum() * pixels
+    def logdet(self) -> Tensor:
+        return -self.std.log().sum() * math.prod(self.shape[1:])
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.fitted)
 
     @torch.no_grad()
-    def fit(self, h: Tensor) -> None:
-        """Set mean and standard deviation from raw latents h [B,C,h,w], unless that was done before."""
+    def fit(self, x: Tensor) -> None:
+        """Set mean and standard deviation from images [B,C,H,W], unless that was done before."""
         if not self.fitted:
-            h = h.double()
+            h = torch.cat([self._raw(chunk) for chunk in x.to(self._like.device).split(self.most)]).double()
             self.mean.copy_(h.mean((0, 2, 3))[:, None, None])
             self.std.copy_(h.std((0, 2, 3)).clamp_min(_MIN_STD)[:, None, None])
             self.fitted.fill_(True)
 
+    def _raw(self, x: Tensor) -> Tensor:
+        x = to_unit(x, self.dtype).expand(-1, 3, -1, -1)
+        return self.autoencoder.encode(F.pad(x, self._edges, "replicate"))  # type: ignore[operator]
+
+
+class Latents(Codec):
+    """Stands in for a codec while the data are its numbers already, as in training."""
+
+    exact = True
+
+    def __init__(self, codec: Codec) -> None:
+        super().__init__(codec.shape, codec.shape)
+        self.key, self.unit, self._logdet = codec.key, codec.unit, float(codec.logdet())
+
+    def encode(self, x: Tensor, noise: Dequantisation = None) -> Tensor:
+        return x.to(self.dtype)
+
+    def decode(self, h: Tensor) -> Tensor:
+        return h
+
+    def logdet(self) -> float:
+        return self._logdet
+
+    def check(self, x: Tensor) -> None:
+        check_images(x, self.image_shape, any_range=True)
+
 
 def latent_shape(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of images (3, H, W). TypeError: no autoencoder. ValueError: it can't take them."""
+    """(c, h, w) of the latents, or of a codec's numbers, of images (C, H, W).
+
+    TypeError: no autoencoder. ValueError: it can't take them.
+    """
     if not (isinstance(autoencoder, nn.Module) and isinstance(autoencoder, Autoencoder)):
         raise TypeError(f"an autoencoder is a module with encode and decode, got {type(autoencoder).__name__}")
-    channels, height, width = image_shape
-    if channels != 3:
-        raise ValueError(f"an autoencoder takes images of 3 channels, got {channels}: open the data with channels=3")
-    factor, found = getattr(autoencoder, "factor", None), getattr(autoencoder, "channels", None)
-    if isinstance(factor, int) and isinstance(found, int):
-        if height % factor or width % factor:
-            near = [max(1, round(side / factor)) * factor for side in (height, width)]
-            raise ValueError(
-                f"the autoencoder needs height and width divisible by {factor}, got {height}x{width}; resize to "
-                f"{near[0]}x{near[1]}"
-            )
-        return found, height // factor, width // factor
-    probe = copy.deepcopy(autoencoder)  # a user's module may change when it is called
-    some = next((t for t in probe.parameters() if t.is_floating_point()), torch.zeros((), device="cpu"))
-    with torch.no_grad(), evaluating(probe):
-        h = probe.encode(torch.full((1, *image_shape), 0.5, dtype=some.dtype, device=some.device))
-        back = probe.decode(h)
-    if h.ndim != 4 or back.shape != (1, *image_shape):
+    if isinstance(autoencoder, Codec):
+        return autoencoder.shape
+    if image_shape[0] not in (1, 3):
         raise ValueError(
-            f"the autoencoder turns an image {list(image_shape)} into {list(h.shape[1:])} and back into "
+            f"an autoencoder takes grey or RGB images, got {image_shape[0]} channels: leave it out, for a model of the "
+            "pixels"
+        )
+    height, width = _padded(autoencoder, image_shape)
+    factor, found = _factor(autoencoder), getattr(autoencoder, "channels", None)
+    if factor and isinstance(found, int):
+        if found < 1:
+            raise ValueError(f"channels of an autoencoder must be at least 1, got {found}")
+        return found, height // factor, width // factor
+    padded = (3, height, width)
+    try:  # shapes without memory, where the module can
+        h, back = _tried(autoencoder, padded, torch.device("meta"))
+    except Exception:
+        try:
+            h, back = _tried(autoencoder, padded, None)
+        except Exception as error:
+            raise ValueError(f"the autoencoder can't take an image {list(padded)}: {error}") from error
+    if h.ndim != 4 or back.shape != (1, *padded):
+        raise ValueError(
+            f"the autoencoder turns an image {[3, height, width]} into {list(h.shape[1:])} and back into "
             f"{list(back.shape[1:])}: it needs another image size, or is none"
         )
     return h.shape[1], h.shape[2], math.prod(h.shape[3:])
+
+
+def _factor(autoencoder: nn.Module) -> int:
+    """By what the autoencoder divides the sides of images; 0 if it does not say. ValueError: below 1."""
+    factor = getattr(autoencoder, "factor", None)
+    if not isinstance(factor, int):
+        return 0
+    if factor < 1:
+        raise ValueError(f"factor of an autoencoder must be at least 1, got {factor}")
+    return factor
+
+
+def _padded(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Height and width, extended so that the autoencoder divides them."""
+    factor = _factor(autoencoder) or 1
+    height, width = (-(-side // factor) * factor for side in image_shape[1:])
+    return height, width
+
+
+def _tried(
+    autoencoder: nn.Module, image_shape: tuple[int, int, int], device: torch.device | None
+) -> tuple[Tensor, Tensor]:
+    """Latents and image of one grey image, on `device` or the autoencoder's."""
+    probe: Any = copy.deepcopy(autoencoder).to(device)  # a user's module may change when it is called
+    some = next((t for t in probe.parameters() if t.is_floating_point()), torch.zeros((), device=device or "cpu"))
+    with torch.no_grad(), evaluating(probe):
+        h = probe.encode(torch.full((1, *image_shape), 0.5, dtype=some.dtype, device=some.device))
+        return h, probe.decode(h)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TypeAlias
 
 import torch
@@ -14,43 +13,13 @@ from glem_augment.tensors import send
 # The constants of SplitMix64, as int64.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _SPLITMIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
-_RANGE_TOLERANCE = 1e-3  # resizing with antialias leaves [0, 1] by rounding only
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights with which PIL turns RGB into "L"
-
-Noise: TypeAlias = torch.Generator | int | Tensor | None  # where dequantisation noise comes from, see `to_levels`
-
-
-def check_images(x: Tensor, image_shape: tuple[int, int, int], any_range: bool = False) -> None:
-    """TypeError or ValueError unless `x` is a batch of images of `image_shape` (C, H, W).
-
-    The range of float images is not checked with `any_range`, nor on an accelerator, where the host would wait.
-    """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"images must be a Tensor [B,C,H,W], got {type(x).__name__}")
-    if x.ndim != 4 or tuple(x.shape[1:]) != tuple(image_shape):
-        c, h, w = image_shape
-        raise ValueError(f"images must have shape [B,{c},{h},{w}] for this flow, got {list(x.shape)}")
-    if x.dtype != torch.uint8 and not x.is_floating_point():
-        raise TypeError(f"images must be uint8, or float in [0,1]; got {x.dtype}")
-    if x.is_floating_point() and not any_range and x.device.type == "cpu" and x.numel():
-        low, high = value_range(x)
-        if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
-            raise ValueError(
-                f"float images must lie in [0,1], got values from {low:.4g} to {high:.4g}; pass uint8 images, divide "
-                "by 255, or undo the normalisation"
-            )
+Dequantisation: TypeAlias = (
+    torch.Generator | int | Tensor | None
+)  # where dequantisation noise comes from, see `to_levels`
 
 
-def value_range(x: Tensor) -> tuple[float, float]:
-    """The lowest and the highest value of float images. ValueError: a value is not finite."""
-    low, high = (float(v) for v in torch.aminmax(x.detach()))
-    if not math.isfinite(high - low):
-        raise ValueError("images must be finite, but some of their values are NaN or infinite")
-    return low, high
-
-
-def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: Noise = None) -> Tensor:
+def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: Dequantisation = None) -> Tensor:
     """`(level + u) / 2^bits - 1/2`, the flow's input; float images are scaled to levels unrounded.
 
     Noise is for images on levels. A float image is on levels if all its pixels are k / 255, or all k / (2^bits - 1),
@@ -138,8 +107,3 @@ def _splitmix(x: Tensor) -> Tensor:
 def from_levels(h: Tensor, bits: int) -> Tensor:
     """Inverse of `to_levels` for bin middles: float with 0 and 1 at the lowest and highest level."""
     return ((h + 0.5) * 2.0**bits - 0.5) / (2**bits - 1)
-
-
-def to_unit(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Images, uint8 or float in [0,1], as floats of `dtype` in [0,1]."""
-    return x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)

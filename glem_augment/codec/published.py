@@ -16,7 +16,7 @@ from glem_augment.io import file_sha256
 HUB = "hub:"
 _BUNDLED = Path(__file__).parents[1] / "bundled" / "autoencoders"
 _DIFFUSERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
-_MOST_CONFIG = 2**20
+_MOST_CONFIG, _MOST_STAGES, _MOST_WIDTH = 2**20, 16, 2**14
 
 # From a name on the Hub to the weights file, beside its config.json if there is one, and `org/name@commit`.
 Fetch: TypeAlias = Callable[[str], tuple[Path, str]]
@@ -52,12 +52,18 @@ def open_autoencoder(name: str, fetch: Fetch, sha256: str | None = None) -> tupl
         raise ModelFileError(f"the autoencoder {name} is not the one that the model was made with: {path} has changed")
     config = _config(path.with_name("config.json"))
     kind = config.get("_class_name", "AutoencoderTiny")
-    # The TAESD family needs no further package. Its blocks all have 64 channels.
-    ours = kind == "AutoencoderTiny" and set(config.get("encoder_block_out_channels", [64])) == {64}
+    # The TAESD family needs no further package.
+    ours = kind == "AutoencoderTiny" and _is_taesd(config)
     if not ours and kind not in _DIFFUSERS:
         raise ModelFileError(f"{name} is {str(kind)[:80]!r}; the autoencoders that can be used are {_DIFFUSERS}")
     module = load_taesd(path) if ours else _from_diffusers(path.parent, kind)
     return module, {"name": pinned, "sha256": digest}
+
+
+def coordinates_file(name: str) -> Path | None:
+    """The public coordinates of a bundled autoencoder's latents (`flows.stationary`); None for any other."""
+    path = _BUNDLED / name / "coordinates.safetensors"
+    return path if path.is_file() else None
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -69,7 +75,20 @@ def _config(path: Path) -> dict[str, Any]:
         return {}
     except (ValueError, OSError, RecursionError) as error:
         raise ModelFileError(f"{path} can't be read: {error}") from None
-    return found if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) else {}
+    for name in ("encoder_block_out_channels", "decoder_block_out_channels", "block_out_channels"):
+        widths = found.get(name, [])
+        good = isinstance(widths, list) and len(widths) <= _MOST_STAGES
+        if not (good and all(type(width) is int and 1 <= width <= _MOST_WIDTH for width in widths)):
+            raise ModelFileError(f"{path}: {name} must be a list of numbers of channels, got {str(widths)[:80]}")
+    return found
+
+
+def _is_taesd(config: dict[str, Any]) -> bool:
+    """Whether `load_taesd` computes what diffusers would: 64 channels everywhere, ReLU, nearest upsampling by 2."""
+    widths = {*config.get("encoder_block_out_channels", [64]), *config.get("decoder_block_out_channels", [64])}
+    usual = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}
+    return widths == {64} and all(config.get(name, value) == value for name, value in usual.items())
 
 
 class DiffusersAutoencoder(nn.Module):

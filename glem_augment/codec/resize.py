@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glem_augment.codec.levels import LUMA, value_range
+from glem_augment.codec.codec import LUMA, value_range
 
 RANGE_SLACK = 0.1  # bicubic filters leave [0, 1] by less; normalised images by more
 UNIT_SLACK, FEW = 0.05, 0.05  # how far values leave [0, 1] once mean and std are undone: few do, from RandomErasing
@@ -58,8 +58,12 @@ class PixelAdapter:
             )
         channels = x.shape[1]
         if channels != self.shape[0] and {channels, self.shape[0]} != {1, 3}:
+            if x.shape[3] in (1, 3):
+                raise ValueError(
+                    f"x has the shape {list(x.shape)}, but channels come first: give x.permute(0, 3, 1, 2)"
+                )
             raise ValueError(
-                f"images have {channels} channels, the flow's {self.shape[0]}; "
+                f"images have {channels} channels, the model's {self.shape[0]}; "
                 "only grey (1) and RGB (3) are converted into each other"
             )
         if x.dtype == torch.uint8:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.errors import ModelFileError
-from glem_augment.io import check_header, copy_checked, open_tensors
+from glem_augment.tensor_file import load_weights, open_tensors
 
 _WIDTH, _GROUPS, _HALVINGS, _BLOCKS = 64, 4, 3, 3
 _MOST_CHANNELS, _MOST_HEADER = 256, 2**16
@@ -86,8 +86,5 @@ def load_taesd(path: Path) -> TAESD:
             raise ModelFileError(f"{path} holds no autoencoder of the TAESD family: {last} is missing or too large")
         with torch.device("meta"):  # shapes without memory
             model = TAESD(channels, pooled=any(".pool." in name for name in names))
-        check_header(path, file, model.state_dict())
-        model.to_empty(device="cpu")
-        for name, target in model.state_dict().items():
-            copy_checked(path, name, file.get_tensor(name), target)
+        load_weights(path, file, model)
     return model.eval().requires_grad_(False)

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from glem_augment.augment.policies import Noise
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import closest
 from glem_augment.errors import DataError
@@ -126,7 +127,7 @@ def compare(
     store.spent(time.monotonic() - began)
     return {
         **result, "rows": rows, "advice": refusal or advice(rows), "seconds": round(store.seconds, 1),
-        "pictures": run.pictures([stack for stack in schedule.measured if stack.moves]) if rows else {},
+        "pictures": run.pictures([stack for stack in schedule.measured if stack.policy]) if rows else {},
     }  # fmt: skip
 
 
@@ -333,7 +334,7 @@ class Run:
     def step_cost(self, stack: Stack, schedule: Schedule) -> float:
         """The time of a training step, relative to crop + flip, with moves made in each step."""
         plain = schedule.step_seconds["plain"]
-        moving = 0.0 if not stack.moves or stack.adversarial else BATCH / 2 * self.copy[stack.kind]
+        moving = 0.0 if not stack.policy or stack.adversarial else BATCH / 2 * self.copy[stack.kind]
         return (schedule.step_seconds[speed_of(stack)] + moving) / plain
 
     def pictures(self, stacks: Sequence[Stack]) -> dict[str, Tensor]:
@@ -342,9 +343,10 @@ class Run:
         x, y = self.train.tensor()[rows], torch.from_numpy(self.train.targets[rows])
         found = {}
         for stack in stacks:
-            settings = dict(stack.moves) | ({"policy": "noise"} if stack.adversarial else {})
+            assert stack.policy is not None
+            policy = Noise(stack.policy.strength) if isinstance(stack.policy, Noise) else stack.policy
             model = self.comparison.model(stack.kind, self.train)
-            found[stack.name] = GLEMAugment(model, p=1.0, seed=0, **settings)(x, y)[0]
+            found[stack.name] = GLEMAugment(model, policy, p=1.0, seed=0)(x, y)[0]
         return found
 
 
@@ -358,7 +360,7 @@ def _fingerprint(data: ImageData) -> str:
 def _seconds_per_copy(model: GLEM) -> float:
     """The time of `GLEMAugment` for an image with this model."""
     x = torch.rand(8, *model.image_shape)
-    aug, y = GLEMAugment(model, p=1.0, **ADVISED), torch.zeros(8, dtype=torch.int64)
+    aug, y = GLEMAugment(model, ADVISED, p=1.0), torch.zeros(8, dtype=torch.int64)
     aug(x, y)
     began = time.monotonic()
     aug(x, y)

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from glem_augment.augment.moves import LADDER, strongest
+from glem_augment.augment.policies import Mixup, Noise, Policy
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.classes.gaussians import fit_temperature
+from glem_augment.classes.calibrate import fit_temperature
 from glem_augment.distributed import gather, share
 from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData, LabelledImages, images_for
 from glem_augment.model.conditional_flow import psnr, summarise_errors
 from glem_augment.model.glem import GLEM
 
-__all__ = ["calibrate", "calibration_error", "evaluate", "moves_rejected", "spread"]
+__all__ = ["calibrate", "calibration_error", "evaluate", "rejected_moves", "spread"]
 
 CALIBRATION_BINS = 15
+STRENGTHS = (0.5, 0.25, 0.125, 0.0625)  # of the noise in `rejected_moves`
 
 
 def spread(total: int, count: int) -> np.ndarray:
@@ -55,8 +56,9 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
         data: see `GLEM.fit_modes`; some hundred images, but none of the test images.
 
     Returns:
-        T >= 1, which `model.config.posterior_temperature` holds from now on.
+        T >= 1, which `model.latent_classes.temperature` holds from now on.
     """
+    model.refuse_if_private("calibrate")
     images = images_for(model, data)
     scores, labels = [], []
     with tqdm(total=len(images), unit="image", desc="calibrate", disable=not progress, dynamic_ncols=True) as bar:
@@ -64,24 +66,23 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
             scores.append(model.class_scores(model.encode(x)[0]).cpu())
             labels.append(y)
             bar.update(len(y))
-    model.config.posterior_temperature = fit_temperature(torch.cat(scores), torch.cat(labels))
-    return model.config.posterior_temperature
+    model.latent_classes.temperature = fit_temperature(torch.cat(scores), torch.cat(labels))
+    return model.latent_classes.temperature
 
 
 @torch.no_grad()
-def moves_rejected(model: GLEM, data: ImageData, progress: bool = False) -> dict[str, Any]:
-    """Share of the moves that `GLEMAugment` rejects at its default settings.
+def rejected_moves(model: GLEM, data: ImageData, progress: bool = False) -> dict[str, Any]:
+    """How many of the moves of `GLEMAugment` are rejected, from 0 to 1.
 
-    A move is rejected if its result is not plausible, or if the flow does not give the original back.
+    A move is rejected if its result is not plausible, or if the model does not give the original back.
 
     Args:
-        data: images of the flow's shape, labelled by its class indices. 128 evenly spread images are moved; 8 with an
+        data: images of the model's shape, labelled by its class indices. 128 evenly spread images are moved; 8 with an
             autoencoder, which is slow for large images.
         progress: show a bar on stderr when it takes longer than two seconds.
 
     Returns:
-        `mixup`: the share for policy "mixup"; `noise`: the share for policy "noise" at each strength of "auto";
-        `strength`: the strength that "auto" chooses; `images`: the number of moved images.
+        `mixup`: by Mixup(); `noise`: by Noise at each of four strengths; `images`: the number of moved images.
 
     Raises:
         ValueError: a model without modes.
@@ -89,18 +90,20 @@ def moves_rejected(model: GLEM, data: ImageData, progress: bool = False) -> dict
     count = min(128 if model.autoencoder is None else 8, len(data))
     x, y = (batch.to(model.device) for batch in next(data.batches(spread(len(data), count), count)))
 
-    def lost(**settings: Any) -> float:
-        aug = GLEMAugment(model, p=1.0, seed=0, **settings)
+    def rejected(policy: Policy) -> float:
+        aug = GLEMAugment(model, policy, p=1.0, seed=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the result holds the same numbers
             aug(x, y)
         bar.update()
-        return aug.stats["replaced"] / count
+        return aug.stats["rejected"] / count
 
-    with tqdm(total=len(LADDER) + 1, desc="rejected moves", delay=2, disable=not progress, dynamic_ncols=True) as bar:
-        noise = {strength: lost(policy="noise", strength=strength) for strength in LADDER}
-        mixup = lost()
-    return {"images": count, "mixup": mixup, "noise": noise, "strength": strongest(noise.items())}
+    with tqdm(
+        total=len(STRENGTHS) + 1, desc="rejected moves", delay=2, disable=not progress, dynamic_ncols=True
+    ) as bar:
+        noise = {strength: rejected(Noise(strength)) for strength in STRENGTHS}
+        mixup = rejected(Mixup())
+    return {"images": count, "mixup": mixup, "noise": noise}
 
 
 @torch.no_grad()
@@ -136,7 +139,7 @@ def evaluate(
             x, y = x.to(model.device), y.to(model.device)
             z, logdet = model.encode(x)
             scores = model.class_scores(z)
-            best = (scores / model.config.posterior_temperature).log_softmax(1).topk(min(5, model.num_classes), 1)
+            best = (scores / model.latent_classes.temperature).log_softmax(1).topk(min(5, model.num_classes), 1)
             hits = best.indices == y[:, None]
             # Of pixels, likelihoods have dequantisation noise.
             density = model.log_prob_per_class(x) if model.autoencoder is None else scores + logdet[:, None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,15 +11,16 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from glem_augment.augment.policies import AugmentParams, Mixup, Noise, Policy
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.checks import POLICIES, Policy
+from glem_augment.checks import POLICIES, PolicyName
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.errors import DataError
 from glem_augment.evaluation.pictures import Section, compose, short, unit
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.glem import GLEM
 
-MIX_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
+KEPT = (0.9, 0.8, 0.7, 0.6, 0.5)
 NOISE_STRENGTHS = (0.25, 0.5, 1.0, 1.5)
 TEMPERATURES = (0.5, 0.8, 1.0)
 LINES, STEPS = 4, 8  # interpolations of a kind, and images of each
@@ -42,7 +42,7 @@ class ModelClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.model.class_scores(self.model.encode(self.pixels.to_flow(x))[0])
-        return scores / self.model.config.posterior_temperature
+        return scores / self.model.latent_classes.temperature
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def preview(
     model: GLEM,
     data: ImageData,
     rows: int = 6,
-    policies: Sequence[Policy] = POLICIES,
+    policies: Sequence[PolicyName] = POLICIES,
     modes: int | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -87,21 +87,21 @@ def preview(
 
 
 def _augmentations(
-    model: GLEM, data: ImageData, rows: int, policy: Policy, modes: int, seed: int, progress: bool = False
+    model: GLEM, data: ImageData, rows: int, policy: PolicyName, modes: int, seed: int, progress: bool = False
 ) -> Section:
     """Real images and their moves by GLEMAugment at rising strength, with one draw per row.
 
-    Adversarial moves attack the flow's posterior. Images are floats, so that only an image whose move was rejected
+    Adversarial moves attack the model's posterior. Images are floats, so that only an image whose move was rejected
     equals its original bit for bit.
     """
-    aug = GLEMAugment(model, p=1.0, policy=policy, modes=modes, seed=seed)
-    if policy == "adversarial":
+    aug = GLEMAugment(model, policy, p=1.0, modes=modes, seed=seed)
+    if aug.policy.wants_classifier:
         aug.attach(ModelClassifier(model))
     noise = "noise of s standard deviations is added along them"
     what = {
-        "mixup": "a share l of the image is kept along them",
+        "mixup": "a part, keep, of the image stays along them",
         "noise": noise,
-        "adversarial": f"{noise}, and a step that lowers the flow's posterior of the class",
+        "adversarial": f"{noise}, and a step that lowers the model's posterior of the class",
     }[policy]
     pairs = np.stack(_pairs(data, rows, seed), 1)
     found: list[tuple[Tensor, Tensor]] = []
@@ -126,23 +126,25 @@ def _moved(
     x, y = _load(data, np.concatenate([chosen, partners]), aug.model.device)
     x, n = unit(x).to(aug.model.device), len(chosen)
     drawn = aug.draw(x, y)
-    if aug.policy == "mixup":
+    moves: list[tuple[str, Policy, AugmentParams]]
+    if isinstance(aug.policy, Mixup):
         # The last column shows the partner. For an image alone in its class it shows the image; the partner is drawn.
         alone = torch.from_numpy(np.concatenate([chosen == partners] * 2))
         partner = torch.where(alone, -1, torch.arange(2 * n).roll(n))
-        drawn = replace(drawn, partner=partner, partner_cls=drawn.cls)
-        kept = MIX_SHARES[::2] if slow else MIX_SHARES
-        moves = [(f"l = {keep:g}", 1.0, replace(drawn, l=torch.full_like(drawn.l, keep))) for keep in kept]
+        drawn = drawn.having(partner=partner, partner_cls=drawn.cls)
+        kept = KEPT[::2] if slow else KEPT
+        moves = [(f"keep = {keep:g}", aug.policy, drawn.having(keep=torch.full((2 * n,), keep))) for keep in kept]
     else:
-        strengths = NOISE_STRENGTHS[1:3] if slow else NOISE_STRENGTHS
-        moves = [(f"s = {strength:g}", strength, drawn) for strength in strengths]
+        assert isinstance(aug.policy, Noise)  # or Adversarial
+        kind, strengths = type(aug.policy), NOISE_STRENGTHS[1:3] if slow else NOISE_STRENGTHS
+        moves = [(f"s = {strength:g}", kind(strength), drawn) for strength in strengths]
     columns = {"real": x[:n]}
-    for label, aug.strength, params in moves:
+    for label, aug.policy, params in moves:
         columns[label] = aug.replay(x, y, params.where(params.rows < n))[0][:n]  # partners are not moved
         bar.update(n)
     marked = torch.stack([(images == x[:n]).flatten(1).all(1) for images in columns.values()], 1).cpu()
     marked[:, 0] = False
-    if aug.policy == "mixup":
+    if isinstance(aug.policy, Mixup):
         columns["partner"] = x[n:]
         marked = F.pad(marked, (0, 1))
     return list(columns), torch.stack([unit(images) for images in columns.values()], 1), marked

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from glem_augment.augment.policies import Adversarial, Mixup, Noise, Policy
 
 __all__ = ["ADVISED", "JITTER", "ORDINARY", "PLAIN", "POLICIES", "Stack", "moves"]
 
@@ -20,7 +21,7 @@ class Stack:
         name: for people.
         kind: "plain", "ordinary", "jitter", "pixels", "autoencoder" or "flow": stacks compete within a kind.
         image: names of torchvision v2 transforms of single images. batch: "MixUp", "CutMix" or "".
-        moves: settings of `GLEMAugment`, which moves half of the images.
+        policy: of `GLEMAugment`, which moves half of the images; None: none.
         jitter: magnitude of ColorJitter: of brightness, contrast and saturation; a quarter of it for hue. 0: none.
     """
 
@@ -28,13 +29,13 @@ class Stack:
     kind: str
     image: tuple[str, ...] = ()
     batch: str = ""
-    moves: tuple[tuple[str, Any], ...] = ()
+    policy: Policy | None = None
     jitter: float = 0.0
 
     @property
     def adversarial(self) -> bool:
         """Whether moves raise the loss of the network in training. All other moves are made before the training."""
-        return dict(self.moves).get("policy") == "adversarial"
+        return self.policy is not None and self.policy.wants_classifier
 
 
 PLAIN = Stack(BASE, "plain")
@@ -52,15 +53,15 @@ JITTER = tuple(
     for size in sorted(MAGNITUDES, key=lambda size: abs(size - 0.4))  # the usual magnitude first
     for shown, batch in (("", ""), ("CutMix", "CutMix"), ("Mixup", "MixUp"))
 )
-ADVISED: dict[str, Any] = dict(policy="noise", strength=0.5)  # what the README advises
-POLICIES: tuple[dict[str, Any], ...] = (ADVISED, dict(policy="noise", strength=1.0), dict(policy="mixup"))
-ADVERSARIAL: dict[str, Any] = dict(policy="adversarial", strength=0.5)
+ADVISED = Noise(strength=0.5)  # what the README advises
+POLICIES: tuple[Policy, ...] = (ADVISED, Noise(strength=1.0), Mixup())
+ADVERSARIAL = Adversarial()
 
 
-def moves(kind: str, shown: str, policies: Sequence[dict[str, Any]] = POLICIES) -> tuple[Stack, ...]:
-    """A stack of moves along the modes of a model for each of the settings of `GLEMAugment`."""
+def moves(kind: str, shown: str, policies: Sequence[Policy] = POLICIES) -> tuple[Stack, ...]:
+    """A stack of moves along the modes of a model for each policy."""
     stacks = []
-    for settings in policies:
-        words = (f"{value:g}" if key == "strength" else value for key, value in settings.items())
-        stacks.append(Stack(f"{shown}: {' '.join(words)}", kind, moves=tuple(settings.items())))
+    for policy in policies:
+        words = f"{policy.name} {policy.strength:g}" if isinstance(policy, Noise) else policy.name
+        stacks.append(Stack(f"{shown}: {words}", kind, policy=policy))
     return tuple(stacks)

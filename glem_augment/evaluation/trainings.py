@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +72,7 @@ class Comparison:
         `network`: the network in training, whose loss adversarial moves raise.
         """
         x, y = train.tensor(), torch.from_numpy(train.targets)
-        copies = self.moved(stack, train) if stack.moves and not stack.adversarial else None
+        copies = self.moved(stack, train) if stack.policy and not stack.adversarial else None
         aug = self.adversary(stack, train, seed, network) if stack.adversarial and network is not None else None
         rng, size = np.random.default_rng([seed, 7]), train.image_shape[1:]
         with torch.random.fork_rng(devices=[]):
@@ -114,14 +113,16 @@ class Comparison:
         """The transform that moves half of the images against the network in training."""
         channels = train.image_shape[0]
         normalise = v2.Normalize([MEAN] * channels, [STD] * channels)
-        aug = GLEMAugment(self.model(stack.kind, train), p=0.5, seed=seed, **dict(stack.moves))
+        assert stack.policy is not None
+        aug = GLEMAugment(self.model(stack.kind, train), stack.policy, p=0.5, seed=seed)
         return aug.attach(torch.nn.Sequential(normalise, network))
 
     def moved(self, stack: Stack, train: ImageData) -> Tensor:
         """Moved copies of all images, uint8 [copies, N, C, H, W], made once."""
         key = stack, train
         if key not in self._copies:
-            aug = GLEMAugment(self.model(stack.kind, train), p=1.0, seed=0, **dict(stack.moves))
+            assert stack.policy is not None
+            aug = GLEMAugment(self.model(stack.kind, train), stack.policy, p=1.0, seed=0)
             x, y = train.tensor(), torch.from_numpy(train.targets)
             out = torch.empty(self.copies, *x.shape, dtype=torch.uint8)
             for view in range(self.copies):
@@ -134,7 +135,7 @@ class Comparison:
 
     def has_moved(self, stack: Stack, train: ImageData) -> bool:
         """Whether a training with this stack needs no more copies."""
-        return not stack.moves or stack.adversarial or (stack, train) in self._copies
+        return not stack.policy or stack.adversarial or (stack, train) in self._copies
 
     def model(self, kind: str, train: ImageData) -> GLEM:
         """The model with modes of the training images, made once."""
@@ -146,20 +147,16 @@ class Comparison:
 
 def models_for(train: ImageData, autoencoder: str | None, flow: GLEM | None) -> dict[str, Callable[[ImageData], GLEM]]:
     """Makers of the model for each kind of moves: one pass over the training images, nothing is trained."""
-    shape, ranks = train.image_shape, dict[str, Any](rank=MODES, progress=False)
-
-    def identity(name: str | None, data: ImageData) -> GLEM:
-        return GLEM.create("identity", shape, data.classes, autoencoder=name).adapt(data, **ranks)
-
-    made: dict[str, Callable[[ImageData], GLEM]] = {"pixels": partial(identity, None)}
-    if autoencoder is not None and shape[0] == 3:
-        made["autoencoder"] = partial(identity, autoencoder)
+    fit = partial(GLEM.fit, rank=MODES, progress=False)
+    made: dict[str, Callable[[ImageData], GLEM]] = {"pixels": fit}
+    if autoencoder is not None and train.image_shape[0] == 3:
+        made["autoencoder"] = partial(fit, autoencoder=autoencoder)
     if flow is not None:
         pixels = PixelAdapter(flow.image_shape)
 
         def adapted(data: ImageData) -> GLEM:
             x = to_uint8(pixels.to_flow(pixels.to_unit(data.tensor())))
-            return flow.adapt((x, data.targets), classes=data.classes, **ranks)
+            return fit((x, data.targets), flow=flow, classes=data.classes)
 
         made["flow"] = adapted
     return made

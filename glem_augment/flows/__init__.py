@@ -1,9 +1,24 @@
 """The bijection between images and latents. Classes play no part here."""
 
-from glem_augment.flows.custom import CustomFlow
-from glem_augment.flows.jet import JetFlow
-from glem_augment.flows.layers import Flow
+from glem_augment.flows.affine import AffineCoupling
+from glem_augment.flows.build import build_flow
+from glem_augment.flows.check import check_flow
+from glem_augment.flows.coupling import Coupling, register_coupling
+from glem_augment.flows.flow import Flow
+from glem_augment.flows.matexp_coupling import MatExpCoupling
 from glem_augment.flows.multiscale import MultiscaleFlow
-from glem_augment.flows.presets import PRESETS, build_flow, create_flow, resolve_preset
+from glem_augment.flows.presets import PRESETS, create_flow, resolve_preset
 
-__all__ = ["PRESETS", "CustomFlow", "Flow", "JetFlow", "MultiscaleFlow", "build_flow", "create_flow", "resolve_preset"]
+__all__ = [
+    "PRESETS",
+    "AffineCoupling",
+    "Coupling",
+    "Flow",
+    "MatExpCoupling",
+    "MultiscaleFlow",
+    "build_flow",
+    "check_flow",
+    "create_flow",
+    "register_coupling",
+    "resolve_preset",
+]

@@ -1,37 +1,54 @@
-"""Coupling layers, and the networks inside them.
-
-One half of the channels passes unchanged. A network turns this half into the parameters of a linear map of the other
-half. There are four kinds of blocks in these networks:
-
-- "residual": the published block, 3x3, 1x1, 3x3 convolutions at full width (Xiao & Liu 2020);
-- "bottleneck": 1x1 down to half the width, 3x3, 1x1 up, pre-activation (He et al. 2016, arXiv:1603.05027);
-- "depthwise": depthwise 3x3, then 1x1 to twice the width and back, as in ConvNeXt (Liu et al. 2022, arXiv:2201.03545)
-  but without normalisation, which on a CPU costs more than the block;
-- "transformer": a small pre-norm vision transformer on the level's pixels, as in Jet (Kolesnikov et al. 2024,
-  arXiv:2412.15129).
-"""
+"""The contract of a coupling, which has a registered name."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glem_augment.flows.matexp import PLANES_UP_TO, expm_apply, expm_apply_low_rank
+from glem_augment.checks import closest
 
 # (in_channels, out_channels) -> network
 SubnetFactory = Callable[[int, int], nn.Module]
-# Above this size S is the product of two thin factors: a full S would need n^2 outputs per pixel.
-FULL_MATRIX_UP_TO = 24
+# A flow's `coupling` may also say that it has none.
+WITHOUT_COUPLINGS = ("identity", "stationary", "custom")
+# The settings of a flow with couplings, beside the coupling's options.
+SETTINGS = {"depth", "blocks", "width", "actnorm", "subnet", "activation", "patch"}
+_WORDS = {float: "finite number", int: "whole number", str: "text", bool: "bool"}
+_LARGEST_BOUND = 8
 
 
 class Coupling(nn.Module):
-    """Splits the channels in halves x1, x2; x1 passes unchanged, x2 is mapped with parameters made from x1."""
+    """Splits the channels in halves x1, x2; x1 passes unchanged, x2 is mapped with parameters made from x1.
 
+    A new coupling is a subclass with `__init__(channels, subnet, **options)`, which sets `net`, and `transform`; it is
+    registered with `register_coupling`. `subnet(inputs, outputs)` makes a network whose last layer is zero, so `net`
+    gives zeros at the start.
+
+    Attributes:
+        options: names and defaults of the options, which presets, saved models and users may set.
+        n: c / 2, the channels of a half.
+        net: maps x1 [B, c/2, H, W] to parameters [B, m, H, W].
+    """
+
+    options: ClassVar[Mapping[str, Any]] = {}
     net: nn.Module
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        """ValueError: a value of `options` that can't be used. It may come from a stranger's file.
+
+        Here the type must be the default's, and numbers must be finite.
+        """
+        for name, default in cls.options.items():
+            value, types = options[name], (float, int) if type(default) is float else (type(default),)
+            good = type(value) in types and (not isinstance(value, float) or math.isfinite(value))
+            if not good:
+                raise ValueError(f"{name} must be a {_WORDS[type(default)]}, got {str(value)[:80]!r}")
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -64,244 +81,51 @@ class Coupling(nn.Module):
         return self.merge(x1, y2), logdet
 
 
-class AffineCoupling(Coupling):
-    """`y2 = exp(s(x1)) * x2 + b(x1)` with `s = bound * tanh(raw / bound)`; log|det| = sum of s.
+def check_bound(bound: float) -> None:
+    """ValueError unless the bound of log-scales or of ||S|| lies in (0, 8]."""
+    if not 0 < bound <= _LARGEST_BOUND:
+        raise ValueError(f"bound must lie in (0, {_LARGEST_BOUND}], got {bound!r}")
 
-    Source: Dinh et al. 2017, Sec. 3.4, here with log-scales bounded on both sides. `subnet` makes the network c/2 -> c.
+
+# ---- the register ----------------------------------------------------------------------------------------------------
+
+COUPLINGS: dict[str, type[Coupling]] = {}
+_Kind = TypeVar("_Kind", bound=type[Coupling])
+
+
+def register_coupling(name: str) -> Callable[[_Kind], _Kind]:
+    """A class decorator: presets, `create_flow` and saved models then know the coupling by `name`.
+
+    ValueError: a name that is taken or no word, or an option of an unknown type. TypeError: no subclass of `Coupling`.
     """
 
-    def __init__(self, channels: int, subnet: SubnetFactory, bound: float = 2.0) -> None:
-        super().__init__(channels)
-        self.bound = float(bound)
-        self.net = subnet(self.n, 2 * self.n)
+    def register(kind: _Kind) -> _Kind:
+        if not (isinstance(kind, type) and issubclass(kind, Coupling)):
+            raise TypeError(f"{kind!r} is no subclass of Coupling")
+        before = COUPLINGS.get(name, kind)
+        same = (before.__module__, before.__qualname__) == (
+            kind.__module__,
+            kind.__qualname__,
+        )  # a cell that runs twice
+        if not re.fullmatch(r"[A-Za-z][\w-]{0,39}", name) or name in WITHOUT_COUPLINGS or not same:
+            raise ValueError(f"the name {name!r} is taken, or no word: choose another name for {kind.__qualname__}")
+        for option, default in kind.options.items():
+            if option in {*SETTINGS, "image_shape", "preset", "coupling", "whiten"} or type(default) not in _WORDS:
+                raise ValueError(
+                    f"the option {option!r} of {name} has a name that flows use, or a default that is no bool, int, "
+                    "float or str: rename or change it"
+                )
+        COUPLINGS[name] = kind
+        return kind
 
-    def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        raw, shift = params.transpose(0, 1).contiguous().split(self.n)
-        # bound * tanh(raw / bound), by way of the sigmoid: on many processors tanh takes several times as long.
-        log_scale = torch.sigmoid(raw * (2 / self.bound)).sub(0.5).mul_(2 * self.bound)
-        logdet = log_scale.sum((0, 2, 3))
-        if inverse:
-            return (x2 - shift) * (-log_scale).exp(), -logdet
-        return torch.addcmul(shift, x2, log_scale.exp()), logdet
-
-
-def row_bounded(raw: Tensor, bound: float, dim: int) -> tuple[Tensor, Tensor]:
-    """`S = bound * raw / (1 + sum |raw|)` with the sum along `dim`, and the denominators. Row sums of |S| are < bound.
-
-    A single entry may use the whole budget of its row. So a diagonal S can scale by e^(+-bound) for every n.
-    """
-    denominators = 1 + raw.abs().sum(dim, keepdim=True)
-    return raw * (bound / denominators), denominators
+    return register
 
 
-def _norm_bound(denominators: Tensor, bound: float) -> float:
-    """An upper bound of `||S||_inf` over the batch, `bound` / 2^0..10: early in training S needs few terms.
-
-    The largest row sum of S is `bound - bound / denominator`. It is read only on a CPU, which waits for no device.
-    """
-    if denominators.device.type != "cpu" or not denominators.numel():
-        return bound
-    norm = bound - bound / float(denominators.detach().max()) + 1e-6 * bound
-    if not norm < bound:  # also if a network has diverged to NaN
-        return bound
-    return bound * 0.5 ** min(10, math.floor(math.log2(bound / norm)))
-
-
-class MatExpCoupling(Coupling):
-    """`y2 = exp(S(x1)) x2 + b(x1)` per pixel, S an n x n matrix with `||S||_inf <= bound`; log|det| = trace S.
-
-    Source: Xiao & Liu 2020, Sec. 4.2. Their S is a tanh with a free scale and shift, which bounds nothing.
-
-    Args:
-        channels: c = 2n, even.
-        subnet: factory of the network n -> n^2 + n (or 2 n rank + n for n > 24).
-        bound: r; the number of terms of the series grows with it, see `taylor_plan`.
-        rank: of the factors S = U W used for n > 24.
-    """
-
-    def __init__(self, channels: int, subnet: SubnetFactory, bound: float = 1.0, rank: int = 3) -> None:
-        super().__init__(channels)
-        n = self.n
-        self.bound, self.rank = float(bound), int(rank)
-        self.low_rank = n > FULL_MATRIX_UP_TO
-        outputs = 2 * n * self.rank if self.low_rank else n * n
-        self.net = subnet(n, outputs + n)
-        if self.low_rank:
-            # U starts at zero, so S = 0. W must not, or the gradients of both factors would vanish for ever.
-            self.factor_offset = nn.Parameter(torch.randn(self.rank, n, 1, 1) / n)
-
-    @torch.compiler.disable  # Code fused through an unrolled series would compute its terms over and over.
-    def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        n, q, r = self.n, self.rank, self.bound
-        if n <= PLANES_UP_TO:  # Each parameter becomes a plane of pixels.
-            params = params.transpose(0, 1).contiguous().transpose(0, 1)
-        raw, shift = params.split([params.shape[1] - n, n], 1)
-        v = x2.transpose(0, 1)
-        if inverse:
-            v = v - shift
-        if self.low_rank:
-            raw_u, raw_w = raw.split(n * q, 1)
-            # ||U|| ||W|| <= r, with the root of r for each.
-            u, _ = row_bounded(raw_u.unflatten(1, (n, q)), r**0.5, 2)
-            w, _ = row_bounded(raw_w.unflatten(1, (q, n)) + self.factor_offset, r**0.5, 2)
-            v = expm_apply_low_rank(u, w, v, r, inverse)
-            logdet = torch.einsum("bnqhw,bqnhw->b", u, w)
-        else:
-            s, denominators = row_bounded(raw.unflatten(1, (n, n)), r, 2)
-            v = expm_apply(s, v, _norm_bound(denominators, r), inverse)
-            logdet = s.diagonal(dim1=1, dim2=2).sum((1, 2, 3))
-        if inverse:
-            return v.transpose(0, 1), -logdet
-        return (v + shift).transpose(0, 1), logdet
-
-
-# ---- the networks ----------------------------------------------------------------------------------------------------
-
-CONV_SUBNETS = ("residual", "bottleneck", "depthwise")
-SUBNETS = (*CONV_SUBNETS, "transformer")
-ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"elu": F.elu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
-# Their derivative follows from their result. Done in place, autograd keeps one tensor instead of two.
-_IN_PLACE = ("elu", "relu")
-
-
-class Activation(nn.Module):
-    """An elementwise nonlinearity, one of `ACTIVATIONS`. It may overwrite its input."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-        self.options = {"inplace": True} if name in _IN_PLACE else {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.name](x, **self.options)
-
-
-class ResidualBlock(nn.Module):
-    """`x + conv3(act(conv2(act(conv1(act(x))))))`, with `inner` channels between the convolutions."""
-
-    def __init__(self, width: int, inner: int, kernels: tuple[int, int, int], activation: str) -> None:
-        super().__init__()
-        first, second, third = kernels
-        self.act = Activation(activation)
-        self.conv1 = nn.Conv2d(width, inner, first, padding=first // 2)
-        self.conv2 = nn.Conv2d(inner, inner, second, padding=second // 2)
-        self.conv3 = nn.Conv2d(inner, width, third, padding=third // 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.act(x.clone()))
-        h = self.conv2(self.act(h))
-        return self.conv3(self.act(h)) + x
-
-
-class DepthwiseBlock(nn.Module):
-    """`x + conv1x1(act(conv1x1(depthwise3x3(x))))`, twice the width in between."""
-
-    def __init__(self, width: int, activation: str) -> None:
-        super().__init__()
-        self.act = Activation(activation)
-        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
-        self.expand = nn.Conv2d(width, 2 * width, 1)
-        self.project = nn.Conv2d(2 * width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.act(self.expand(self.depthwise(x)))) + x
-
-
-class TokenLinear(nn.Conv2d):
-    """A 1x1 convolution, applied to tokens [B, T, c] as a linear map, which trains faster on a CPU."""
-
-    def __init__(self, channels: int, out_channels: int) -> None:
-        super().__init__(channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm self-attention over the pixels of x, then a pre-norm MLP of four times the width with GELU.
-
-    By default a head has 32 channels, or the next larger number that divides the width.
-    """
-
-    def __init__(self, width: int, heads: int | None = None) -> None:
-        super().__init__()
-        self.heads = heads or next(h for h in range(max(1, width // 32), 0, -1) if width % h == 0)
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = TokenLinear(width, 3 * width)
-        self.attend = TokenLinear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.expand = TokenLinear(width, 4 * width)
-        self.project = TokenLinear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
-        qkv = self.qkv(self.norm1(tokens)).unflatten(2, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, channels]
-        tokens = tokens + self.attend(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        tokens = tokens + self.project(F.gelu(self.expand(self.norm2(tokens))))
-        return tokens.view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
-
-
-class Subnet(nn.Module):
-    """A convolution, residual blocks, and a last convolution that starts at zero: a coupling starts as the identity.
-
-    `forward(x)` maps [B, in_channels, H, W], float32 or float64, to [B, out_channels, H, W] in channels_last format.
-
-    `autocast` (a dtype or None) is a switch for training: the first convolution and the blocks run in that dtype, the
-    rest in the dtype of x. Encoding and decoding must use the same value. Only float32 meets the round-trip promise.
-
-    Args:
-        kind: of the blocks, one of `SUBNETS`. The last convolution is 3x3 for "residual", as published, and 1x1
-            otherwise, because 3x3 would cost more than all the blocks.
-        width: channels of the residual stream.
-        size: (H, W) of the level, to which a transformer is bound by its learned positions.
-        activation: of the convolutional kinds, one of `ACTIVATIONS`.
-        heads: see `TransformerBlock`.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        in_channels: int,
-        out_channels: int,
-        width: int,
-        blocks: int,
-        size: tuple[int, int],
-        activation: str = "elu",
-        heads: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.autocast: torch.dtype | None = None
-        self.transformer = kind == "transformer"
-        first, last = 1 if self.transformer else 3, 3 if kind == "residual" else 1
-        self.head = nn.Conv2d(in_channels, width, first, padding=first // 2)
-        if self.transformer:
-            self.position = nn.Parameter(torch.empty(1, width, *size))
-            nn.init.trunc_normal_(self.position, std=0.02)
-
-        def block() -> nn.Module:
-            if kind == "residual":
-                return ResidualBlock(width, width, (3, 1, 3), activation)
-            if kind == "bottleneck":
-                return ResidualBlock(width, max(1, width // 2), (1, 3, 1), activation)
-            return TransformerBlock(width, heads) if self.transformer else DepthwiseBlock(width, activation)
-
-        self.blocks = nn.ModuleList(block() for _ in range(blocks))
-        if self.transformer:
-            self.norm = nn.LayerNorm(width)
-        else:
-            self.act = Activation(activation)
-        self.tail = nn.Conv2d(width, out_channels, last, padding=last // 2)
-        for weight in self.tail.parameters():
-            nn.init.zeros_(weight)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            h = self.head(x) + self.position if self.transformer else self.head(x)
-            for block in self.blocks:
-                h = block(h)
-        h = h.to(x.dtype)
-        h = self.norm(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.transformer else self.act(h)
-        return self.tail(h).contiguous(memory_format=torch.channels_last)
+def find_coupling(name: object) -> type[Coupling]:
+    """The class that is registered as `name`. ValueError: there is none."""
+    if not isinstance(name, str) or name not in COUPLINGS:
+        raise ValueError(
+            f"this model needs the coupling {str(name)[:40]!r}: import the module that registers it (registered are "
+            f"{', '.join(COUPLINGS)}{closest(name, COUPLINGS)})"
+        )
+    return COUPLINGS[name]

@@ -18,20 +18,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from glem_augment.flows.coupling import Coupling
-from glem_augment.flows.layers import ActNorm, Flow, Mixing1x1
+from glem_augment.flows.flow import Flow
+from glem_augment.flows.layers import ActNorm, Mixing1x1
 from glem_augment.flows.matexp import exp_of_generators
 from glem_augment.precision import full_precision
 
 Step = tuple[ActNorm, Mixing1x1, Coupling]
-# How often torch.compile may compile a step of a level. It compiles anew without gradients, in eval mode, in reduced
-# precision, for another batch size, and for the first step, whose input needs no gradient.
-_COMPILATIONS_PER_LEVEL = 32
 
 
 def squeeze(x: Tensor, side: int = 2) -> Tensor:
     """[C, B, H, W] -> [side^2 C, B, H/side, W/side]: each block of pixels becomes channels (Dinh et al. 2017).
 
-    The side is 2 as published, or larger as in the patches of Jet (Kolesnikov et al. 2024).
+    The side is 2 as published, or 4 as in the patches of Jet (Kolesnikov et al. 2024).
     """
     c, b, h, w = x.shape
     tall, wide = h // side, w // side
@@ -61,17 +59,6 @@ class Mixing(NamedTuple):
         return torch.addcmul(self.shift, (self.matrix @ y.flatten(1)).view(y.shape), self.scale)
 
 
-def step_forward(x: Tensor, mixing: Mixing, coupling: Coupling) -> tuple[Tensor, Tensor]:
-    """One step on the channel-major x: ([C, B, H, W], the coupling's log|det| [B])."""
-    return coupling.couple(mixing.forward(x))
-
-
-def step_inverse(y: Tensor, mixing: Mixing, coupling: Coupling) -> tuple[Tensor, Tensor]:
-    """Undoes `step_forward`."""
-    x, logdet = coupling.couple(y, inverse=True)
-    return mixing.inverse(x), logdet
-
-
 class Level(nn.Module):
     """A squeeze of pixel blocks of side `side`, and its steps on tensors of height x width."""
 
@@ -83,12 +70,10 @@ class Level(nn.Module):
         # Tuples, because the modules are registered above.
         self.norms, self.mixing_layers, self.couplings = zip(*steps, strict=True)
         self.pixels = height * width
-        self.step_forward, self.step_inverse = step_forward, step_inverse
         self._cache: dict = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles start uncompiled: compiled code belongs to the process.
-        return {**self.__dict__, "_cache": {}, "step_forward": step_forward, "step_inverse": step_inverse}
+        return {**self.__dict__, "_cache": {}}
 
     def mixing_weights(self) -> list[nn.Parameter]:
         """The weights behind `mixings`."""
@@ -129,7 +114,7 @@ class Level(nn.Module):
         for index, (norm, coupling) in enumerate(zip(self.norms, self.couplings, strict=True)):
             if not norm.initialised:
                 norm.initialise(x.transpose(0, 1))
-            x, _ = step_forward(x, self._mixings(inverse=False)[0][index], coupling)
+            x, _ = coupling.couple(self._mixings(inverse=False)[0][index].forward(x))
         return x
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +126,7 @@ class Level(nn.Module):
         mixings, shared = self.mixings(inverse=False)
         logdet = x.new_zeros(x.shape[1])
         for mixing, coupling in zip(mixings, self.couplings, strict=True):
-            x, change = self.step_forward(x, mixing, coupling)
+            x, change = coupling.couple(mixing.forward(x))
             logdet = logdet + change
         return x, logdet + shared
 
@@ -149,7 +134,8 @@ class Level(nn.Module):
         """Undoes `forward`, with the log-determinant of this direction."""
         mixings, logdet = self.mixings(inverse=True)
         for mixing, coupling in zip(reversed(mixings), reversed(self.couplings), strict=True):
-            y, change = self.step_inverse(y, mixing, coupling)
+            y, change = coupling.couple(y, inverse=True)
+            y = mixing.inverse(y)
             logdet = logdet + change
         return unsqueeze(y, self.side), logdet
 
@@ -162,6 +148,7 @@ class MultiscaleFlow(Flow):
     of side `patch` channels; later levels have side 2.
     """
 
+    rebuilds = True
     levels: list[Level]
 
     def __init__(self, image_shape: tuple[int, int, int], levels: list[list[Step]], patch: int = 2) -> None:
@@ -212,19 +199,12 @@ class MultiscaleFlow(Flow):
                 h = level.initialise(h)
                 h = h[: len(h) // 2]
 
-    def compile_steps(self, backend: str = "inductor") -> None:
-        config = torch._dynamo.config
-        config.cache_size_limit = max(config.cache_size_limit, _COMPILATIONS_PER_LEVEL * len(self.levels))
-        for level in self.levels:
-            level.step_forward = torch.compile(step_forward, backend=backend)
-            level.step_inverse = torch.compile(step_inverse, backend=backend)
-
 
 # ---- training without stored activations -----------------------------------------------------------------------------
 
 
 def reversible(steps: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`steps.run_steps(x)` of a `Level` or a `JetFlow`, with activation memory that does not grow with the steps.
+    """`steps.run_steps(x)` of a `Level`, with activation memory that does not grow with the steps.
 
     The backward pass rebuilds the activations from the output. It evaluates a coupling's network once, on the half that
     passes unchanged. The result serves to undo the coupling and to differentiate it. So a step costs one more forward
@@ -261,8 +241,6 @@ class _ReversibleSteps(torch.autograd.Function):
             for index, coupling in reversed(list(enumerate(steps.couplings))):
                 y, g, found = _coupling_backward(coupling, y, g, g_logdet)
                 grads.update(zip(coupling.parameters(), found, strict=True))
-                if not mixings:
-                    continue
                 y, g, found = _mixing_backward(mixings[index], undo[index], y, g)
                 for tensor, grad in zip(mixings[index], found, strict=True):
                     if grad is not None:
@@ -281,6 +259,8 @@ def _versions(weights: Any) -> list[int]:
 def _gradients(outputs: Sequence[Tensor], upstream: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Any]:
     """Gradients of some outputs, one per input; None for an input that needs none."""
     wanted = [t for t in inputs if t.requires_grad]
+    # The log-determinant of a coupling may be a constant.
+    outputs, upstream = zip(*((t, g) for t, g in zip(outputs, upstream, strict=True) if t.requires_grad), strict=True)
     found = iter(torch.autograd.grad(outputs, wanted, upstream, allow_unused=True))
     return [next(found) if t.requires_grad else None for t in inputs]
 

@@ -1,25 +1,14 @@
-"""Named flow sizes, and how a flow is built from its numbers."""
+"""Named flow sizes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from glem_augment.checks import Preset, check_choice
-from glem_augment.flows.coupling import (
-    ACTIVATIONS,
-    CONV_SUBNETS,
-    SUBNETS,
-    AffineCoupling,
-    Coupling,
-    MatExpCoupling,
-    Subnet,
-)
-from glem_augment.flows.jet import JetFlow
-from glem_augment.flows.layers import ActNorm, FlatIdentity, Flow, Mixing1x1, WhitenedFlow
-from glem_augment.flows.multiscale import MultiscaleFlow
+from glem_augment.flows.build import DEFAULTS, build_flow, check_spec
+from glem_augment.flows.coupling import COUPLINGS, WITHOUT_COUPLINGS, find_coupling
+from glem_augment.flows.flow import Flow
 
 # depth, blocks and width hold one number per level.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -41,10 +30,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         subnet="bottleneck",
         activation="relu",
     ),
-    # Patches and transformers; a CPU trains it at 32x32.
-    "jet_tiny": dict(coupling="jet", depth=[10], blocks=[1], width=[128], heads=4, patch=4),
-    # The configuration published for ImageNet at 64x64: 207 M parameters (Kolesnikov et al. 2024).
-    "jet_imagenet64": dict(coupling="jet", depth=[32], blocks=[2], width=[512], heads=8, patch=4),
     # For latents of an autoencoder, which are small already: two levels, the first without a squeeze. The best for its
     # steps on average over the shapes in benchmarks/results/latent_flows.md.
     "latent": dict(
@@ -59,32 +44,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         whiten=None,
     ),
     "identity": dict(coupling="identity"),
+    # Public coordinates of private sets.
+    "stationary": dict(coupling="stationary"),
 }
 # `whiten=None` whitens up to so many numbers. Beyond, two levels do better without (latent_flows.md).
 _WHITEN_UP_TO = 512
-# Far above any use. The limits keep a hostile config from demanding absurd amounts of memory or time.
-_LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "rank": 64, "total": 2048}
-_PATCHES, _MOST_TOKENS = (1, 2, 4, 6, 8), 128 * 128
-_COUPLINGS = ("matexp", "affine", "jet", "identity", "custom")
-# A saved flow may lack these keys.
-_DEFAULTS = {"subnet": "residual", "activation": "elu", "patch": 2}
-_KEYS_OF_ALL = {"preset", "image_shape", "coupling", "whiten"}
-_KEYS = {*_KEYS_OF_ALL, "depth", "blocks", "width", "actnorm", "bound", "rank", "heads", *_DEFAULTS}
-
-
-def is_whole(value: Any, least: int, most: int) -> bool:
-    """Whether `value` is an int, and no bool, from `least` to `most`."""
-    return type(value) is int and least <= value <= most
 
 
 def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: Any) -> dict[str, Any]:
     """The resolved settings of the flow that `create_flow` makes of these arguments. ValueError: see `create_flow`."""
     check_choice("preset", name, tuple(PRESETS))
     spec: dict[str, Any] = {"preset": name, "image_shape": [int(v) for v in image_shape], **PRESETS[name]}
-    if spec["coupling"] == "matexp":
-        spec.setdefault("rank", 3)
-    if spec["coupling"] in ("matexp", "affine"):
-        for key, value in {"actnorm": "element", **_DEFAULTS}.items():
+    if spec["coupling"] not in WITHOUT_COUPLINGS:
+        before, coupling = COUPLINGS[spec["coupling"]], overrides.get("coupling", spec["coupling"])
+        after = before if coupling in WITHOUT_COUPLINGS else find_coupling(coupling)
+        for key in set(before.options) - set(after.options):
+            spec.pop(key, None)
+        for key, value in {**after.options, "actnorm": "element", **DEFAULTS}.items():
             spec.setdefault(key, value)
     if overrides.get("subnet") == "transformer":  # It always has GELU.
         spec.pop("activation", None)
@@ -100,102 +76,6 @@ def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: An
     return spec
 
 
-def check_spec(spec: dict[str, Any]) -> None:
-    """Raise ValueError, naming the value, where `spec` does not describe a flow that can be built."""
-
-    def require(good: bool, demand: str, value: Any) -> None:
-        if not good:
-            raise ValueError(f"{demand}, got {str(value)[:80]!r}")
-
-    coupling: Any = spec.get("coupling")
-    require(coupling in _COUPLINGS, f"coupling must be one of {_COUPLINGS}", coupling)
-    known = {"identity": _KEYS_OF_ALL, "custom": _KEYS_OF_ALL | {"module"}}.get(coupling, _KEYS)
-    unknown = sorted(str(key)[:40] for key in set(spec) - known)
-    if unknown:
-        raise ValueError(f"the flow has unknown settings {unknown[:5]}; known are {sorted(known)}")
-    shape: Any = spec.get("image_shape")
-    side = _LARGEST["side"]
-    good = isinstance(shape, list | tuple) and len(shape) == 3 and all(is_whole(v, 1, side) for v in shape)
-    require(good, f"image_shape must be (channels, height, width), each 1 to {side}", shape)
-    whiten = spec.get("whiten", 0)
-    require(is_whole(whiten, 0, math.prod(shape)), f"whiten must be from 0 to {math.prod(shape)} directions", whiten)
-    if coupling in ("identity", "custom"):
-        return
-    lists: dict[str, Any] = {key: spec.get(key) for key in ("depth", "blocks", "width")}
-    for key, value in lists.items():
-        most, good = _LARGEST[key], isinstance(value, list | tuple) and 1 <= len(value) <= _LARGEST["levels"]
-        good = good and all(is_whole(v, 1, most) for v in value)
-        levels = f"one per level (at most {_LARGEST['levels']})"
-        require(good, f"{key} must be a list of whole numbers from 1 to {most}, {levels}", value)
-    require(len({len(v) for v in lists.values()}) == 1, "depth, blocks and width must have one entry per level", lists)
-    total = sum(depth * blocks for depth, blocks in zip(lists["depth"], lists["blocks"], strict=True))
-    limit = _LARGEST["total"]
-    require(total <= limit, f"depth times blocks, summed over the levels, may be at most {limit}", total)
-    patch = spec.get("patch", _DEFAULTS["patch"])
-    require(type(patch) is int and patch in _PATCHES, f"patch must be one of {_PATCHES}", patch)
-    count, (channels, height, width) = len(lists["depth"]), spec["image_shape"]
-    require(patch * channels % 2 == 0, "without a squeeze (patch 1) the number of channels must be even", channels)
-    jet = coupling == "jet"
-    require(not jet or count == 1, "a Jet has no levels: depth, blocks and width hold one number each", lists)
-    # Halves of a Jet's tokens are equal where rows and columns of patches are even.
-    factor = patch * 2 ** (1 if jet else count - 1)
-    if height % factor or width % factor:
-        near = [max(1, round(v / factor)) * factor for v in (height, width)]
-        raise ValueError(
-            f"a flow of {count} levels{'' if patch == 2 else f' and patch {patch}'} needs height and width divisible "
-            f"by {factor}, got {height}x{width}; resize to {near[0]}x{near[1]}, or use fewer levels"
-        )
-    tokens = (height // patch) * (width // patch)
-    if (jet or spec.get("subnet") == "transformer") and tokens > _MOST_TOKENS:
-        raise ValueError(
-            f"a transformer would attend to {tokens} pixels or patches, at most {_MOST_TOKENS} are allowed; raise "
-            f"patch, or choose another subnet ({', '.join(CONV_SUBNETS)})"
-        )
-    if jet:
-        heads, width = spec.get("heads"), lists["width"][0]
-        require(is_whole(heads, 1, width) and width % heads == 0, f"heads must divide the width {width}", heads)
-        return
-    actnorm, rank = spec.get("actnorm"), spec.get("rank", 3)
-    bound: Any = spec.get("bound")
-    require(actnorm in ("element", "channel"), "actnorm must be 'element' or 'channel'", actnorm)
-    require(type(bound) in (int, float) and 0 < bound <= 8, "bound must lie in (0, 8]", bound)
-    require(is_whole(rank, 1, _LARGEST["rank"]), f"rank must be a whole number from 1 to {_LARGEST['rank']}", rank)
-    for key, choices in (("subnet", SUBNETS), ("activation", tuple(ACTIVATIONS))):
-        value = spec.get(key, _DEFAULTS[key])
-        require(value in choices, f"{key} must be one of {', '.join(choices)}", value)
-    given = spec.get("activation") if spec.get("subnet") == "transformer" else None
-    require(given is None, "the transformer always has GELU: leave activation out", given)
-
-
-def build_flow(spec: dict[str, Any]) -> Flow:
-    """Build the flow that `spec` (see `resolve_preset`) describes. Raises ValueError where it cannot be."""
-    check_spec(spec)
-    if spec.get("whiten"):
-        return WhitenedFlow(build_flow({**spec, "whiten": 0}), spec["whiten"])
-    channels, height, width = image_shape = tuple(spec["image_shape"])
-    if spec["coupling"] == "identity":
-        return FlatIdentity(image_shape)
-    if spec["coupling"] == "custom":
-        raise ValueError(f"its flow is a module of the user's ({str(spec.get('module'))[:80]}); pass it as module=")
-    full = {**_DEFAULTS, **spec}
-    if spec["coupling"] == "jet":
-        (depth,), (blocks,), (net_width,) = (spec[key] for key in ("depth", "blocks", "width"))
-        return JetFlow(image_shape, depth, net_width, blocks, spec["heads"], full["patch"])
-    couple: Callable[..., Coupling] = AffineCoupling
-    if spec["coupling"] == "matexp":
-        couple = partial(MatExpCoupling, rank=spec.get("rank", 3))
-    levels, side = [], full["patch"]
-    for depth, blocks, net_width in zip(spec["depth"], spec["blocks"], spec["width"], strict=True):
-        channels, height, width = side * side * channels, height // side, width // side
-        side = 2
-        net = dict(width=net_width, blocks=blocks, size=(height, width), activation=full["activation"])
-        norm = partial(ActNorm, channels, height, width, spec["actnorm"])
-        coupling = partial(couple, channels, partial(Subnet, full["subnet"], **net), spec["bound"])
-        levels.append([(norm(), Mixing1x1(channels), coupling()) for _ in range(depth)])
-        channels //= 2
-    return MultiscaleFlow(image_shape, levels, full["patch"])
-
-
 def create_flow(name: Preset, image_shape: tuple[int, int, int], **overrides: Any) -> Flow:
     """A new flow of a named size.
 
@@ -205,11 +85,11 @@ def create_flow(name: Preset, image_shape: tuple[int, int, int], **overrides: An
         overrides: settings of the preset to change, e.g. `depth=[4, 4]`.
 
             - One number per level: `depth` (steps), `blocks` and `width` (of the subnets).
-            - `coupling`: "matexp", "affine". `bound`: of a coupling's log-scales. `rank`: of wide couplings of `mef_*`.
-            - `subnet`: "residual", "bottleneck", "depthwise", "transformer". `activation`, but for transformers: "elu",
-              "silu", "relu", "gelu".
+            - `coupling`: "matexp", "affine", or a name from `register_coupling`, and its options: `bound` of log-scales
+              or of ||S||, and `rank` of wide couplings for "matexp".
+            - `subnet`: "residual", "bottleneck", "transformer". `activation`, but for transformers: "elu", "relu".
             - `actnorm`: "element", "channel".
-            - `patch`: side of the pixel blocks that the first level makes channels; later levels: 2.
+            - `patch`: side of the pixel blocks that the first level makes channels, 1, 2 or 4; later levels: 2.
 
     Raises:
         ValueError: no such preset or option, a value out of range, or a size that the levels do not divide.

@@ -22,7 +22,6 @@ import torch
 from huggingface_hub import (
     CommitInfo,
     HfApi,
-    ModelCard,
     RepoCard,
     constants,
     hf_hub_download,
@@ -96,16 +95,15 @@ def download_model(text: str | os.PathLike[str], *, revision: str | None = None,
     return config.parent, str(found)
 
 
-def download_weights(text: str, *, revision: str | None = None, **settings: Any) -> tuple[Path, str, str | None]:
-    """As `download_model`, for the weights of another library: a Jet's or an autoencoder's.
+def download_weights(text: str, **settings: Any) -> tuple[Path, str]:
+    """As `download_model`, for the weights of an autoencoder.
 
     Returns:
-        The only safetensors file of the repository, with config.json beside it if there is one; `org/name@commit`; the
-        licence that the repository's card states, if any.
+        The only safetensors file of the repository, with config.json beside it if there is one; `org/name@commit`.
     """
-    name = _name(text, revision)
+    name = _name(text, None)
     with hub_errors(name):
-        wanted = ["*.safetensors", CONFIG, "README.md"]
+        wanted = ["*.safetensors", CONFIG]
         client = _client(**settings)
         folder = Path(str(snapshot_download(name.repo_id, revision=name.revision, allow_patterns=wanted, **client)))
         found, files = HubName(name.repo_id, folder.name), sorted(folder.glob("*.safetensors"))
@@ -113,9 +111,7 @@ def download_weights(text: str, *, revision: str | None = None, **settings: Any)
         if len(files) != 1:
             raise HubError(f"{found} has {len(files)} safetensors files: the file of the weights is not clear")
         _check_digest(found, files[0])
-    card = folder / "README.md"
-    licence = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
-    return files[0], str(found), licence if isinstance(licence, str) else None
+    return files[0], str(found)
 
 
 def _name(text: str | os.PathLike[str], revision: str | None) -> HubName:

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
+from glem_augment.classes.privacy import promise
 from glem_augment.model.config import data_name, data_names, licence_id, records
 from glem_augment.model.glem import GLEM
 
@@ -30,6 +31,7 @@ _METRICS = {
     "nats_per_number": (PIPELINE, "nats_per_number", "nats per number given the class"),
     "fid": (PIPELINE, "fid", "FID of samples"),
 }
+_AUGMENT = "aug = GLEMAugment(model, Noise(strength=0.5))\nx, y = aug(x, y)  # a batch\n"
 _SETTINGS = ("objective", "epochs", "batch_size", "lr", "beta", "seed")
 # Keys of a report of `evaluation.quality_report`, and words for people.
 _REPORTED = {
@@ -128,9 +130,10 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
         data=trained_on(data_names(training)),
         images=f", {training['images']:,} images" if isinstance(training.get("images"), int) else "",
         picture=f"\n\n![Samples, one row for each class]({SAMPLES})" if samples else "",
-        augment="" if model.modes is None else "aug = GLEMAugment(model, p=0.5)\nx, y = aug(x, y)  # a batch\n",
+        augment="" if model.modes is None else _AUGMENT,
         licence=facts.sentence(),
         about=_table(about),
+        privacy=_privacy(model.config.privacy),
         evaluation=(noise if training.get("worse_than_independent_pixels") is True else "") + _evaluation(results),
         unit=model.likelihood[1],
     )
@@ -233,11 +236,22 @@ def dataset_card(manifest: Mapping[str, Any], name: str, facts: CardFacts) -> Da
         classes=len(manifest["classes"]),
         made=made,
         about=_table(about),
+        privacy=_privacy(manifest["model"].get("privacy")),
         quality=f"\n\n## Quality\n\n{_quality(manifest['quality'])}" if "quality" in manifest else "",
         derived=derived,
         licence=facts.sentence(),
     )
     return DatasetCard(text)
+
+
+def _privacy(facts: Mapping[str, Any] | None) -> str:
+    """The section on a private model's promise; nothing for any other model."""
+    if facts is None:
+        return ""
+    return (
+        f"## Privacy\n\n{escape(promise(dict(facts)))} The mechanism: {escape(facts.get('mechanism', 'none'))}. "
+        "Other releases of the same images add up with this one. Reports of quality are not covered.\n\n"
+    )
 
 
 def _quality(report: Mapping[str, Any]) -> str:

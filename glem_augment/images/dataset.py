@@ -226,7 +226,8 @@ def open_data(
 
     Raises:
         FileNotFoundError: no such file or folder. ValueError: a wrong `image_size` or `channels`.
-        BadImageError: an image that cannot be read, or exceeds `PIL.Image.MAX_IMAGE_PIXELS` or 8 bits per channel.
+        BadImageError: an image that cannot be read, has more than 33.6 million pixels (67.1 of a JPEG, which is
+            decoded at a quarter of its size from 33.6 on), or more than 8 bits per channel.
         DataError: an unknown name or split, a class without images, different sizes without `image_size`.
         TypeError: another kind of `data`, or labels that are no integers.
     """

@@ -20,7 +20,7 @@ from glem_augment.errors import ClassMismatchError, DataError
 ONE_CLASS = "image"  # the name of the only class where images have no classes
 _FIX = (
     "Give class_map as a mapping from data names to flow names, or 'order' if both list the same classes in the same "
-    "order. Or adapt the flow to the data (glem adapt)."
+    "order. Or adapt the flow to the data (glem fit)."
 )
 ClassMap: TypeAlias = Literal["order"] | Mapping[str, str] | None
 Integers: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor  # labels, or indices of images
@@ -90,24 +90,19 @@ def match_classes(
     return np.asarray([found.get(i, -1) for i in range(len(data.ids))], dtype=np.int64)
 
 
-def check_class_map(class_map: Any, num_classes: int | None, flow_classes: int) -> tuple[int, ...] | None:
-    """`GLEMAugment`'s class_map as a tuple of `num_classes` entries, -1 for classes that the flow lacks; or None."""
+def check_class_map(class_map: Any, model_classes: int) -> tuple[int, ...] | None:
+    """`GLEMAugment`'s class_map as a tuple, -1 for classes that the model lacks; or None."""
     if class_map is None:
-        if flow_classes == 1 and num_classes is not None:
-            return (0,) * check_whole("num_classes", num_classes, 1)  # one class stands for all
-        if num_classes not in (None, flow_classes):
-            raise ValueError(f"num_classes={num_classes}, but the flow has {flow_classes} classes: give class_map")
         return None
     given = class_map.tolist() if hasattr(class_map, "tolist") else class_map  # an array, as match_classes gives it
     if not isinstance(given, Sequence):
-        raise TypeError(f"class_map must be a sequence of flow classes, got {type(given).__name__}")
-    found = [-1 if value is None else check_whole("a flow class in class_map", value, -1) for value in given]
-    total = len(found) if num_classes is None else check_whole("num_classes", num_classes, len(found))
-    if not 0 <= max(found, default=-1) < flow_classes:
+        raise TypeError(f"class_map must be a sequence of the model's classes, got {type(given).__name__}")
+    found = [-1 if value is None else check_whole("a class in class_map", value, -1) for value in given]
+    if not 0 <= max(found, default=-1) < model_classes:
         raise ValueError(
-            f"class_map must hold classes of the flow, 0 to {flow_classes - 1}, beside None and -1; got {given[:20]}"
+            f"class_map must hold classes of the model, 0 to {model_classes - 1}, beside None and -1; got {given[:20]}"
         )
-    return (*found, *[-1] * (total - len(found)))
+    return tuple(found)
 
 
 def named_classes(data: Any) -> tuple[list[str], list[str]] | None:

@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
@@ -27,6 +28,9 @@ GREY_MODES = ("L", "1", "LA")
 # PIL goes by content rather than by extension, and some of its formats run other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP")
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+# Pixels of an image that is decoded as it is, and of a JPEG, which is decoded at a quarter of its width and height from
+# the first number on. At these limits decoding takes up to 600 MiB; a JPEG needs 6 bytes per pixel at any scale.
+MOST_PIXELS, MOST_JPEG_PIXELS, _SMALLER = 2**25, 2**26, 4
 
 
 def open_image(file: str | IO[bytes]) -> Image.Image:
@@ -35,13 +39,19 @@ def open_image(file: str | IO[bytes]) -> Image.Image:
 
 
 def check_header(image: Image.Image, where: str) -> None:
-    """BadImageError for images that must not be decoded: too many pixels, or over 8 bits, which PIL clips to white."""
-    limit = Image.MAX_IMAGE_PIXELS  # PIL only warns, up to twice this limit
-    if limit is not None and image.width * image.height > limit:
+    """BadImageError for images that must not be decoded: too many pixels, or over 8 bits, which PIL clips to white.
+
+    A JPEG of more than `MOST_PIXELS` is set to be decoded at a smaller size.
+    """
+    pixels, jpeg = image.width * image.height, isinstance(image, JpegImageFile) and image.mode in ("L", "RGB")
+    limit = MOST_JPEG_PIXELS if jpeg else MOST_PIXELS
+    if pixels > min(limit, Image.MAX_IMAGE_PIXELS or limit):
         raise BadImageError(
-            f"{where} has {image.width} x {image.height} pixels, more than PIL's limit of {limit}: it may be there to "
-            "fill the memory; reduce or remove it"
+            f"{where} has {image.width} x {image.height} pixels, at most {MOST_PIXELS / 1e6:.1f} million "
+            f"({MOST_JPEG_PIXELS / 1e6:.1f} of a JPEG) are decoded: reduce or remove it"
         )
+    if pixels > MOST_PIXELS:
+        image.draft(image.mode, (image.width // _SMALLER, image.height // _SMALLER))
     if image.mode in _DEEP_MODES:
         raise BadImageError(f"{where} has more than 8 bits per channel (PIL mode {image.mode}); convert it to 8 bits")
 
@@ -50,7 +60,8 @@ def to_tensor(image: Image.Image, channels: int) -> Tensor:
     """A PIL image as uint8 [C,H,W], grey (1 channel) or RGB (3). Of an animation, the first frame."""
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # PIL warns about the direct way to RGB
-    return F.pil_to_tensor(image.convert("L" if channels == 1 else "RGB")).contiguous()
+    mode = "L" if channels == 1 else "RGB"
+    return F.pil_to_tensor(image if image.mode == mode else image.convert(mode)).contiguous()
 
 
 @dataclass

@@ -12,30 +12,32 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glem_augment.checks import check_choice, check_whole
+from glem_augment.checks import check_whole
+from glem_augment.classes.classes import Classes
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import ClassModes
 from glem_augment.codec.autoencoder import StandardisedAutoencoder
-from glem_augment.codec.levels import Noise, check_images, draw_noise, from_levels, to_levels, to_unit
+from glem_augment.codec.codec import Codec, to_unit
+from glem_augment.codec.levels import Dequantisation, draw_noise
 from glem_augment.distributed import gather
 from glem_augment.errors import ClassMismatchError
 from glem_augment.flows import Flow
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.config import GLEMConfig
 
-# Images per pass through the flow, and pixels per pass through an autoencoder. They bound the memory of activations.
-_CHUNK, _CHUNK_PIXELS = 256, 2**19
+_CHUNK = 256  # images per pass through the flow, which bounds the memory of activations
 
 _Flow = TypeVar("_Flow", bound="ConditionalFlow")
 
 
 class ConditionalFlow(nn.Module):
-    """A flow for images of one shape, with class densities in its latents.
+    """A codec, a flow, and class densities in its latents, for images of one shape.
 
-    Images are [B,C,H,W], uint8 or float in [0,1]; float input is not rounded. The flow models pixels or, with an
-    autoencoder, standardised latents. The flow is exact, an autoencoder is not.
+    Images are [B,C,H,W], uint8 or float in [0,1]; float input is not rounded. The codec turns them into numbers: the
+    levels of pixels, or an autoencoder's standardised latents. The flow is exact, an autoencoder is not.
 
     Attributes:
+        codec, flow, latent_classes: the three parts. `latent_classes` is replaced as a whole.
         image_shape: (C, H, W) of the images.
         dim: d, how many numbers the flow models: C H W of the pixels, or of the autoencoder's latents.
         bits: bits per channel that the flow models.
@@ -44,10 +46,9 @@ class ConditionalFlow(nn.Module):
         config: the facts that `save` writes.
     """
 
+    codec: Codec
     flow: Flow
-    gaussians: ClassGaussians
-    modes: ClassModes | None
-    autoencoder: StandardisedAutoencoder | None
+    latent_classes: Classes
 
     def __init__(self, config: GLEMConfig) -> None:
         super().__init__()
@@ -60,24 +61,16 @@ class ConditionalFlow(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return self.gaussians.mu.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    @property
-    def _chunk(self) -> int:
-        if self.autoencoder is None:
-            return _CHUNK
-        return max(1, min(_CHUNK, _CHUNK_PIXELS // math.prod(self.image_shape[1:])))
+        return self.gaussians.mu.dtype
 
     @property
     def likelihood(self) -> tuple[str, str, float]:
         """How likelihoods are reported: a key, its unit in words, and the divisor of nats per image."""
-        if self.autoencoder is None:
-            return "bits_per_dim", "bits/dim", self.dim * math.log(2)
-        return "nats_per_number", "nats per number", self.dim
+        return self.codec.key, self.codec.unit, self.codec.divisor
 
     @property
     def numbers_are(self) -> str:
@@ -85,29 +78,36 @@ class ConditionalFlow(nn.Module):
         named = self.config.autoencoder
         return f"at {self.bits} bits" if named is None else f"through {named['name']}"
 
+    @property
+    def gaussians(self) -> ClassGaussians:
+        """The Gaussian of every class."""
+        return self.latent_classes.gaussians
+
+    @property
+    def modes(self) -> ClassModes | None:
+        """The principal modes of every class, or None."""
+        return self.latent_classes.modes
+
+    @property
+    def autoencoder(self) -> StandardisedAutoencoder | None:
+        """The codec, if it is an autoencoder."""
+        return self.codec if isinstance(self.codec, StandardisedAutoencoder) else None
+
     # ---- image <-> latent ----------------------------------------------------------------------------------------
 
     def _checked(self, x: Tensor) -> Tensor:
         """Images x on the model's device. TypeError, ValueError: another dtype, shape or range."""
-        # In training the "images" may be latents of the autoencoder already.
-        latents = self.autoencoder is not None and self.image_shape == self.config.flow_shape
-        check_images(x, self.image_shape, latents)
+        self.codec.check(x)
         return x.to(self.device)
 
-    def numbers(self, x: Tensor, noise: Noise = None) -> Tensor:
+    def numbers(self, x: Tensor, noise: Dequantisation = None) -> Tensor:
         """The flow's input for images x [B,C,H,W]: pixels in [-1/2, 1/2), or standardised latents; [B, *flow_shape].
 
         `noise` dequantises pixels on levels, see `codec.levels.to_levels`. An autoencoder's latents get none.
         """
-        if self.autoencoder is None:
-            return to_levels(x, self.bits, self.dtype, noise)
-        return self.autoencoder.encode(to_unit(x, self.dtype))
+        return self.codec.encode(x, noise)
 
-    def images(self, h: Tensor) -> Tensor:
-        """Undoes `numbers`: images [B,C,H,W], float and not clamped."""
-        return from_levels(h, self.bits) if self.autoencoder is None else self.autoencoder.decode(h)
-
-    def encode(self, x: Tensor, generator: Noise = None) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor, generator: Dequantisation = None) -> tuple[Tensor, Tensor]:
         """Image to latent.
 
         Args:
@@ -122,8 +122,8 @@ class ConditionalFlow(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype, shape or (checked on the CPU) value range.
         """
-        chunks = self._checked(x).split(self._chunk)
-        noise = generator.split(self._chunk) if isinstance(generator, Tensor) else [generator] * len(chunks)
+        chunks = self._checked(x).split(self.codec.most)
+        noise = generator.split(self.codec.most) if isinstance(generator, Tensor) else [generator] * len(chunks)
         pairs = zip(chunks, noise, strict=True)
         parts = [self.encode_numbers(self.numbers(chunk, each)) for chunk, each in pairs]
         z, logdet = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -132,9 +132,7 @@ class ConditionalFlow(nn.Module):
     def encode_numbers(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """`encode` for the result of `numbers`."""
         z, logdet = self.flow(h)
-        if self.autoencoder is None:
-            return z, logdet - self.dim * self.bits * math.log(2)
-        return z, logdet + self.autoencoder.logdet(h.shape[2] * h.shape[3])
+        return z, logdet + self.codec.logdet()
 
     def decode(self, z: Tensor, clamp: bool = True) -> Tensor:
         """Latents z [B, d] to images [B,C,H,W], float, clamped to [0,1]; with `clamp=False` the exact inverse.
@@ -144,7 +142,7 @@ class ConditionalFlow(nn.Module):
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise ValueError(f"expected latents of shape [B, {self.dim}], got {list(z.shape)}")
         z = z.to(self.device, self.dtype)
-        x = torch.cat([self.images(self.flow.inverse(chunk)[0]) for chunk in z.split(self._chunk)])
+        x = torch.cat([self.codec.decode(self.flow.inverse(chunk)[0]) for chunk in z.split(self.codec.most)])
         return x.clamp(0, 1) if clamp else x
 
     @torch.no_grad()
@@ -166,11 +164,9 @@ class ConditionalFlow(nn.Module):
         Below half a step, rounding gives the pixel back exactly. `z` saves the encoding if the latents are there.
         """
         x = self._checked(x)
-        if self.autoencoder is None:
-            wanted = from_levels(to_levels(x, self.bits, torch.float64), self.bits)
-        else:
-            wanted = to_unit(x, torch.float64)
-        back = self.decode(self.encode(x)[0] if z is None else z, clamp=self.autoencoder is not None)
+        # A codec of fewer than 8 bits can give back no more than its levels.
+        wanted = self.codec.decode(self.codec.encode(x)).double() if self.codec.exact else to_unit(x, torch.float64)
+        back = self.decode(self.encode(x)[0] if z is None else z, clamp=not self.codec.exact)
         return (back.double() - wanted).abs().mul_(255).nan_to_num_(nan=math.inf)
 
     @torch.no_grad()
@@ -179,7 +175,7 @@ class ConditionalFlow(nn.Module):
 
         The unit is the range of a pixel, or the standard deviation of a channel of the autoencoder's latents.
         """
-        h = torch.cat([self.numbers(chunk) for chunk in self._checked(x).split(self._chunk)])
+        h = torch.cat([self.numbers(chunk) for chunk in self._checked(x).split(self.codec.most)])
         back = torch.cat([self.flow.inverse(self.flow(chunk)[0])[0] for chunk in h.split(_CHUNK)])
         return (back - h).abs().flatten(1).amax(1).nan_to_num(nan=math.inf)
 
@@ -193,7 +189,7 @@ class ConditionalFlow(nn.Module):
         """
         error = self.round_trip_error(x)
         found = summarise_errors(error)
-        if self.autoencoder is not None:
+        if not self.codec.exact:
             found["psnr"] = psnr(error)
             found["flow_error"] = float(self.flow_error(x).max())
         return found
@@ -202,47 +198,33 @@ class ConditionalFlow(nn.Module):
 
     def class_scores(self, z: Tensor) -> Tensor:
         """log p(z | y) of latents z [B, d] under every class, [B, K] nats."""
-        if self.config.covariance == "full" and self.modes is not None:
-            return self.modes.log_prob(z)
-        return self.gaussians.log_prob(z)
+        return self.latent_classes.log_prob(z)
 
-    def log_prob_per_class(self, x: Tensor, generator: Noise = None) -> Tensor:
+    def log_prob_per_class(self, x: Tensor, generator: Dequantisation = None) -> Tensor:
         """log p(x | y) of every class: [B, K] nats per image (Eq. 2)."""
         z, logdet = self.encode(x, 0 if generator is None else generator)
         return self.class_scores(z) + logdet[:, None]
 
-    def log_prob(self, x: Tensor, y: Tensor | None = None, generator: Noise = None) -> Tensor:
+    def log_prob(self, x: Tensor, y: Tensor | None = None, generator: Dequantisation = None) -> Tensor:
         """log p(x | y), or log p(x) under a uniform prior over classes if `y` is None: [B] nats per image."""
         z, logdet = self.encode(x, 0 if generator is None else generator)
         if y is None:
             return torch.logsumexp(self.class_scores(z), 1) - math.log(self.num_classes) + logdet
         y = self._check_labels(y, x.shape[0])
-        if self.config.covariance == "full":
-            return self.class_scores(z).gather(1, y[:, None])[:, 0] + logdet
-        return self.gaussians.log_prob_of(z, y) + logdet
+        return self.latent_classes.log_prob_of(z, y) + logdet
 
-    def bits_per_dim(self, x: Tensor, y: Tensor | None = None, generator: Noise = None) -> Tensor:
-        """-log_prob / (d ln 2): [B]. ValueError: the flow models an autoencoder's latents, which have no levels."""
-        if self.autoencoder is not None:
+    def bits_per_dim(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """-log_prob / (d ln 2): [B]. ValueError: the codec has no levels."""
+        if not self.codec.levels:
             raise ValueError(
                 "bits/dim are of pixel levels, and this flow models an autoencoder's latents: use "
                 "-model.log_prob(x) / model.dim, in nats per number"
             )
-        return -self.log_prob(x, y, generator) / (self.dim * math.log(2))
+        return -self.log_prob(x, y) / self.codec.divisor
 
     def posterior_from_latents(self, z: Tensor, prior: Tensor | None = None) -> Tensor:
-        """p(y | z) [B, K] of latents z [B, d], proportional to prior_y p(z | y)^(1/T) with the fitted temperature T.
-
-        `prior` [K] >= 0 is uniform by default; it need not sum to one.
-        """
-        scores = self.class_scores(z) / self.config.posterior_temperature
-        if prior is not None:
-            prior = torch.as_tensor(prior, dtype=scores.dtype, device=scores.device)
-            good = prior.shape == (self.num_classes,) and bool((prior.isfinite() & (prior >= 0)).all())
-            if not good or not bool(prior.any()):
-                raise ValueError(f"prior must be {self.num_classes} numbers >= 0 that are not all zero, got {prior}")
-            scores = scores + prior.log()
-        return torch.softmax(scores, 1)
+        """p(y | z) [B, K] of latents z [B, d], see `Classes.posterior`."""
+        return self.latent_classes.posterior(z, prior)
 
     def posterior(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
         """p(y | x) of the generative classifier, see `posterior_from_latents`: [B, K]. Deterministic."""
@@ -268,13 +250,8 @@ class ConditionalFlow(nn.Module):
         Raises:
             ValueError: wrong labels (ClassMismatchError), a negative temperature, another source, "rfcm" without modes.
         """
-        check_choice("source", source, ("gaussian", "rfcm"))
         y = self._check_labels(y)
-        if source == "gaussian":
-            return self.gaussians.sample(y, temperature, generator)
-        if self.modes is None:
-            raise ValueError("source='rfcm' needs class modes; call model.fit_modes(data) first")
-        return self.modes.sample(y, temperature, generator)
+        return self.latent_classes.sampler(source).sample(y, temperature, generator)
 
     @torch.no_grad()
     def sample(
@@ -286,16 +263,9 @@ class ConditionalFlow(nn.Module):
     # ---- fitted to images ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def standardise(self, x: Tensor) -> None:
-        """Standardise an autoencoder's latents by the images `x` [B,C,H,W], unless that was done before."""
-        if self.autoencoder is not None and not self.autoencoder.fitted:
-            chunks = to_unit(x.to(self.device), self.dtype).split(self._chunk)
-            self.autoencoder.fit(torch.cat([self.autoencoder.raw(chunk) for chunk in chunks]))
-
-    @torch.no_grad()
     def initialise(self, x: Tensor, generator: torch.Generator | None = None) -> None:
         """Initialise the flow's ActNorms from the images `x` [B,C,H,W], once."""
-        chunks = self._checked(x).split(self._chunk)
+        chunks = self._checked(x).split(self.codec.most)
         self.flow.initialise(torch.cat([self.numbers(chunk, generator) for chunk in chunks]))
 
     def latents_of_classes(
@@ -312,7 +282,8 @@ class ConditionalFlow(nn.Module):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
             nothing, parts = torch.empty(0, self.dim, dtype=self.dtype), []
             for x, _, share in data.shared_batches(rows[index], _CHUNK):
-                parts.append(self.encode(x, draw_noise(x, generator, share))[0].cpu())
+                noise = draw_noise(x, generator, share) if self.codec.levels else None
+                parts.append(self.encode(x, noise)[0].cpu())
                 if count is not None:
                     count(share.total)
             batches = zip_longest(*gather(parts), fillvalue=nothing)  # in the order of the images

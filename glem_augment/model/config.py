@@ -13,9 +13,10 @@ from pathlib import PurePath
 from typing import Any
 
 from glem_augment.checks import HIGHEST_TEMPERATURE
-from glem_augment.classes.adapt import can_be_full
+from glem_augment.classes.privacy import Privacy
+from glem_augment.classes.statistics import can_be_whole
 from glem_augment.errors import ModelFileError
-from glem_augment.flows.presets import check_spec, is_whole
+from glem_augment.flows.build import check_spec, is_whole
 from glem_augment.images.sources import TIMM_PREFIXES
 
 FORMAT_VERSION = 1
@@ -39,11 +40,11 @@ class GLEMConfig:
         class_names: names to show, in index order.
         modes_rank: k, the number of modes stored for every class, or None where no modes are stored.
         posterior_temperature: T >= 1 of the posterior, softmax of log p(x|y) / T; left out of the file where it is 1.
-        modes_parts: parts of each class; every part has modes.
+        modes_parts: parts of each class; every part has modes, or all parts of a class have the same (`modes_tied`).
         covariance: "diagonal" (the class densities are the Gaussians'), or "full" (`ClassModes.log_prob`).
-        base: `model.jet_file.reference` of a flow that is stored elsewhere, or None.
         autoencoder: for a flow in an autoencoder's latents, `name`, `sha256` (see `open_autoencoder`; "custom" and ""
             for a module of the user's) and the `image_shape` [3, H, W]; None for a flow of pixels.
+        privacy: for a model of private images, `classes.privacy.describe`; None for any other.
         training: a free-form record of the data, the objective, the settings and the results.
         format_version: version of the file layout.
 
@@ -59,9 +60,10 @@ class GLEMConfig:
     modes_rank: int | None = None
     posterior_temperature: float = 1.0
     modes_parts: int = 1
+    modes_tied: bool = False
     covariance: str = "diagonal"
-    base: dict[str, str] | None = None
     autoencoder: dict[str, Any] | None = None
+    privacy: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -82,13 +84,11 @@ class GLEMConfig:
         _demand(good, f"posterior_temperature must be from 1 to {HIGHEST_TEMPERATURE:g}", t)
         self.posterior_temperature = float(t)
         _demand(is_whole(parts, 1, MAX_PARTS), f"modes_parts must be from 1 to {MAX_PARTS}", parts)
+        _demand(type(self.modes_tied) is bool, "modes_tied must be true or false", self.modes_tied)
         _demand(self.covariance in ("diagonal", "full"), "covariance must be 'diagonal' or 'full'", self.covariance)
         if self.covariance == "full":
-            good = rank is not None and can_be_full(len(self.class_ids), self.dim)
+            good = rank is not None and can_be_whole(len(self.class_ids), self.dim)
             _demand(good, "full covariances need modes, and few dimensions", self.dim)
-        base: Any = self.base
-        good = base is None or _is_table(base, {"jet", "sha256"}) and _are_names(base.values())
-        _demand(good, "base must be null, or have a jet and its sha256", base)
         found: Any = self.autoencoder
         if found is not None:
             good = _is_table(found, {"name", "sha256", "image_shape"}) and _are_names([found["name"], found["sha256"]])
@@ -96,6 +96,7 @@ class GLEMConfig:
             shape = found["image_shape"]
             good = _is_list(shape, 3) and all(is_whole(side, 1, LARGEST_SIDE) for side in shape)
             _demand(good, "the autoencoder's image_shape must be three sizes", shape)
+        _demand(self.privacy is None or _is_promise(self.privacy), "privacy must be null or a promise", self.privacy)
         _demand(isinstance(self.training, dict), "training must be a table", self.training)
 
     def _check_flow(self) -> None:
@@ -138,23 +139,31 @@ class GLEMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of `config.json`. Optional fields are left out where they have their default."""
-        newer = dict(posterior_temperature=1.0, modes_parts=1, covariance="diagonal", base=None, autoencoder=None)
+        newer = dict(
+            posterior_temperature=1.0,
+            modes_parts=1,
+            modes_tied=False,
+            covariance="diagonal",
+            autoencoder=None,
+            privacy=None,
+        )
         return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
 
     def to_json(self) -> bytes:
         """The bytes of `config.json`. TypeError, ValueError: a training record that could not be read again."""
+        values = self.to_dict()
         try:
-            data = (json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-            self.from_json(data)
-        except (UnicodeEncodeError, ModelFileError) as error:
+            _check_readable(values)
+            data = (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+            _check_size(data)
+        except ModelFileError as error:
             raise ModelFileError(f"the model's config can't be saved: {error}") from None
         return data
 
     @classmethod
     def from_json(cls, data: bytes) -> GLEMConfig:
         """Read the bytes of a `config.json`. ModelFileError: anything that does not describe a model."""
-        if len(data) > MAX_CONFIG_BYTES or sum(map(data.count, (b",", b":", b"[", b"{"))) > MAX_CONFIG_VALUES:
-            raise ModelFileError("it is larger than a model's config can be")
+        _check_size(data)
         try:
             values = json.loads(data.decode(), object_pairs_hook=_table)
         except (ValueError, RecursionError) as error:
@@ -220,6 +229,15 @@ def _demand(good: bool, demand: str, value: Any) -> None:
         raise ModelFileError(f"{demand}, got {_short(value)}")
 
 
+def _is_promise(value: Any) -> bool:
+    """Whether a model's record of its privacy has the numbers of the promise, in their ranges."""
+    try:
+        Privacy(value["epsilon"], value["delta"], value["images_per_person"])
+        return type(value["mu"]) is float and isinstance(value["unit"], str)
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
 def _is_list(value: Any, length: int) -> bool:
     return isinstance(value, list | tuple) and len(value) == length
 
@@ -237,10 +255,15 @@ def _short(value: Any) -> str:
     return ascii(value)[:80]
 
 
-def _check_readable(value: Any, depth: int = 0) -> None:
-    """Check that a parsed config can be shown and saved again.
+def _check_size(data: bytes) -> None:
+    if len(data) > MAX_CONFIG_BYTES or sum(map(data.count, (b",", b":", b"[", b"{"))) > MAX_CONFIG_VALUES:
+        raise ModelFileError("it is larger than a model's config can be")
 
-    It must be finite and not too deep. Control characters act on a terminal; UTF-8 can't encode lone surrogates.
+
+def _check_readable(value: Any, depth: int = 0) -> None:
+    """Check that the values of a config can be shown, saved and read again.
+
+    They must be finite and not too deep. Control characters act on a terminal; UTF-8 can't encode lone surrogates.
     """
     if depth > MAX_DEPTH:
         raise ModelFileError(f"it is nested more than {MAX_DEPTH} deep")
@@ -249,7 +272,9 @@ def _check_readable(value: Any, depth: int = 0) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ModelFileError("it holds a number that is not finite")
     if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise ModelFileError(f"it holds a table whose names are no text: {_short([*value])}")
         value = [*value.keys(), *value.values()]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         for part in value:
             _check_readable(part, depth + 1)

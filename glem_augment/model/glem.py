@@ -11,27 +11,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from glem_augment.checks import DEFAULT_MODES, Preset, check_choice, check_number, check_whole
-from glem_augment.classes.adapt import adapt_classes, adapt_pooled, can_be_full
-from glem_augment.classes.fit import fit_class_modes
+from glem_augment.checks import DEFAULT_MODES, Preset, check_number, check_whole
+from glem_augment.classes.calibrate import KEPT
+from glem_augment.classes.classes import Classes
+from glem_augment.classes.fit import fit_classes, fit_modes
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import ClassModes
+from glem_augment.classes.privacy import Privacy
+from glem_augment.classes.statistics import ClassStatistics, class_statistics
 from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
+from glem_augment.codec.codec import Codec
+from glem_augment.codec.pixels import Levels
 from glem_augment.errors import ModelFileError
-from glem_augment.flows import CustomFlow, Flow, build_flow, resolve_preset
-from glem_augment.images.dataset import LabelledImages, as_image_data, images_for
+from glem_augment.flows import Flow, build_flow, check_flow, resolve_preset
+from glem_augment.images.dataset import ImageData, LabelledImages, as_image_data, images_for, open_data
 from glem_augment.images.matching import ONE_CLASS, ClassMap
 from glem_augment.model.conditional_flow import ConditionalFlow
 from glem_augment.model.config import GLEMConfig
-from glem_augment.model.jet_file import PREFIX as JET
-from glem_augment.model.jet_file import open_base, open_jet, reference
+from glem_augment.model.private_fit import fit_private
 from glem_augment.model.weights import (
     CUSTOM,
     WEIGHTS,
+    autoencoder_of,
     find_autoencoder,
     find_folder,
     load_model,
@@ -42,6 +48,8 @@ from glem_augment.model.weights import (
 )
 
 STANDARDISED_BY = 64  # images that standardise an autoencoder's latents, each at many positions
+# Least images per dimension of full covariances. At 4 plain variances do as well (benchmarks/results/covariances.md).
+_IMAGES_PER_DIMENSION = 8
 
 
 class GLEM(ConditionalFlow):
@@ -59,39 +67,43 @@ class GLEM(ConditionalFlow):
 
     Args:
         config: describes the model.
-        flow, gaussians, modes, autoencoder: the parts; by default untrained ones as the config describes them, and the
-            autoencoder that it names.
+        flow, latent_classes, codec: the parts; by default untrained ones as the config describes them, and the
+            autoencoder that it names. A codec that is no `Codec` is an autoencoder.
 
     Attributes:
         origin: `org/name@commit` if the model came from the Hub, else None.
         origin_file: the weights file that it was loaded from, or None.
-        jet: the name (after "jet:") and the file that its flow was loaded from, or None.
     """
 
     def __init__(
         self,
         config: GLEMConfig,
         flow: Flow | None = None,
-        gaussians: ClassGaussians | None = None,
-        modes: ClassModes | None = None,
-        autoencoder: nn.Module | None = None,
+        latent_classes: Classes | None = None,
+        codec: nn.Module | None = None,
     ) -> None:
         super().__init__(config)
         self.flow = build_flow(config.flow) if flow is None else flow
-        self.gaussians = ClassGaussians(self.num_classes, self.dim, config.psi) if gaussians is None else gaussians
-        self.gaussians.to(self.dtype)  # the flow's dtype, if it has parameters
-        if modes is None and config.modes_rank is not None:
-            shared = self.dim if config.covariance == "full" else None
-            modes = ClassModes(self.num_classes, config.modes_rank, self.dim, config.modes_parts, shared)
-        self.modes = None if modes is None else modes.to(self.dtype)
-        if autoencoder is None and config.autoencoder is not None:
-            autoencoder = named_autoencoder(config.autoencoder)
-        if autoencoder is not None and not isinstance(autoencoder, StandardisedAutoencoder):
-            autoencoder = StandardisedAutoencoder(autoencoder, config.flow_shape[0])
-        self.autoencoder = autoencoder
+        if latent_classes is None:
+            gaussians, modes = ClassGaussians(self.num_classes, self.dim, config.psi), None
+            full = config.covariance == "full"
+            if config.modes_rank is not None:
+                shared = self.dim if full else None
+                modes = ClassModes(
+                    self.num_classes, config.modes_rank, self.dim, config.modes_parts, shared, config.modes_tied
+                )
+            latent_classes = Classes(gaussians, modes, full, config.posterior_temperature)
+        dtype = next((p.dtype for p in self.flow.parameters()), torch.float32)
+        self.latent_classes = latent_classes.to(dtype)
+        if codec is None and config.autoencoder is not None:
+            codec = named_autoencoder(config.autoencoder)
+        if codec is None:
+            codec = Levels(config.image_shape, config.bits).to(dtype)
+        elif not isinstance(codec, Codec):
+            codec = StandardisedAutoencoder(codec, config.image_shape, config.flow_shape)
+        self.codec = codec
         self.origin: str | None = None
         self.origin_file: Path | None = None
-        self.jet: tuple[str, Path] | None = None
 
     # ---- making, loading and saving ------------------------------------------------------------------------------
 
@@ -120,7 +132,8 @@ class GLEM(ConditionalFlow):
             bits: top bits of each channel that are modelled; 8 for augmentation, the paper reports 5.
             psi: (a, b, c) of the variances, None for plain variances.
             autoencoder: the flow models its latents in place of pixels; it is frozen. "taef2" (in the package),
-                "hub:org/name[@revision]" (see `open_autoencoder`), or a module of the protocol `Autoencoder`.
+                "hub:org/name[@revision]" (see `open_autoencoder`), a module of the protocol `Autoencoder`, or any
+                `Codec`.
             overrides: numbers of the preset to change.
 
         Raises:
@@ -145,7 +158,7 @@ class GLEM(ConditionalFlow):
             class_names=[str(c) for c in classes],
             autoencoder=None if facts is None else {**facts, "image_shape": [int(side) for side in image_shape]},
         )
-        return cls(config, autoencoder=autoencoder)
+        return cls(config, codec=autoencoder)
 
     @classmethod
     def from_pretrained(
@@ -156,94 +169,79 @@ class GLEM(ConditionalFlow):
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
-        module: nn.Module | None = None,
+        module: Flow | None = None,
         autoencoder: nn.Module | None = None,
-        heads: int | None = None,
     ) -> GLEM:
         """Load a saved model for inference: in eval mode, without gradients.
 
         Args:
             name: a folder with `model.safetensors` and `config.json`; `bundled:NAME`; or `org/name[@revision]` on the
-                Hugging Face Hub, `hf-hub:org/name` if a folder has the same name. `jet:org/name` or `jet:FILE` are
-                weights of `jet-pytorch`: a flow with one class, a standard normal, until it is adapted.
+                Hugging Face Hub, `hf-hub:org/name` if a folder has the same name.
             device: where to put the model.
             cache_dir: where downloads are kept, by default the Hub client's cache (`HF_HOME`).
             token: for private and gated repositories; None: the stored one, if any. False: none.
             revision: branch, tag or commit hash on the Hub.
-            module: for a model that `from_bijection` made: a module of the same kind; a copy of it gets the stored
+            module: for a model that `from_bijection` made: a flow of the same class; a copy of it gets the stored
                 weights. No code is ever imported because a file names it.
-            autoencoder: for a model that was made with an autoencoder of the user's: that module.
-            heads: number of heads of the transformers of "jet:..."; None: width / 64, with a warning.
+            autoencoder: for a model that was made with an autoencoder or a codec of the user's: that module.
 
         Raises:
             ModelFileError: missing, truncated, inconsistent or hostile files. Its subclass `HubError`: no network, no
                 such repository or revision, no access, a damaged download.
         """
-        text, client = os.fspath(name), dict[str, Any](cache_dir=cache_dir, token=token)
-        if text.startswith(JET):
-            return open_jet(text.removeprefix(JET), cls, heads, revision=revision, **client).to(device)
+        client = dict[str, Any](cache_dir=cache_dir, token=token)
         folder, origin = find_folder(name, revision, **client)
         config = read_config(folder)
-        jet = None if config.base is None else open_base(config, config.base, cls, **client)
-        flow = jet and jet.flow
+        flow = None
         if module is not None:
             if config.flow["coupling"] != "custom":
                 raise ModelFileError("this model holds a flow of the library's: leave module= out")
-            flow = CustomFlow(copy.deepcopy(module), config.image_shape)
-        if autoencoder is None and config.autoencoder is not None:
-            autoencoder = named_autoencoder(config.autoencoder, **client)
-        model = load_model(folder / WEIGHTS, config, partial(cls, flow=flow, autoencoder=autoencoder))
+            check_flow(module, config.image_shape)
+            flow = copy.deepcopy(module)
+        autoencoder = autoencoder_of(folder, config, autoencoder, **client)
+        model = load_model(folder / WEIGHTS, config, partial(cls, flow=flow, codec=autoencoder))
         model = model.to(device).eval().requires_grad_(False)
-        model.origin, model.origin_file, model.jet = origin, folder / WEIGHTS, jet and jet.jet
+        model.origin, model.origin_file = origin, folder / WEIGHTS
         return model
 
     @classmethod
-    def from_bijection(
-        cls,
-        module: nn.Module,
-        image_shape: tuple[int, int, int],
-        classes: Sequence[str] | None = None,
-        class_ids: Sequence[str] | None = None,
-        bits: int = 8,
-    ) -> GLEM:
-        """A model around another library's flow, in eval mode, with the standard normal for every class; see `adapt`.
+    def from_bijection(cls, module: Flow, image_shape: tuple[int, int, int]) -> GLEM:
+        """A model around a user's flow, in eval mode, with one class, "image", a standard normal; see `adapt`.
 
         Args:
-            module: see `flows.custom.CustomFlow`. It is not copied, and from now on frozen and in eval mode.
+            module: a subclass of `flows.Flow`. It is not copied, and from now on frozen and in eval mode.
             image_shape: (C, H, W).
-            classes, class_ids, bits: see `create`; without classes there is one, "image".
 
         Raises:
-            TypeError, ValueError: a module that is no such flow, or whose inverse or log-determinant is wrong.
+            TypeError, ValueError: see `flows.check_flow`.
         """
-        names = [str(c) for c in (classes or [ONE_CLASS])]
+        check_flow(module, image_shape)
         config = GLEMConfig(
             flow={"image_shape": list(image_shape), "coupling": "custom", "module": type(module).__qualname__},
-            bits=bits,
+            bits=8,
             psi=None,
-            class_ids=[str(c) for c in (class_ids or names)],
-            class_names=names,
+            class_ids=[ONE_CLASS],
+            class_names=[ONE_CLASS],
         )
-        gaussians = ClassGaussians(len(names), math.prod(image_shape), None, initial_variance=1.0)
-        return cls(config, CustomFlow(module, image_shape), gaussians).eval().requires_grad_(False)
+        gaussians = ClassGaussians(1, math.prod(image_shape), None, initial_variance=1.0)
+        return cls(config, module, Classes(gaussians)).eval().requires_grad_(False)
 
-    def save(self, folder: str | os.PathLike[str], weights: str = "copy") -> None:
-        """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path.
-
-        Args:
-            weights: "reference" leaves out the flow of an adapted Jet: `config.json` names the Jet and the SHA-256 of
-                its file, and loading takes the flow from there.
-
-        Raises:
-            ValueError: "reference" for another flow, or one that has changed since it was loaded.
-        """
-        check_choice("weights", weights, ("copy", "reference"))
-        self.config.base = reference(self) if weights == "reference" else None
-        if self.modes is None:
-            self.config.modes_rank, self.config.modes_parts, self.config.covariance = None, 1, "diagonal"
-        else:
-            self.config.modes_rank, self.config.modes_parts = self.modes.rank, self.modes.parts
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path."""
+        self.config = replace(self.config, **self._facts())
         write_model(folder, self.config, self.state_dict())
+
+    def _facts(self) -> dict[str, Any]:
+        """What `config.json` says of the classes."""
+        classes, modes = self.latent_classes, self.modes
+        return {
+            "psi": classes.gaussians.psi,
+            "modes_rank": None if modes is None else modes.rank,
+            "modes_parts": 1 if modes is None else modes.parts,
+            "modes_tied": modes is not None and modes.tied,
+            "covariance": "full" if classes.full else "diagonal",
+            "posterior_temperature": classes.temperature,
+        }
 
     save_pretrained = save  # as users of the Hub's libraries call it
 
@@ -264,6 +262,122 @@ class GLEM(ConditionalFlow):
         )
 
     # ---- fitting to labelled images ------------------------------------------------------------------------------
+
+    @classmethod
+    def fit(
+        cls,
+        data: LabelledImages,
+        autoencoder: str | nn.Module | None = None,
+        flow: GLEM | str | os.PathLike[str] | None = None,
+        *,
+        privacy: Privacy | None = None,
+        public: LabelledImages = None,
+        journal: str | os.PathLike[str] | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        classes: Sequence[str] | None = None,
+        split: str = "train",
+        rank: int = 64,
+        parts: int | None = None,
+        pooled: bool = False,
+        shrinkage: float = 10.0,
+        max_per_class: int | None = None,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        progress: bool = True,
+    ) -> GLEM:
+        """A model of labelled images in one pass; nothing is trained.
+
+        >>> model = GLEM.fit("bundled:fashion-mnist", autoencoder="taef2", max_per_class=10, progress=False)
+        >>> model.classes[:2], model.modes.rank
+        (['T-shirt/top', 'Trouser'], 64)
+
+        Args:
+            data: an `ImageData`, or anything else that `open_data` takes.
+            autoencoder: model its latents, for photographs; see `create`. None: the pixels, or the flow's latents.
+            flow: a trained model, or its name: model its flow's latents. Images are converted to its size.
+            privacy: make the model differentially private, so that it and its samples can be shared; see
+                `classes.privacy` and docs/privacy.md. It has all modes, and ignores rank, shrinkage and seed.
+            public: public images like `data`, for the coordinates of a private model. None: those of the autoencoder.
+            journal: a file for the releases of a private model: an interrupted call goes on from it. Remove it with the
+                model saved.
+            image_size: see `open_data`; by default the size that the images share.
+            classes, split, rank, pooled, shrinkage, max_per_class, seed, progress: see `adapt`.
+            parts: see `adapt`; None: 1, or with privacy as many as the noise allows.
+            device: where the model computes.
+
+        Raises:
+            ValueError: both an autoencoder and a flow, an image size with a flow, or arguments that privacy excludes.
+                For other errors see `adapt` and `classes.private.private_classes`.
+        """
+        if flow is not None and autoencoder is not None:
+            raise ValueError("give an autoencoder or a flow, not both: a flow has its codec already")
+        images = cls.images_to_fit(data, flow, split=split, image_size=image_size, progress=progress)
+        if privacy is not None:
+            if flow is not None or max_per_class is not None or pooled:
+                raise ValueError("leave flow, max_per_class and pooled out of a private fit")
+            images = as_image_data(images, images.image_shape, classes)
+            return cls._fit_private(images, autoencoder, privacy, parts, public, journal, device, progress)
+        if flow is None:
+            base = cls.create("identity", images.image_shape, images.classes, autoencoder=autoencoder)
+        else:
+            base = as_model(flow)
+        return (
+            base.eval()
+            .to(device)
+            .adapt(
+                images,
+                classes=classes,
+                rank=rank,
+                parts=parts or 1,
+                pooled=pooled,
+                shrinkage=shrinkage,
+                max_per_class=max_per_class,
+                seed=seed,
+                progress=progress,
+            )
+        )
+
+    @classmethod
+    def _fit_private(
+        cls,
+        images: ImageData,
+        autoencoder: str | nn.Module | None,
+        privacy: Privacy,
+        parts: int | None,
+        public: LabelledImages,
+        journal: str | os.PathLike[str] | None,
+        device: str | torch.device,
+        progress: bool,
+    ) -> GLEM:
+        shape = images.image_shape
+        base = cls.create("stationary", shape, images.classes, images.class_ids, autoencoder=autoencoder)
+        base = base.eval().requires_grad_(False).to(device)
+        if public is not None:
+            public = as_image_data(public, shape, progress=progress, unlabelled=True)
+        found = fit_private(base, images, privacy, parts, public, None if journal is None else Path(journal), progress)
+        expect = {
+            "images": [round(count) for count in found.counts.tolist()],
+            "modes": found.modes.tolist(),
+            "pooled_modes": found.pooled_modes,
+            "noise_of_means": [round(share, 3) for share in found.noise.tolist()],
+            "drowned": [images.classes[k] for k in found.drowned],
+        }
+        coordinates = "public images" if public is not None else "of the autoencoder"
+        record = {**found.privacy, "coordinates": coordinates, "parts": base.modes.parts if base.modes else 1}
+        base.config = replace(base.config, privacy={**record, "expect": expect}, training={"data": "private images"})
+        base.config = replace(base.config, **base._facts())
+        return base
+
+    @staticmethod
+    def images_to_fit(data: LabelledImages, flow: GLEM | str | os.PathLike[str] | None, **options: Any) -> ImageData:
+        """The images that `fit` uses: `open_data` with the size of the flow's model; `options` as for `open_data`."""
+        if isinstance(data, ImageData):
+            return data
+        if flow is None:
+            return open_data(data, **options)
+        if options.pop("image_size", None) is not None:
+            raise ValueError("image_size is for models without a flow, which has a size: leave it out")
+        return as_image_data(data, as_model(flow).image_shape, **options)
 
     @torch.no_grad()
     def fit_modes(
@@ -292,13 +406,56 @@ class GLEM(ConditionalFlow):
             DataError: a class of the flow without at least two images, or images of another shape. ValueError: `rank`
                 or `max_per_class` below 1.
         """
+        self.refuse_if_private("fit_modes")
         if max_per_class is not None:
             check_whole("max_per_class", max_per_class, 1)
+        check_whole("rank", rank, 1)
         seed, images = check_whole("seed", seed, 0), images_for(self, data, class_map)
-        latents = self.latents_of_classes(images, images.rows_of_classes(max_per_class), seed, count)
-        self.modes = fit_class_modes(latents, self.num_classes, rank, self.dim).to(self.device, self.dtype)
-        self.config.modes_rank, self.config.modes_parts, self.config.covariance = self.modes.rank, 1, "diagonal"
+        rows = images.rows_of_classes(max_per_class)
+        statistics = self._statistics(images, rows, rank, self.modes.parts if self.adapted and self.modes else 1, seed)
+        if self.adapted:  # the Gaussians come from images, too
+            found = self._fit_classes(statistics, rank, self.config.training["adapt"]["shrinkage"])
+        else:
+            found = Classes(self.gaussians, fit_modes(statistics, rank), False, self.latent_classes.temperature)
+        self.latent_classes = found.to(self.device, self.dtype)
+        self.config = replace(self.config, **self._facts())
+        assert self.modes is not None
         return self.modes
+
+    def refuse_if_private(self, what: str) -> None:
+        """ValueError: the model is private, and `what` would put facts of images into it that no promise covers."""
+        if self.config.privacy is not None:
+            raise ValueError(
+                f"{what} would break the model's privacy, since it looks at images again: fit another model, whose "
+                "promise adds up with this one"
+            )
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the Gaussians are those of images' latents (`fit`, `adapt`), not trained with the flow."""
+        return isinstance(self.config.training.get("adapt"), dict)
+
+    def _statistics(
+        self,
+        images: ImageData,
+        rows: Sequence[np.ndarray],
+        rank: int,
+        parts: int,
+        seed: int,
+        progress: bool = False,
+        title: str = "modes",
+    ) -> ClassStatistics:
+        """One pass over the images `rows` of every class."""
+        total = sum(map(len, rows))
+        with tqdm(total=total, unit="image", desc=title, disable=not progress, dynamic_ncols=True) as bar:
+            latents = self.latents_of_classes(images, rows, seed, bar.update)
+            return class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
+
+    def _fit_classes(self, statistics: ClassStatistics, rank: int, shrinkage: float) -> Classes:
+        # A flow leaves the dimensions of a class nearly independent. Pixels and latents of an autoencoder are not.
+        identity, images = self.config.flow["coupling"] == "identity", int(statistics.counts().sum())
+        full = identity and statistics.whole and images >= _IMAGES_PER_DIMENSION * self.dim
+        return fit_classes(statistics, rank, shrinkage, self.config.psi, full)
 
     @torch.no_grad()
     def adapt(
@@ -315,11 +472,11 @@ class GLEM(ConditionalFlow):
         seed: int = 0,
         progress: bool = True,
     ) -> GLEM:
-        """A new model with this flow for other images and classes, in closed form (`classes.adapt`): no training.
+        """A new model with this codec and flow for other images and classes (`classes.fit`): no training.
 
         One pass over `data` gives every class the mean of its latents, shrunk variances, and principal modes. A model
-        without a flow ("identity") gets full covariances if there are at least eight images per dimension. The
-        posterior's temperature is fitted to latents that are left out. All ranks call this together.
+        without a flow gets full covariances if there are at least eight images per dimension. The posterior's
+        temperature is fitted to latents that are left out. All ranks call this together.
 
         Args:
             data: see `fit_modes`.
@@ -328,8 +485,8 @@ class GLEM(ConditionalFlow):
             rank, max_per_class, seed: see `fit_modes`.
             parts: number of groups of similar latents per class, each with its modes; for classes with hundreds of
                 images or more.
-            pooled: make one class, "image", with the modes in which the images of a class vary. Moves along these modes
-                suit images of any class.
+            pooled: make one class, "image", which varies as the images of a class do: for moves of images of any class.
+                With a thousand classes it takes a thousandth of the memory.
             shrinkage: number of images at which a class's variances are half pooled.
             progress: show a bar on stderr.
 
@@ -341,47 +498,39 @@ class GLEM(ConditionalFlow):
             TypeError, ValueError: arguments that make no sense.
         """
         shrinkage = check_number("shrinkage", shrinkage, 0.0, math.inf)
-        seed = check_whole("seed", seed, 0)
+        seed, rank = check_whole("seed", seed, 0), check_whole("rank", rank, 1)
         # The variation of a class needs two images.
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
         images = as_image_data(data, self.image_shape, classes, split=split, progress=progress)
         rows = images.rows_of_classes(max_per_class)
-        if self.autoencoder is not None and not self.autoencoder.fitted:
+        if not self.codec.ready:
             self = copy.deepcopy(self)
-            self.standardise(images.some(STANDARDISED_BY))
+            self.codec.fit(images.some(STANDARDISED_BY))
         counts = [len(found) for found in rows]
-        # A flow leaves the dimensions of a class nearly independent. Pixels and latents of an autoencoder are not.
-        full = self.config.flow["coupling"] == "identity" and can_be_full(len(rows), self.dim, sum(counts))
-        with tqdm(total=sum(counts), unit="image", desc="adapt", disable=not progress, dynamic_ncols=True) as bar:
-            latents = self.latents_of_classes(images, rows, seed, bar.update)
-            if pooled:
-                found = adapt_pooled(latents, len(rows), self.dim, rank, self.config.psi)
-            else:
-                found = adapt_classes(latents, len(rows), self.dim, rank, shrinkage, self.config.psi, parts, full)
-        gaussians, modes, temperature = found
+        statistics = self._statistics(images, rows, rank, parts, seed, progress, "adapt")
+        if pooled:
+            statistics = statistics.as_one_class()
+        found = self._fit_classes(statistics, rank, shrinkage)
+        assert found.modes is not None
         config = replace(
             copy.deepcopy(self.config),
-            psi=gaussians.psi,
+            psi=found.gaussians.psi,
             class_ids=[ONE_CLASS] if pooled else list(images.class_ids),
             class_names=[ONE_CLASS] if pooled else list(images.classes),
-            modes_rank=modes.rank,
-            modes_parts=modes.parts,
-            covariance="full" if full and not pooled else "diagonal",
-            posterior_temperature=temperature,
             training={
                 "data": images.name,
                 "images": sum(counts),
                 "images_per_class": [min(counts), max(counts)],
                 "adapt": dict(
-                    shrinkage=shrinkage, rank=modes.rank, parts=parts, max_per_class=max_per_class, seed=seed
+                    shrinkage=shrinkage, rank=found.modes.rank, parts=parts, max_per_class=max_per_class, seed=seed
                 ),
                 "adapted_from": dict(
                     weights_sha256=weights_sha256(self), origin=self.origin, training=self.config.training
                 ),
             },
         )
-        adapted = GLEM(config, copy.deepcopy(self.flow), gaussians, modes, copy.deepcopy(self.autoencoder))
-        adapted.jet = self.jet
+        adapted = GLEM(config, copy.deepcopy(self.flow), found, copy.deepcopy(self.codec))
+        adapted.config = replace(config, **adapted._facts())
         return adapted.to(self.device).eval().requires_grad_(False)
 
     def checked_modes(self, modes: int | None) -> int:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +21,13 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from glem_augment.checks import RUN_FILE
+from glem_augment.classes.modes import SHRUNK
+from glem_augment.codec.autoencoder import latent_shape
 from glem_augment.codec.published import open_autoencoder
-from glem_augment.errors import ModelFileError
-from glem_augment.io import atomic_write, check_header, copy_checked, expand, header_bytes, open_tensors
+from glem_augment.errors import HubError, ModelFileError
+from glem_augment.io import atomic_write, expand
 from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMConfig
+from glem_augment.tensor_file import Limits, header_bytes, load_weights, open_tensors
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CUSTOM = "custom"  # the name of a user's module in a config
@@ -33,7 +37,9 @@ CUSTOM = "custom"  # the name of a user's module in a config
 _LEAST_ENTRY, _LEAST_WIDTH = 50, 2
 # Beside its name an entry has a type, up to eight sizes and two offsets; the rest of a header is metadata.
 _MOST_ENTRY, _MOST_METADATA = 320, 2**16
-_NOT_NEGATIVE = {"modes.scales", "modes.rest", "modes.counts", "modes.shared_scales"}
+# Images of a class, and standard deviations or their inverses. Real ones lie far inside.
+MOST_IMAGES, SCALES = 2.0**40, (1e-8, 1e8)
+_CHECKED = 2**20  # numbers at a time
 _BUNDLED = Path(__file__).parents[1] / "bundled" / "models"
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -91,7 +97,7 @@ def find_folder(name: str | os.PathLike[str], revision: str | None, **client: An
 
 def find_autoencoder(name: str, sha256: str | None = None, **client: Any) -> tuple[nn.Module, dict[str, str]]:
     """`open_autoencoder`, with downloads from the Hub."""
-    return open_autoencoder(name, lambda text: hub().download_weights(text, **client)[:2], sha256)
+    return open_autoencoder(name, lambda text: hub().download_weights(text, **client), sha256)
 
 
 def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:
@@ -129,9 +135,16 @@ def write_model(folder: str | os.PathLike[str], config: GLEMConfig, state: dict[
 
 
 def stored(config: GLEMConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `state` that the model's file holds: without the parts that the config only names."""
-    named = ("autoencoder.autoencoder.",) + (("flow.",) if config.base else ())
-    return {name: tensor for name, tensor in state.items() if not name.startswith(named)}
+    """The tensors of `state` that the model's file holds, by their names there.
+
+    An autoencoder, which the config names, is not in it. The file's names are older than the model's.
+    """
+    return {_name_in_file(name): tensor for name, tensor in state.items() if not name.startswith("codec.autoencoder.")}
+
+
+def _name_in_file(name: str) -> str:
+    room, _, rest = name.partition(".")
+    return {"latent_classes": rest, "codec": f"autoencoder.{rest}"}.get(room, name)
 
 
 def weights_bytes(state: dict[str, Tensor]) -> bytes:
@@ -141,9 +154,9 @@ def weights_bytes(state: dict[str, Tensor]) -> bytes:
     return safetensors_bytes(tensors, metadata={"format": "pt"})
 
 
-def weights_sha256(model: nn.Module) -> str:
+def weights_sha256(model: Any) -> str:
     """SHA-256 of the `model.safetensors` that saving `model` would write, as `sha256sum` prints it."""
-    return hashlib.sha256(weights_bytes(model.state_dict())).hexdigest()
+    return hashlib.sha256(weights_bytes(stored(model.config, model.state_dict()))).hexdigest()
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -176,24 +189,87 @@ def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], Mod
     expected = stored(config, model.state_dict())
     most = _MOST_METADATA + sum(len(json.dumps(name)) + _MOST_ENTRY for name in expected)
     with open_tensors(path, most) as file:
-        check_header(path, file, expected)
-        for module in model.modules():  # a user's module and an autoencoder have their weights already
-            if any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
-                module.to_empty(device="cpu", recurse=False)
-        for name, target in stored(config, model.state_dict()).items():
-            plain_variance = name == "gaussians.s" and config.psi is None
-            lowest = LOWEST_VARIANCE if plain_variance else 0.0 if name in _NOT_NEGATIVE else -math.inf
-            copy_checked(path, name, file.get_tensor(name), target, lowest)
+        # A user's flow and an autoencoder have their weights already.
+        load_weights(path, file, model, partial(stored, config), _limits(config))
+    if config.covariance == "full":
+        _check_full(path, model.modes)
     return model
+
+
+def _limits(config: GLEMConfig) -> dict[str, Limits]:
+    """Lowest and highest values of tensors in the file."""
+    limits = dict.fromkeys(("modes.scales", "modes.rest", "modes.shared_scales"), (0.0, math.inf))
+    limits["modes.counts"] = 0.0, MOST_IMAGES
+    limits["autoencoder.std"] = SCALES
+    if config.psi is None:
+        limits["gaussians.s"] = LOWEST_VARIANCE, math.inf
+    if config.flow["coupling"] == "stationary":
+        limits["flow.variance"], limits["flow.rho"] = SCALES, (0.0, 1.0)
+    if config.flow.get("whiten"):
+        limits["flow.whiten.scale"] = limits["flow.whiten.gain"] = SCALES
+    return limits
+
+
+def autoencoder_of(folder: Path, config: GLEMConfig, given: nn.Module | None, **client: Any) -> nn.Module | None:
+    """The autoencoder of a saved model: the user's, the one that the config names, or None.
+
+    ModelFileError: it is missing, or the shapes of images and flow in the config do not belong to it.
+    """
+    path = folder / CONFIG
+    if config.autoencoder is None:
+        if given is not None:
+            raise ModelFileError(f"{path} names no autoencoder: leave autoencoder= out")
+        return None
+    try:
+        module = named_autoencoder(config.autoencoder, **client) if given is None else given
+        found: object = latent_shape(module, config.image_shape)
+    except HubError:
+        raise
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from None
+    except ValueError as error:
+        found = error
+    if found != config.flow_shape:
+        raise ModelFileError(
+            f"{path}: images {list(config.image_shape)} and a flow of {list(config.flow_shape)} do not belong to the "
+            f"autoencoder: {found}"
+        )
+    return module
+
+
+def _check_full(path: Path, modes: Any) -> None:
+    """ModelFileError: covariances of `ClassModes.log_prob` that have no inverse in float64.
+
+    They are the pooled covariance, scaled, plus a covariance of each class. So the least eigenvalue of the first must
+    exceed the rounding of the sum.
+    """
+    counts, mean = (t.unflatten(0, (-1, modes.parts)) for t in (modes.counts, modes.mean))
+    largest = 0.0
+    for n, centres in zip(counts.split(256), mean.split(256), strict=True):
+        n, centres = n[..., None].double(), centres.double()
+        if not bool((n.sum(1) >= 1).all()):
+            raise ModelFileError(f"{path}: modes.counts has a class without images")
+        away = centres - (n * centres).sum(1, keepdim=True) / n.sum(1, keepdim=True)
+        largest = max(largest, float(away.square().sum(2).max()))
+    step = max(1, _CHECKED // modes.directions[0].numel())
+    for s, v, rest in zip(*(t.split(step) for t in (modes.scales, modes.directions, modes.rest)), strict=True):
+        own = (s.double().square() * v.square().sum(2).double()).sum(1) + rest.double().sum(1)
+        largest = max(largest, float(own.max()))
+    rows = modes.shared_scales[:, None].double() * modes.shared_directions.double()
+    pooled = SHRUNK * rows.T @ rows
+    rounding = 16 * modes.dim * torch.finfo(torch.float64).eps * (largest + float(pooled.trace()))
+    pooled.diagonal().sub_(rounding)
+    if not math.isfinite(rounding) or int(torch.linalg.cholesky_ex(pooled).info):
+        raise ModelFileError(f"{path}: the covariances of its classes can't be inverted; save the model again")
 
 
 def _check_size(path: Path, config: GLEMConfig) -> None:
     """Compare the file with lower bounds that need no model."""
     size, header = os.stat(path).st_size, header_bytes(path)
     classes, rank = len(config.class_ids), config.modes_rank
-    rows = classes * config.modes_parts + 1
+    rows = classes * (1 if config.modes_tied else config.modes_parts) + 1
     numbers = (2 * classes + (0 if rank is None else rows * rank)) * config.dim
-    levels = [] if config.base else zip(config.flow.get("depth", ()), config.flow.get("blocks", ()), strict=True)
+    levels = zip(config.flow.get("depth", ()), config.flow.get("blocks", ()), strict=True)
     tensors = 2 + sum(depth * blocks for depth, blocks in levels)
     if size < _LEAST_WIDTH * numbers or header < _LEAST_ENTRY * tensors:
         raise ModelFileError(

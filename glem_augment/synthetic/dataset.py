@@ -56,7 +56,8 @@ class SyntheticDataset(Dataset):
             change afterwards.
         per_class: images of each class: a number for all, K numbers, a mapping from class names, ids or indices, or
             "balance", which fills up each class of `real` to its largest class. Classes without a number get no images.
-        temperature: factor on the standard deviation.
+        temperature: factor on the standard deviation. None: 0.9, or 1.0 for a private model, for whose sets lower
+            temperatures were worse.
         seed: int >= 0; seed, class and place within the class fix an item's latent.
         transform: PIL image -> anything; target_transform: int -> anything.
         source: "gaussian": the diagonal Gaussian of the class. "rfcm": mean and full covariance of its real latents.
@@ -67,13 +68,17 @@ class SyntheticDataset(Dataset):
         real: real images, see `open_data`, for "balance" and "mixup". Exports take the class numbers of `real`.
         modes, alpha: settings of source "mixup", as in GLEMAugment (64 modes, or as many as there are).
         class_map: how the classes of `real` map to the flow's, see `match_classes`.
+
+    Raises:
+        ValueError: "balance" or "mixup" with a private model, since real images would decide the set; or arguments that
+            make no sense.
     """
 
     def __init__(
         self,
         model: GLEM | str | os.PathLike[str],
         per_class: PerClass = 100,
-        temperature: float = 0.9,
+        temperature: float | None = None,
         seed: int = 0,
         transform: Callable[[Image.Image], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,

@@ -29,7 +29,7 @@ from torchvision.io import encode_png
 from tqdm import tqdm
 
 from glem_augment import __version__
-from glem_augment.augment.moves import MOST_PUT_BACK
+from glem_augment.augment.state import MOST_REJECTED
 from glem_augment.checks import FORMATS, Format
 from glem_augment.distributed import gather, rank, world_size
 from glem_augment.hub import upload, write_card
@@ -391,7 +391,7 @@ def _describe_shards(plan: Plan, folder: Path, facts: CardFacts, manifest: dict[
 def _warn(plan: Plan, folder: Path, manifest: dict[str, Any], implausible: int) -> None:
     """Warn where many images are not plausible, or torchvision's ImageFolder would number the classes differently."""
     count, classes = manifest["count"], manifest["classes"]
-    if implausible > MOST_PUT_BACK * count:
+    if implausible > MOST_REJECTED * count:
         fix = "adapt the flow to the real images" if plan.settings["source"] == "mixup" else "lower the temperature"
         wild = "%d of %d images are not plausible, since their values leave [0, 1] by more than 1: %s"
         _log.warning(wild, implausible, count, fix)

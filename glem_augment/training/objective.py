@@ -1,14 +1,13 @@
-"""The losses of the E-step (Eq. 3) and of the M-step (Eq. 5), and the M-step's statistics of the latents.
+"""Objectives of training: their losses, and the Gaussians that they begin with.
 
-For diagonal Gaussians the summed NLL depends on the latents only through n_y, sum z and sum z^2 of each class. So one
-pass over D_g serves any number of gradient steps on the Gaussians, each in O(K d). The same pass records the range of
-the per-sample NLL.
+`Trainer(objective=...)` takes any object with the methods of `Objective`. benchmarks/paper/research.py has one for
+further published methods.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,179 +15,194 @@ from torch import Tensor
 
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.codec.levels import draw_noise
-from glem_augment.distributed import Share, add_up, rank, world_size
+from glem_augment.distributed import Share
 from glem_augment.model.glem import GLEM
 from glem_augment.training.config import TrainConfig
+from glem_augment.training.statistics import LatentStatistics
 
-SATURATION = 0.05  # of the bounded repulsion, nats per dimension
-NOISE_STD = 0.5  # levels; the dequantisation of IB-INN
-SHRINKAGE = 10  # number of images at which a class's first mean and variance are half shrunk
+START_STD = 0.1  # of the random means that a joint objective begins with
+CE_SCALE, LABEL_SMOOTHING = 0.1, 0.05  # of the cross-entropy
+KLD_WEIGHT_END = 0.5  # of the weight at the start
+PSI = (0.5, 0.2, 0.05)  # the paper's
 
 
-# ---- the E-step -------------------------------------------------------------------------------------------------
+class Progress(NamedTuple):
+    """The E-steps that a run has taken, of how many, and the M-steps, of how many."""
+
+    step: int
+    steps: int
+    m_step: int
+    m_steps: int
 
 
-def encode(
-    model: GLEM, x: Tensor, config: TrainConfig, generator: torch.Generator, share: Share, noise: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """`model.encode` with the run's dequantisation: uniform, or Gaussian of `NOISE_STD` levels for "ib".
+class Objective:
+    """Maximum likelihood ("mle"), which teaches the flow and the Gaussians together.
 
-    Latents of an autoencoder get Gaussian noise of the standard deviation `noise` instead. `share`: see `draw_noise`.
+    Attributes:
+        psi: of the variances of a new model, see `ClassGaussians`.
+        joint: whether the E-step's loss teaches the Gaussians, too. learned: the parameters of the Gaussians that are
+            learned, of "mu" and "s".
+        m_rounds: M-steps in each epoch that has any, evenly spread.
     """
-    if model.autoencoder is None and config.objective != "ib":
-        return model.encode(x, draw_noise(x, generator, share))
+
+    psi: tuple[float, float, float] | None = None
+    joint: bool = True
+    learned: tuple[str, ...] = ("mu", "s")
+    m_rounds: int = 1
+
+    def settings(self) -> dict[str, Any]:
+        """Settings beside `TrainConfig`, or in place of its own, as JSON values; a resumed run must have the same."""
+        return {}
+
+    def weights(self, progress: Progress) -> dict[str, float]:
+        """Weights that change during the run, for the log."""
+        return {}
+
+    def m_epochs(self, epochs: int) -> int:
+        """How many of the epochs, from the first on, have M-steps. They train the flow on D_nf, the others on all."""
+        return 0
+
+    @torch.no_grad()
+    def start(
+        self,
+        gaussians: ClassGaussians,
+        statistics: Callable[[], LatentStatistics],
+        generator: Callable[[int], torch.Generator],
+    ) -> None:
+        """Set the Gaussians of a new flow.
+
+        Args:
+            statistics: encodes D_g. generator: gives one for a number that is 2, or above 5.
+        """
+        gaussians.set_variance(torch.ones_like(gaussians.s))
+        gaussians.mu.copy_(START_STD * torch.randn(gaussians.mu.shape, generator=generator(2)))
+        gaussians.project()
+
+    def gaussian_optimizer(self, gaussians: ClassGaussians) -> torch.optim.Optimizer:
+        """The optimizer of the Gaussians; every step sets its rate."""
+        return torch.optim.Adam(gaussians.parameters())
+
+    def encode(
+        self, model: GLEM, x: Tensor, generator: torch.Generator, share: Share, latent_noise: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Dequantise and encode: latents [b,d] and log-determinants [b].
+
+        Args:
+            x: uint8 [b,C,H,W], or latents of an autoencoder, which get Gaussian noise of the standard deviation
+                `latent_noise`.
+            share: the part of a batch that x is, see `draw_noise`.
+        """
+        if model.codec.levels:
+            return model.encode(x, draw_noise(x, generator, share))
+        return encode_with_noise(model, x, latent_noise, generator, share)
+
+    def e_loss(
+        self, gaussians: ClassGaussians, z: Tensor, logdet: Tensor, y: Tensor, progress: Progress
+    ) -> tuple[Tensor, Tensor]:
+        """The E-step's loss and its likelihood, means over the batch in nats per dimension.
+
+        z [b,d], logdet [b], y int64 [b]. Both results are differentiable scalars.
+        """
+        nll = -(gaussians.log_prob_of(z, y) + logdet).mean() / gaussians.dim
+        return nll, nll
+
+    def statistics(self, num_classes: int, dim: int, device: torch.device) -> LatentStatistics:
+        """Empty statistics for an M-step."""
+        return LatentStatistics(num_classes, dim, device)
+
+    def m_loss(self, gaussians: ClassGaussians, statistics: LatentStatistics, progress: Progress) -> Tensor:
+        """The M-step's loss, a differentiable scalar that is the same on all ranks."""
+        raise NotImplementedError(f"{type(self).__name__} has M-steps, so it needs m_loss")
+
+
+class Hybrid(Objective):
+    """`mean NLL / d + beta * cross-entropy`, which teaches the flow and the Gaussians together.
+
+    The cross-entropy of the posterior has class scores multiplied by `CE_SCALE`. A sum over d dimensions is
+    overconfident, so a scale below 1 teaches wider margins.
+    """
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+
+    def e_loss(
+        self, gaussians: ClassGaussians, z: Tensor, logdet: Tensor, y: Tensor, progress: Progress
+    ) -> tuple[Tensor, Tensor]:
+        if not self.beta:
+            return super().e_loss(gaussians, z, logdet, y, progress)
+        scores = gaussians.log_prob(z)
+        nll = -(scores.gather(1, y[:, None])[:, 0] + logdet).mean() / gaussians.dim
+        return nll + self.beta * F.cross_entropy(CE_SCALE * scores, y, label_smoothing=LABEL_SMOOTHING), nll
+
+
+class Repulsion(Objective):
+    """The paper's objective ("glem"): the flow learns by Eq. 3, the Gaussians by Eq. 5 in M-steps.
+
+    The M-step's loss is `mean NLL / R_nf - lambda * sum KLD / (K d R_kld)`, as the authors compute it. Classes weigh
+    the same in the NLL. The sum is over ordered pairs of classes. `R = max - min + 0.2 (|max| + |min|)`, without
+    gradient, is the range of the per-sample NLLs, or of the classes' mean KLDs, in nats. lambda is `kld_weight`, and
+    falls linearly to half of it at the last M-step.
+    """
+
+    psi = PSI
+    joint = False
+
+    def __init__(self, kld_weight: float) -> None:
+        self.kld_weight = kld_weight
+
+    def weights(self, progress: Progress) -> dict[str, float]:
+        return {"kld_weight": falling(self.kld_weight, progress)}
+
+    def m_epochs(self, epochs: int) -> int:
+        return epochs
+
+    def start(
+        self,
+        gaussians: ClassGaussians,
+        statistics: Callable[[], LatentStatistics],
+        generator: Callable[[int], torch.Generator],
+    ) -> None:
+        statistics().start_of_new_flow(gaussians)
+
+    def m_loss(self, gaussians: ClassGaussians, statistics: LatentStatistics, progress: Progress) -> Tensor:
+        dim, k = gaussians.dim, gaussians.num_classes
+        unit = value_range(float(statistics.nll_low), float(statistics.nll_high))
+        loss = statistics.balanced_nll(gaussians) / unit
+        sums = gaussians.kld_class_sums()
+        means = sums.detach() / max(1, k - 1)
+        spread = value_range(float(means.min()), float(means.max()))
+        weight = falling(self.kld_weight, progress)
+        # Identical Gaussians have neither a gradient nor a range, so only the likelihood counts.
+        if weight > 0 and k > 1 and spread > 1e-9 * dim:
+            # The authors sum over ordered pairs and divide by K d: in nats per dimension, unlike the range.
+            loss = loss - weight * sums.sum() / (k * dim) / spread
+        return loss
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """The objective that the settings name."""
+    if config.objective == "glem":
+        return Repulsion(config.kld_weight)
+    return Hybrid(config.beta or 0.0) if config.objective == "hybrid" else Objective()
+
+
+def encode_with_noise(
+    model: GLEM, x: Tensor, std: float, generator: torch.Generator, share: Share
+) -> tuple[Tensor, Tensor]:
+    """Encode with Gaussian noise of the standard deviation `std` on the numbers that the flow takes."""
     h = model.numbers(x)
-    std = noise if model.autoencoder is not None else NOISE_STD * 2.0**-config.bits
     if std:
         drawn = torch.randn(share.total, *h.shape[1:], generator=generator, dtype=h.dtype)[share.rows]
         h = h + std * drawn.to(h.device)
     return model.encode_numbers(h)
 
 
-def e_step_loss(
-    gaussians: ClassGaussians, z: Tensor, logdet: Tensor, y: Tensor, config: TrainConfig
-) -> tuple[Tensor, Tensor]:
-    """`mean NLL / d + beta * cross-entropy` and its first term, in nats per dimension; see `TrainConfig`."""
-    if config.beta or config.objective == "ib":
-        scores = gaussians.log_prob(z)
-        own = scores.gather(1, y[:, None])[:, 0]
-        if config.objective == "ib":
-            own = torch.logsumexp(scores, 1) - math.log(gaussians.num_classes)
-    else:
-        own = gaussians.log_prob_of(z, y)
-    nll = -(own + logdet).mean() / gaussians.dim
-    if not config.beta:
-        return nll, nll
-    entropy = F.cross_entropy(config.ce_scale * scores, y, label_smoothing=config.label_smoothing)
-    return nll + config.beta * entropy, nll
-
-
-# ---- the M-step -------------------------------------------------------------------------------------------------
-
-
-class LatentStatistics:
-    """Sufficient statistics of one pass over D_g, in float64.
-
-    Attributes:
-        count [K], total [K,d], square [K,d]: number of images, sum z and sum z^2 per class.
-        nll_low, nll_high: range of the per-sample NLL in nats, log-determinant included.
-    """
-
-    def __init__(self, num_classes: int, dim: int, device: torch.device | str = "cpu") -> None:
-        zeros: dict[str, Any] = dict(dtype=torch.float64, device=device)
-        self.count = torch.zeros(num_classes, **zeros)
-        self.total = torch.zeros(num_classes, dim, **zeros)
-        self.square = torch.zeros(num_classes, dim, **zeros)
-        self.nll_low = torch.full((), math.inf, **zeros)
-        self.nll_high = torch.full((), -math.inf, **zeros)
-
-    def add(self, z: Tensor, y: Tensor, nll: Tensor) -> None:
-        """Take in a batch: z [B,d], y int64 [B], nll [B] nats."""
-        wide = z.double()
-        self.count += torch.bincount(y, minlength=len(self.count))
-        self.total.index_add_(0, y, wide)
-        self.square.index_add_(0, y, wide * wide)
-        self.nll_low = torch.minimum(self.nll_low, nll.min().double())
-        self.nll_high = torch.maximum(self.nll_high, nll.max().double())
-
-    def add_ranks(self) -> None:
-        """Add up the sums, and join the ranges, over all ranks."""
-        ranges = torch.zeros(2, world_size(), dtype=torch.float64, device=self.count.device)
-        ranges[:, rank()] = torch.stack([self.nll_low, self.nll_high])
-        add_up(self.count, self.total, self.square, ranges)
-        self.nll_low, self.nll_high = ranges[0].min(), ranges[1].max()
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance [K,d] of each class's latents."""
-        n = self.count[:, None]
-        mean = self.total / n
-        return mean, (self.square / n - mean * mean).clamp_min(0)
-
-    def balanced_nll(self, gaussians: ClassGaussians) -> Tensor:
-        """Mean over the classes of their mean -log N(z; mu_y, sigma_y^2), nats; differentiable.
-
-        Classes weigh the same. Otherwise the repulsion would outweigh the likelihood of rare classes.
-        """
-        n = self.count[:, None]
-        mu, var = gaussians.mu.double(), gaussians.variance().double()
-        spread = self.square / n - 2 * mu * self.total / n + mu * mu
-        per_class = 0.5 * (var.log() + spread / var).sum(1) + 0.5 * gaussians.dim * math.log(2 * math.pi)
-        return per_class.mean()
-
-    @torch.no_grad()
-    def start_of_new_flow(self, gaussians: ClassGaussians) -> None:
-        """Set the means to shrunk class means, at the scale of the Gaussians."""
-        # ActNorm leaves unit variance, and the flow will shrink to the Gaussians' a/2 + c. The means of a few images
-        # are mostly noise, which would set classes hundreds of nats apart. Rare pixels have extreme means, which
-        # would dominate the first steps.
-        means = self.total / (self.count[:, None] + SHRINKAGE)
-        gaussians.mu.copy_(means.clamp(-2, 2) * gaussians.variance().mean().sqrt())
-
-    @torch.no_grad()
-    def start_of_trained_flow(self, gaussians: ClassGaussians) -> None:
-        """Set the class means, and the variances shrunk towards the pooled one: a class may have few images."""
-        means, spread = self.moments()
-        gaussians.mu.copy_(means)
-        n = self.count[:, None]
-        pooled = (spread * n).sum(0) / n.sum()
-        gaussians.set_variance((n * spread + SHRINKAGE * pooled) / (n + SHRINKAGE))
-
-    @torch.no_grad()
-    def most_likely(self, gaussians: ClassGaussians, means: bool = True, variances: bool = True) -> None:
-        """Set the means, the variances or both to the minimum of `balanced_nll` within the range of the variances."""
-        mean, variance = self.moments()
-        if means:
-            gaussians.mu.copy_(mean)
-        if variances:
-            # About the Gaussian's mean, which is the class mean only if it was just set.
-            gaussians.set_variance(variance + (mean - gaussians.mu.double()).square())
+def falling(weight: float, progress: Progress) -> float:
+    """`weight` at the first M-step, falling linearly to half of it at the last."""
+    done = min(1.0, progress.m_step / max(1, progress.m_steps - 1))
+    return weight * (1 + (KLD_WEIGHT_END - 1) * done)
 
 
 def value_range(low: float, high: float) -> float:
     """R = max - min + 0.2 (|max| + |min|), the authors' normaliser."""
     return high - low + 0.2 * (abs(high) + abs(low))
-
-
-def saturating_kld(gaussians: ClassGaussians, scale: float) -> Tensor:
-    """Mean over pairs of `scale * (1 - exp(-KLD / scale))` in nats: the KLD if it is small, `scale` if large."""
-    k = gaussians.num_classes
-    kld = gaussians.kld_matrix()
-    return (scale * -torch.expm1(-kld / scale)).sum() / max(1, k * (k - 1))
-
-
-def m_step_loss(
-    gaussians: ClassGaussians, statistics: LatentStatistics, config: TrainConfig, kld_weight: float
-) -> Tensor:
-    """The M-step's loss with the given lambda; `TrainConfig` has the formula and the units."""
-    dim, k = gaussians.dim, gaussians.num_classes
-    nll = statistics.balanced_nll(gaussians)
-    repel = kld_weight > 0 and k > 1
-    if config.objective == "glem":
-        unit = value_range(float(statistics.nll_low), float(statistics.nll_high))
-        loss = nll / unit
-        sums = gaussians.kld_class_sums()
-        means = sums.detach() / max(1, k - 1)
-        spread = value_range(float(means.min()), float(means.max()))
-        # Identical Gaussians have neither a gradient nor a range, so only the likelihood counts.
-        if repel and spread > 1e-9 * dim:
-            # The authors sum over ordered pairs and divide by K d: in nats per dimension, unlike the range.
-            loss = loss - kld_weight * sums.sum() / (k * dim) / spread
-        return loss
-    loss = nll / dim
-    if config.objective == "saturating" and repel:
-        loss = loss - kld_weight * saturating_kld(gaussians, SATURATION * dim) / dim
-    return loss
-
-
-def m_learning_rates(m_steps: int, each: int, e_steps: int) -> list[float]:
-    """Adam's learning rates in `m_steps` M-steps of `each` steps; they sum to 1.45, which is how far a mean can move.
-
-    The sum keeps range-normalised repulsion finite. The authors let a mean move by 0.1 in each of 10 epochs, 880
-    E-steps in all. Then it moves by 0.01, falling geometrically to 0.001 at epoch 100. Here the first tenth of the
-    M-steps shares 1.0 of the sum. In short runs more M-steps share it, so that the flow can follow the means.
-    """
-    early = max(10, round(0.1 * m_steps), math.ceil(880 * m_steps / max(1, e_steps)))
-    late = max(0, m_steps - early)
-    tail = [0.1 ** (i / max(1, late - 1)) for i in range(late)]
-    moves = [1.0 / early] * (m_steps - late) + [min(1.0 / early, 0.45 * v / sum(tail)) for v in tail]
-    return [move / each for move in moves for _ in range(each)]

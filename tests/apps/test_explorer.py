@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from glem_augment import GLEM, BadImageError, GLEMAugment, ImageData, SyntheticDataset
+from glem_augment import GLEM, BadImageError, GLEMAugment, ImageData, Noise, SyntheticDataset
 from glem_augment.apps.explorer import LONGEST, Explorer, read_upload
 from glem_augment.evaluation import evaluate
 from glem_augment.evaluation.metrics import calibration_error
@@ -52,9 +52,9 @@ def test_moves_are_those_of_the_transform_in_any_size(explorer: Explorer, shape:
     wanted = aug.pixels.from_unit(aug.pixels.from_flow(x, small, small + change), torch.uint8)[0]
     moved = explorer.move(image, 2, "noise", 0.5, coefficients=[0.0, 2.0, 0.0, 0.0])
     assert (moved.image.int() - wanted.int()).abs().max() <= 1 and not torch.equal(wanted, image)
-    # The policies move as they do elsewhere, and what is rejected is shown all the same.
+    # The policies move as they do elsewhere, and a rejected move is shown all the same.
     y = torch.tensor([2])
-    noise = GLEMAugment(model, p=1.0, policy="noise", strength=0.3, seed=7)(image[None], y)[0][0]
+    noise = GLEMAugment(model, Noise(0.3), p=1.0, seed=7)(image[None], y)[0][0]
     assert torch.equal(explorer.move(image, 2, "noise", 0.3, 7).image, noise)
     assert torch.equal(explorer.move(image, 2, "mixup", 0.0, 7).image, image)
     calm, fooled = (explorer.move(image, 2, policy, 0.3, 7) for policy in ("noise", "adversarial"))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +25,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from glem_augment import GLEM, ClassMismatchError, GLEMAugment, open_data
-from glem_augment.augment.loops import AugmentedLoader
+from glem_augment import Mixup as ModeMixup
+from glem_augment.augment.loader import AugmentedLoader
 
 CLASSES = ["bird", "cat", "dog"]
 images, labels = partial(any_images, channels=3), partial(any_labels, classes=3)
@@ -78,7 +81,7 @@ def test_epochs_and_switches(model: GLEM) -> None:
     wrapped.mixup_enabled = True  # takes effect within an epoch
     assert not torch.equal(next(batches)[0], first[1]) and wrapped.mixup_enabled and wrapped.epoch == 2
     # Labels keep their form: soft ones stay soft.
-    wrapped = make(model, partner="any").wrap(inner, off_epoch=1)
+    wrapped = make(model, policy=ModeMixup(partner="any")).wrap(inner, off_epoch=1)
     on, off = (next(iter(wrapped))[1] for _ in range(2))
     assert on.shape == off.shape == (4, 3) and torch.equal(off, F.one_hot(labels(4), 3).float())
 
@@ -90,16 +93,31 @@ class Pair(NamedTuple):
 
 def test_batches_keep_their_structure_and_go_to_the_device(model: GLEM) -> None:
     x, y, names = images(4) / 255, labels(4), ["a", "b", "c", "d"]
-    moved, soft = make(model, partner="any")(x, y)
+    moved, soft = make(model, policy=ModeMixup(partner="any"))(x, y)
     for batch in (Pair(x, y), [x, y, names], (x, y, 5), {"name": names, "image": x, "label": y}):
         for off_epoch, image, label in ((None, moved, soft), (0, x, F.one_hot(y, 3).float())):
-            (out,) = make(model, partner="any").wrap([batch], off_epoch=off_epoch)
+            (out,) = make(model, policy=ModeMixup(partner="any")).wrap([batch], off_epoch=off_epoch)
             assert type(out) is type(batch) and len(out) == len(batch)
             assert torch.equal(out["image" if isinstance(out, dict) else 0], image)
             assert torch.equal(out["label" if isinstance(out, dict) else 1], label)
             assert out["name"] == names if isinstance(out, dict) else out[2:] == batch[2:]
     wrapped = make(model, policy="noise").wrap([(x, F.one_hot(y, 3).float())], device="meta", off_epoch=0)
     assert all(item.is_meta for item in next(iter(wrapped)))
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_loader_that_accelerate_has_not_prepared_warns(
+    model: GLEM, prepared: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    shard = type("DataLoaderShard", (DataLoader,), {"__module__": "accelerate.data_loader"})
+    wrapped = make(model).wrap(shard(loader().dataset, 4) if prepared else loader())
+    list(wrapped)
+    assert not recwarn.list
+    state = SimpleNamespace(is_initialized=lambda: True)  # as the module is once there is an Accelerator
+    monkeypatch.setitem(sys.modules, "accelerate.state", state)
+    for _ in range(2):
+        list(wrapped)
+    assert ["aug.wrap(accelerator.prepare(loader))" in str(w.message) for w in recwarn] == [True] * (not prepared)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -113,14 +131,14 @@ def test_a_device_that_is_not_there_is_refused_at_once(model: GLEM) -> None:
 def test_a_training_step_after_timms_own_loader(model: GLEM, image_folder: Path, prefetch: bool, soft: bool) -> None:
     collate = FastCollateMixup(num_classes=3, label_smoothing=0.1) if prefetch and soft else None
     inner = timm_loader(image_folder, use_prefetcher=prefetch, collate_fn=collate)
-    aug = make(model, mean=MEAN, std=STD, partner="any" if soft else "same")
+    aug = make(model, mean=MEAN, std=STD, policy=ModeMixup(partner="any" if soft else "same"))
     wrapped = aug.wrap(inner)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
     loss_fn = SoftTargetCrossEntropy() if soft else LabelSmoothingCrossEntropy(0.1)
     for x, y in wrapped:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss_fn(net(x), y).backward()
-    assert aug.stats == {"selected": 12, "replaced": 0, "unmapped": 0}
+    assert aug.stats == {"selected": 12, "rejected": 0, "unmapped": 0}
     if collate is not None:
         wrapped.mixup_enabled = False
         assert not collate.mixup_enabled and not inner.mixup_enabled
@@ -148,7 +166,7 @@ def test_every_way_in_checks_the_names_of_the_classes(image_folder: Path) -> Non
     sets = (own, folder, ImageDataset(str(image_folder)), Subset(folder, [0, 1]), joined)
     other, same = (make_model(3, classes, rank=16) for classes in (["dog", "bird", "cat"], CLASSES))
     for way, data in [(way, folder) for way in ways] + [(ways[2], data) for data in sets]:
-        with pytest.raises(ClassMismatchError, match=r"class 0 is 'bird', the flow's 'dog'.*begins \[1, 2, 0\]"):
+        with pytest.raises(ClassMismatchError, match=r"class 0 is 'bird', the model's 'dog'.*begins \[1, 2, 0\]"):
             way(make(other), data)
         way(make(other, class_map=[1, 2, 0]), data)
         way(make(same), data)
@@ -158,14 +176,19 @@ def test_every_way_in_checks_the_names_of_the_classes(image_folder: Path) -> Non
         make(other).wrap(DataLoader(ConcatDataset([own, own.with_targets([0] * 12, ["cat", "dog"])])))
 
 
-@pytest.mark.parametrize("settings", [{}, {"policy": "noise"}, {"partner": "any"}, {"labels": "hard"}, {"p": 0.0}])
+ANY = ModeMixup(partner="any")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"policy": "noise"}, {"policy": ANY}, {"policy": ModeMixup(labels="hard")}, {"p": 0.0}]
+)
 def test_mixup_fn_always_gives_soft_labels(model: GLEM, settings: dict[str, Any]) -> None:
     mixup_fn = make(model, **settings).as_mixup_fn(smoothing=0.1)
     x, y = images(5) / 255, labels(5)  # an odd number, which timm's Mixup does not take
     smooth = F.one_hot(y, 3) * 0.9 + 0.1 / 3
     out, target = mixup_fn(x, y)
     assert target.shape == (5, 3) and torch.allclose(target.sum(1), torch.ones(5), atol=1e-5)
-    assert torch.allclose(target, smooth, atol=1e-6) == (settings.get("partner") != "any")
+    assert torch.allclose(target, smooth, atol=1e-6) == (settings.get("policy") != ANY)
     assert torch.equal(out, x) == (settings.get("p") == 0.0)
     mixup_fn.mixup_enabled = False
     out, target = mixup_fn(x, y)
@@ -190,7 +213,7 @@ def test_timms_mixup_comes_afterwards_and_takes_soft_labels(model: GLEM, mode: s
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda collate: pickle.loads(pickle.dumps(collate)), None])
 def test_the_switch_reaches_workers_that_are_running(model: GLEM, again: Any) -> None:
     with torch.inference_mode():
-        collate = make(model, partner="any").collate_fn()
+        collate = make(model, policy=ModeMixup(partner="any")).collate_fn()
     collate = collate if again is None else again(collate)
     inner = loader(4, num_workers=1, persistent_workers=True, collate_fn=collate)
     ((x, _),) = inner

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +10,8 @@ import torch
 from augment_cases import images, labels
 from torch import Tensor
 
-from glem_augment import GLEM, GLEMAugment
-from glem_augment.augment.random import draw_shares
-from glem_augment.augment.rejection import InverseTest
+from glem_augment import GLEM, GLEMAugment, Mixup, Noise, Policy
+from glem_augment.augment.state import InverseTest
 
 
 def modes_of(model: GLEM, basis: str, cls: int) -> tuple[Tensor, Tensor]:
@@ -26,44 +24,45 @@ def modes_of(model: GLEM, basis: str, cls: int) -> tuple[Tensor, Tensor]:
 def test_mixup_is_interpolation_along_the_modes(model: GLEM, basis: str, partner: str, modes: int) -> None:
     x, y = images(12).double() / 255, labels(12)
     exact = copy.deepcopy(model).double()
-    aug = GLEMAugment(exact, p=1.0, partner=partner, modes=modes, basis=basis, seed=0)
+    aug = GLEMAugment(exact, Mixup(partner=partner, basis=basis), p=1.0, modes=modes, seed=0)
     params = aug.draw(x, y)
     out, _ = aug.replay(x, y, params)
-    z = exact.encode(x)[0]
+    z, keep, partners = exact.encode(x)[0], params.drawn["keep"], params.drawn["partner"]
     for i in range(12):
         v = modes_of(exact, basis, y[i])[0][:modes]
-        moved = z[i] + (1 - params.l[i]) * (v.T @ (v @ (z[params.partner[i]] - z[i])))
+        moved = z[i] + (1 - keep[i]) * (v.T @ (v @ (z[partners[i]] - z[i])))
         assert torch.allclose(out[i], exact.decode(moved[None])[0], atol=1e-6)
         if modes == 64:  # all directions: plain interpolation of the latents
-            assert torch.allclose(moved, params.l[i] * z[i] + (1 - params.l[i]) * z[params.partner[i]], atol=1e-6)
+            assert torch.allclose(moved, keep[i] * z[i] + (1 - keep[i]) * z[partners[i]], atol=1e-6)
 
 
 @pytest.mark.parametrize("basis", ["class", "shared"])
 def test_noise_has_strength_standard_deviations_along_each_mode(model: GLEM, basis: str) -> None:
     n, strength = 6000, 0.2
     x, y = (images(1) / 255).expand(n, -1, -1, -1), torch.full((n,), 1)
-    aug = GLEMAugment(model, p=1.0, policy="noise", strength=strength, modes=6, basis=basis, seed=0)
+    aug = GLEMAugment(model, Noise(strength, basis), p=1.0, modes=6, seed=0)
     params = aug.draw(x, y)
     moved = model.encode(aug.replay(x, y, params)[0])[0] - model.encode(x)[0]
     v, s = modes_of(model, basis, 1)
-    c = moved @ v.T
-    assert torch.allclose(c[:, :6], strength * s[:6] * params.eps, atol=1e-5) and c[:, 6:].abs().max() < 1e-5
-    assert torch.allclose(params.eps.std(0), torch.ones(6), rtol=0.06) and params.eps.mean(0).abs().max() < 0.07
+    c, eps = moved @ v.T, params.drawn["eps"]
+    assert torch.allclose(c[:, :6], strength * s[:6] * eps, atol=1e-5) and c[:, 6:].abs().max() < 1e-5
+    assert torch.allclose(eps.std(0), torch.ones(6), rtol=0.06) and eps.mean(0).abs().max() < 0.07
 
 
 @pytest.mark.parametrize("alpha", [1e-6, 0.4, 1.0, 50.0])
-def test_shares_follow_the_folded_beta_distribution(alpha: float) -> None:
-    l = draw_shares(alpha, 20_000, torch.Generator().manual_seed(0))  # noqa: E741
-    assert l.dtype == torch.float32 and l.min() >= 0.5 and l.max() <= 1.0
+def test_keep_follows_the_folded_beta_distribution(model: GLEM, alpha: float) -> None:
+    aug = GLEMAugment(model, Mixup(alpha), p=1.0, seed=0)
+    keep = torch.cat([aug.draw((200, 1, 8, 8), labels(200)).drawn["keep"] for _ in range(100)])
+    assert keep.dtype == torch.float32 and keep.min() >= 0.5 and keep.max() <= 1.0
     law = np.random.default_rng(1).beta(alpha, alpha, 20_000)
     law = np.sort(np.maximum(law, 1 - law))
-    assert np.abs(np.sort(l.numpy()) - law)[100:-100].max() < 0.02
+    assert np.abs(np.sort(keep.numpy()) - law)[100:-100].max() < 0.02
 
 
 @pytest.mark.parametrize("partner", ["same", "any"])
 def test_changed_rows_are_partners_first_and_all_rows_equally_likely(model: GLEM, partner: str) -> None:
     y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
-    aug = GLEMAugment(model, p=0.4, partner=partner, seed=0)
+    aug = GLEMAugment(model, Mixup(partner=partner), p=0.4, seed=0)
     allowed = y[:, None] == y if partner == "same" else torch.ones(10, 10, dtype=torch.bool)
     allowed = allowed & ~torch.eye(10, dtype=torch.bool)
     seen = torch.zeros(10, 10)
@@ -71,11 +70,12 @@ def test_changed_rows_are_partners_first_and_all_rows_equally_likely(model: GLEM
         params = aug.draw((10, 1, 8, 8), y)
         picked = torch.zeros(10, dtype=torch.bool)
         picked[params.rows] = True
-        found = params.partner >= 0
+        partners, partner_cls = params.drawn["partner"], params.drawn["partner_cls"]
+        found = partners >= 0
         assert torch.equal(found, allowed[params.rows].any(1))
-        assert torch.equal(params.partner_cls[found], y[params.partner[found]])
-        assert partner == "any" or torch.equal(params.partner_cls, y[params.rows])
-        rows, chosen = params.rows[found], params.partner[found]
+        assert torch.equal(partner_cls[found], y[partners[found]])
+        assert partner == "any" or torch.equal(partner_cls, y[params.rows])
+        rows, chosen = params.rows[found], partners[found]
         assert torch.equal(picked[chosen], (allowed[rows] & picked).any(1))
         seen[rows, chosen] += 1
     assert torch.equal(seen > 0, allowed)
@@ -85,13 +85,18 @@ def test_changed_rows_are_partners_first_and_all_rows_equally_likely(model: GLEM
     assert (share - expected).abs().max() < 5 * (0.25 / 320) ** 0.5
 
 
-def test_a_row_without_a_partner_moves_towards_a_draw_of_its_class(model: GLEM) -> None:
+def test_a_row_without_a_partner_moves_towards_a_draw_of_its_class(
+    model: GLEM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glem_augment.augment.transform.MARGIN", 9.0)
     x, y = images(3) / 255, torch.tensor([2, 0, 1])
-    aug = GLEMAugment(model, p=1.0, modes=64, alpha=1e6, seed=0, margin=9.0)  # l = 1/2
+    aug = GLEMAugment(model, Mixup(alpha=1e6), p=1.0, modes=64, seed=0)  # keep = 1/2
     params = aug.draw(x, y)
-    assert params.partner.tolist() == [-1, -1, -1] and not params.eps.numel()
+    assert params.drawn["partner"].tolist() == [-1, -1, -1]
     z, out = model.encode(x)[0], aug.replay(x, y, params)[0]
-    noise = torch.stack([torch.randn(128, generator=torch.Generator().manual_seed(s)) for s in params.seeds.tolist()])
+    noise = torch.stack(
+        [torch.randn(128, generator=torch.Generator().manual_seed(s)) for s in params.drawn["seeds"].tolist()]
+    )
     wanted = (z + model.modes.sample_from_noise(y, noise)) / 2
     assert torch.allclose(model.encode(out)[0], wanted, atol=3e-3)
     # It is the same draw when the other rows of the batch are left alone.
@@ -106,14 +111,15 @@ def test_only_selected_rows_and_their_partners_are_encoded(model: GLEM, monkeypa
     monkeypatch.setattr(GLEM, "encode", lambda m, x, *a: sizes.append(len(x)) or encode(m, x, *a))
     monkeypatch.setattr(GLEM, "decode", lambda m, z, **k: sizes.append(len(z)) or decode(m, z, **k))
     x, y = images(64), labels(64)
-    settings: list[dict[str, Any]] = [{}, {"partner": "any"}, {"policy": "noise", "strength": 0.1}]
-    for setting in settings:
-        aug = GLEMAugment(model, p=0.2, seed=0, **setting)
+    policies: list[Policy] = [Mixup(), Mixup(partner="any"), Noise(0.1)]
+    for policy in policies:
+        aug = GLEMAugment(model, policy, p=0.2, seed=0)
         for call in range(1, 41):
             params = aug.draw(x, y)
             sizes.clear()
             aug.replay(x, y, params)
-            needed = torch.cat([params.rows, params.partner[params.partner >= 0]]).unique()
+            partner = params.drawn.get("partner", params.rows)
+            needed = torch.cat([params.rows, partner[partner >= 0]]).unique()
             # The first calls, and one of 32, take the images through the flow and back.
             test = [-len(params.rows)] if call <= 8 or call == 32 else []
             assert sizes == [len(needed), *test, len(params.rows)]
@@ -161,12 +167,12 @@ def test_behind_an_autoencoder_the_change_is_the_difference_of_two_decodes() -> 
     model.initialise(x)
     model.fit_modes((images(200, 3), y), rank=16)
     model.eval().requires_grad_(False)
-    settings: list[dict[str, Any]] = [{"partner": "any"}, {"policy": "noise", "strength": 0.2}]
-    for setting in settings:
-        aug = GLEMAugment(model, p=1.0, seed=0, modes=16, **setting)
+    policies: list[Policy] = [Mixup(partner="any"), Noise(0.2)]
+    for policy in policies:
+        aug = GLEMAugment(model, policy, p=1.0, seed=0, modes=16)
         params = aug.draw(x[:6], y[:6])
         out = aug.replay(x[:6], y[:6], params)[0]
-        assert aug.stats["replaced"] == 0  # the flow gives its numbers back, and no more is asked
+        assert aug.stats["rejected"] == 0  # the flow gives its numbers back, and no more is asked
         model.autoencoder.autoencoder.shift.data.fill_(0.0)  # now it gives images back, so decoding them is no loss
         torch.testing.assert_close(out, aug.replay(x[:6], y[:6], params)[0])
         assert (out - x[:6]).abs().mean() > 0.005
@@ -177,9 +183,9 @@ def test_an_image_whose_latent_does_not_move_is_kept_to_the_bit(model: GLEM, mon
     decode = GLEM.decode
     monkeypatch.setattr(GLEM, "decode", lambda m, z, clamp=True: decode(m, z, clamp) + 1e-4)  # rounding, say
     x, y = images(6) / 255, labels(6)
-    aug = GLEMAugment(model, p=1.0, partner="any", seed=0)
+    aug = GLEMAugment(model, Mixup(partner="any"), p=1.0, seed=0)
     params = aug.draw(x, y)
-    params.l[:3] = 1.0
+    params.drawn["keep"][:3] = 1.0
     out = aug.replay(x, y, params)[0]
     assert torch.equal(out[:3], x[:3]) and not (out[3:] == x[3:]).flatten(1).all(1).any()
-    assert aug.stats == {"selected": 6, "replaced": 0, "unmapped": 0}
+    assert aug.stats == {"selected": 6, "rejected": 0, "unmapped": 0}

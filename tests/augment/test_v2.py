@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from glem_augment import GLEM, GLEMAugment
+from glem_augment import GLEM, GLEMAugment, Mixup
 
 
-def make(rgb: GLEM, **settings: Any) -> GLEMAugment:
-    return GLEMAugment(rgb, **{"p": 1.0, "modes": 16, "seed": 0, **settings})
+def make(rgb: GLEM, partner: Any = "same") -> GLEMAugment:
+    return GLEMAugment(rgb, Mixup(partner=partner), p=1.0, modes=16, seed=0)
 
 
 @pytest.mark.parametrize("soft", [False, True])

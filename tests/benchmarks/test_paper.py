@@ -11,13 +11,14 @@ import pytest
 
 from benchmarks.paper.claims import CLAIMS, FAILS, HOLDS, OPEN, verdicts
 from benchmarks.paper.lab import method_settings
+from benchmarks.paper.methods import METHODS
 from benchmarks.paper.paper import main
 from benchmarks.paper.research import split_settings
 from benchmarks.paper.scales import SCALES
 from benchmarks.paper.tables import TITLES, cells_of
 from glem_augment.cli.common import table as settings_of
 from glem_augment.cli.train import checked
-from glem_augment.training.config import METHODS, TrainConfig
+from glem_augment.training import TrainConfig
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -41,8 +42,9 @@ def test_every_cell_is_a_method_with_settings_that_exist(scale: str) -> None:
 
 def test_recipes_are_settings_and_those_with_m_steps_say_so() -> None:
     for path in sorted((BENCHMARKS / "recipes").glob("*.yaml")):
-        own, _ = split_settings(settings_of(str(path)))
-        assert TrainConfig(**checked(own, str(path))).joint == ("m_steps" not in own), path.name
+        own, research = split_settings(settings_of(str(path)))
+        TrainConfig(**checked(own, str(path)))
+        assert research.joint == ("m_steps" not in own), path.name
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------

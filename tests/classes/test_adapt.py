@@ -13,11 +13,13 @@ from model_cases import tiny_model
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
-from glem_augment import GLEM, GLEMAugment, ImageData, open_data
-from glem_augment.classes.adapt import _left_out_of_covariance, adapt_classes, psi_that_holds
-from glem_augment.classes.fit import REST_FLOOR, fit_class_modes
-from glem_augment.classes.gaussians import ClassGaussians, fit_temperature
+from glem_augment import GLEM, GLEMAugment, ImageData, Noise, open_data
+from glem_augment.classes.calibrate import KEPT, fit_temperature
+from glem_augment.classes.classes import Classes
+from glem_augment.classes.fit import REST_FLOOR, fit_classes, fit_modes, psi_that_holds
+from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import SHRUNK
+from glem_augment.classes.statistics import ClassStatistics, Moments, class_statistics
 from glem_augment.cli import main
 from glem_augment.errors import DataError
 
@@ -25,10 +27,26 @@ Psi = tuple[float, float, float] | None
 PAPER: Psi = (0.5, 0.2, 0.05)
 
 
+def statistics_of(latents: list[Tensor], rank: int, parts: int = 1, keep: int = KEPT) -> ClassStatistics:
+    return class_statistics(latents.__getitem__, len(latents), latents[0].shape[1], rank, parts, keep)
+
+
+def fitted(latents: list[Tensor], rank: int, shrinkage: float) -> Classes:
+    return fit_classes(statistics_of(latents, rank), rank, shrinkage, PAPER)
+
+
+def make_class(n: int) -> Tensor:
+    """Correlated latents [n, 12], float64."""
+    g = torch.Generator().manual_seed(n)
+    return torch.randn(n, 12, generator=g, dtype=torch.float64) @ torch.randn(12, 12, generator=g, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("shrinkage", [0.0, 5.0, 1e9])
 def test_means_and_variances_are_the_closed_form(shrinkage: float) -> None:
     latents = [0.5 * torch.randn(n, 6) + 0.3 * y for y, n in enumerate((12, 3, 1, 40))]
-    gaussians, modes, _ = adapt_classes(latents.__getitem__, 4, 6, 4, shrinkage, PAPER)
+    found = fitted(latents, 4, shrinkage)
+    gaussians, modes = found.gaussians, found.modes
+    assert modes is not None
     z = [part.double().numpy() for part in latents]
     squares = [((c - c.mean(0)) ** 2).sum(0) for c in z]
     pooled = sum(squares) / sum(len(c) - 1 for c in z)
@@ -47,14 +65,14 @@ def test_the_temperature_is_that_of_latents_left_out() -> None:
     for y, own in enumerate(latents):
         for i in range(len(own)):
             rest = [torch.cat([own[:i], own[i + 1 :]]) if c == y else z for c, z in enumerate(latents)]
-            fitted = [Normal(z.mean(0), z.std(0)) for z in rest]
-            scores.append(torch.stack([each.log_prob(own[i]).sum() for each in fitted]))
+            without = [Normal(z.mean(0), z.std(0)) for z in rest]
+            scores.append(torch.stack([each.log_prob(own[i]).sum() for each in without]))
             labels.append(y)
     wanted = fit_temperature(torch.stack(scores), torch.tensor(labels))
     assert wanted > 2
-    assert adapt_classes(latents.__getitem__, 3, 12, 4, 0.0, PAPER)[2] == pytest.approx(wanted, rel=1e-3)
+    assert fitted(latents, 4, 0.0).temperature == pytest.approx(wanted, rel=1e-3)
     single = [*latents, torch.randn(1, 12)]  # which can't be left out, and stands in the way of others
-    assert 1 < adapt_classes(single.__getitem__, 4, 12, 4, 10.0, PAPER)[2] < 100
+    assert 1 < fitted(single, 4, 10.0).temperature < 100
 
 
 @pytest.mark.parametrize("psi", [PAPER, None])
@@ -95,7 +113,7 @@ def test_a_model_gets_the_means_and_variances_of_its_latents() -> None:
     own = z[0].var(0).clamp_min(REST_FLOOR)  # of class 1 nothing is known, so the pooled variance is the same
     torch.testing.assert_close(adapted.gaussians.variance(), own.expand(2, -1), rtol=1e-4, atol=1e-7)
     assert torch.equal(adapted.modes.directions[1], adapted.modes.shared_directions)
-    changed = GLEMAugment(adapted, p=1.0, policy="noise", modes=3, seed=0)(x, y)[0]
+    changed = GLEMAugment(adapted, Noise(), p=1.0, modes=3, seed=0)(x, y)[0]
     assert (changed != x).flatten(1).any(1).all()
     few = model.adapt((x, y), max_per_class=4, rank=2, progress=False)
     first = model.encode(x[(y == 0).nonzero()[:4, 0]], torch.Generator().manual_seed(0))[0]
@@ -178,34 +196,67 @@ def test_the_command_from_end_to_end(image_folder: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_full_covariances_leave_each_latent_out_of_its_class(parts: int) -> None:
+def test_full_covariances_are_shrunk_to_the_pooled_one(parts: int) -> None:
     g = torch.Generator().manual_seed(0)
     classes = [torch.randn(40, 4, generator=g) @ torch.randn(4, 4, generator=g) + y for y in range(2)]
-    modes = fit_class_modes(lambda y: classes[y], 2, 4, 4, borrow=True, parts=parts, full=True)
+    modes = fit_modes(statistics_of(classes, 4, parts), 4, full=True)
     pooled = sum(torch.cov(z.T.double()) * 39 for z in classes) / 78
-    y = torch.repeat_interleave(torch.arange(2), 40)
     scores = modes.log_prob(torch.cat(classes)).double()
     for k, z in enumerate(classes):
         covariance = (1 - SHRUNK) * torch.cov(z.T.double()) + SHRUNK * pooled
         wanted = MultivariateNormal(z.double().mean(0), covariance).log_prob(torch.cat(classes).double())
         assert torch.allclose(scores[:, k], wanted, atol=0.1 if parts > 1 else 1e-3)  # the parts' own n - 1
-    if parts > 1:
-        return
-    left_out = _left_out_of_covariance(scores.gather(1, y[:, None])[:, 0], modes, y)
-    for k, z in enumerate(classes):
-        for i in (0, 17):
-            others = torch.cat([z[:i], z[i + 1 :]]).double()
-            # The factor of the scatter stays that of all images.
-            covariance = (1 - SHRUNK) * torch.cov(others.T) * 38 / 39 + SHRUNK * pooled
-            wanted = MultivariateNormal(others.mean(0), covariance).log_prob(z[i].double())
-            assert float(left_out[40 * k + i]) == pytest.approx(float(wanted), abs=0.02)
+
+
+@pytest.mark.parametrize(("dim", "rank", "parts"), [(192, 32, 1), (192, 192, 1), (192, 16, 3), (512, 64, 1)])
+def test_the_temperature_of_full_covariances_suits_new_latents(dim: int, rank: int, parts: int) -> None:
+    """With modes of any rank the temperature is nearly as good for other latents as the best one."""
+    g = torch.Generator().manual_seed(dim + rank)
+    mix = torch.linalg.qr(torch.randn(dim, dim, generator=g)).Q * 0.97 ** torch.arange(dim)
+    means = [0.15 * torch.randn(dim, generator=g) @ mix.T for _ in range(3)]
+
+    def draw(n: int, mean: Tensor) -> Tensor:
+        """Latents with heavy tails, of which Gaussians are too sure."""
+        return torch.randn(n, dim, generator=g) * (0.3 * torch.randn(n, 1, generator=g)).exp() @ mix.T + mean
+
+    def loss(scores: Tensor, temperature: float) -> float:
+        return float(torch.nn.functional.cross_entropy(scores / temperature, y))
+
+    seen, new = [draw(5 * dim, m) for m in means], [draw(500, m) for m in means]
+    y = torch.arange(3).repeat_interleave(500)
+    found = fit_classes(statistics_of(seen, rank, parts), rank, full=True)
+    scores = found.log_prob(torch.cat(new))
+    best = fit_temperature(scores, y)
+    assert best > 1.2
+    assert loss(scores, found.temperature) < loss(scores, best) + 0.02 < loss(scores, 1.0)
+
+
+def test_statistics_without_latents_are_those_of_the_others() -> None:
+    z = make_class(60)
+    whole, rest = Moments.of(z, "class", 12), Moments.of(z[7:], "class", 12)
+    found = whole.without(z[:7])
+    assert found.count == 53 and whole.without(z[:0]) is whole
+    torch.testing.assert_close(found.mean, rest.mean)
+    torch.testing.assert_close(found.scatter(), rest.scatter())
+    torch.testing.assert_close(found.squares, rest.squares)
+    torch.testing.assert_close(found.values, rest.values)
+
+
+def test_one_class_in_place_of_all_varies_as_the_images_of_a_class() -> None:
+    latents = [make_class(n) + y for y, n in enumerate((20, 30))]
+    statistics = statistics_of(latents, 12)
+    one = fit_modes(statistics.as_one_class(), 12)
+    modes = fit_modes(statistics, 12)
+    torch.testing.assert_close(one.directions[0], modes.shared_directions)
+    torch.testing.assert_close(one.scales[0], modes.shared_scales)
+    assert one.counts.tolist() == [50]
 
 
 def test_parts_of_a_class_are_drawn_as_often_as_they_have_images() -> None:
     g = torch.Generator().manual_seed(0)
     far = torch.tensor([[0.0] * 6, [40.0] * 6, [-40.0] * 6])
     latents = torch.cat([torch.randn(n, 6, generator=g) + shift for n, shift in zip((60, 30, 10), far, strict=True)])
-    modes = fit_class_modes(lambda y: latents + y, 2, 3, 6, parts=3)
+    modes = fit_modes(statistics_of([latents, latents + 1], 3, 3), 3)
     assert modes.num_classes == 2 and sorted(modes.counts[:3].tolist()) == [10, 30, 60]
     samples = modes.sample(torch.ones(4000, dtype=torch.int64), generator=g)
     near = torch.cdist(samples, far + 1).argmin(1).bincount(minlength=3) / 4000
@@ -217,4 +268,4 @@ def test_parts_of_a_class_are_drawn_as_often_as_they_have_images() -> None:
     assert torch.allclose(mean[0].float(), latents.mean(0), atol=1e-4) and counts.tolist() == [100, 100]
     assert torch.allclose(variance[0].float(), latents.var(0), rtol=1e-3)
     with pytest.raises(DataError, match="parts"):
-        fit_class_modes(lambda y: latents[:5], 1, 3, 6, parts=3)
+        statistics_of([latents[:5]], 3, 3)

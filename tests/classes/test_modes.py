@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from glem_augment.classes import fit as fit_module
+from glem_augment.classes import decomposition
 from glem_augment.classes import modes as modes_module
-from glem_augment.classes.fit import REST_FLOOR, fit_class_modes, leading_modes
+from glem_augment.classes.decomposition import leading_modes
+from glem_augment.classes.fit import REST_FLOOR, fit_modes
 from glem_augment.classes.modes import ClassModes, combine_modes, project_on_modes
+from glem_augment.classes.statistics import class_statistics
 from glem_augment.errors import DataError
 
 
@@ -27,8 +29,8 @@ def make_latents(counts: list[int], dim: int, seed: int = 0) -> list[Tensor]:
     return out
 
 
-def fit(latents: list[Tensor], rank: int, borrow: bool = False) -> ClassModes:
-    return fit_class_modes(latents.__getitem__, len(latents), rank, latents[0].shape[1], borrow)
+def fit(latents: list[Tensor], rank: int) -> ClassModes:
+    return fit_modes(class_statistics(latents.__getitem__, len(latents), latents[0].shape[1], rank), rank)
 
 
 def covariance(directions: Tensor, scales: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ def test_shared_modes_are_those_of_the_pooled_covariance(counts: list[int], dim:
 
 def test_a_class_of_one_image_borrows_what_all_have() -> None:
     latents = make_latents([1, 9, 2], dim=12)
-    modes = fit(latents, rank=3, borrow=True)
+    modes = fit(latents, rank=3)
     assert torch.equal(modes.directions[0], modes.shared_directions)
     assert torch.equal(modes.scales[0], modes.shared_scales)
     assert torch.equal(modes.mean[0], latents[0][0].float()) and modes.counts.tolist() == [1, 9, 2]
@@ -130,7 +132,7 @@ def test_a_class_of_one_image_borrows_what_all_have() -> None:
 def test_large_problems_are_decomposed_by_subspace_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     latents = make_latents([80], dim=70)
     exact = fit(latents, rank=5)
-    monkeypatch.setattr(fit_module, "MAX_EIGH", 40)
+    monkeypatch.setattr(decomposition, "MAX_EIGH", 40)
     state = torch.get_rng_state()
     near, again = fit(latents, rank=5), fit(latents, rank=5)
     assert torch.equal(near.directions, again.directions) and torch.equal(torch.get_rng_state(), state)
@@ -140,14 +142,13 @@ def test_large_problems_are_decomposed_by_subspace_iteration(monkeypatch: pytest
 
 def test_errors_name_the_class() -> None:
     good = torch.randn(4, 5)
-    for latents, borrow, message in (
-        ([good, good[:1]], False, "class 1 has 1 images"),
-        ([good, good[:0]], True, "class 1 has 0 images"),
-        ([good[:1], good[1:2]], True, "no class has two images"),
-        ([good * math.nan], False, "class 0 .*not finite"),
+    for latents, message in (
+        ([good, good[:0]], "class 1 has 0 images"),
+        ([good[:1], good[1:2]], "no class has two images"),
+        ([good * math.nan], "class 0 .*not finite"),
     ):
         with pytest.raises(DataError, match=message):
-            fit(latents, 2, borrow)
+            fit(latents, 2)
     with pytest.raises(ValueError, match="rank"):
         fit([good], rank=0)
     assert fit([good], rank=1).rank == 1

@@ -23,7 +23,7 @@ from glem_augment import GLEM, SyntheticDataset
 from glem_augment.errors import TrainingError
 from glem_augment.images.sources import PROVENANCE
 from glem_augment.model.weights import CONFIG, WEIGHTS
-from glem_augment.training.folder import GOOD, NEWEST, from_bytes, has_checkpoint, load_checkpoint
+from glem_augment.training.checkpoint import GOOD, NEWEST, from_bytes, has_checkpoint, load_checkpoint
 
 # In the fast suite, and in the slow one.
 SLOW = (pytest.mark.slow, pytest.mark.timeout(3600))
@@ -40,7 +40,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_argv(images: Path, out: Path, *options: str) -> list[str]:
     """28 steps; --resume starts where there is nothing to resume."""
     argv = ["train", str(images), "--out", str(out), "--resume", "--quiet", "--epochs", "4", "--batch-size", "4", *TINY]
-    argv += ["--warmup-steps", "5", "--objective", "hybrid", "--no-joint", "--modes-rank", "2"]
+    argv += ["--warmup-steps", "5", "--objective", "glem", "--modes-rank", "2"]
     # The flow's settings in no order of the alphabet, which is that of the checkpoint.
     return [*argv, "--flow", "blocks=[1,1]", "--sample-every", "2", *options]
 
@@ -213,14 +213,14 @@ def test_an_export_killed_in_the_middle_of_operations_on_files(
 def cut_off(out: Path, at: int = 6, **options: object) -> None:
     """A run of test_training's, stopped at a step, with a checkpoint after each."""
     trainer = tiny_trainer(out, every_step=True, **options)
-    e_step = trainer.e_step
+    e_step = trainer.e_step.take
 
     def stopping(*batch: Any) -> tuple[float, float]:
         if trainer.step == at:
             raise KeyboardInterrupt
         return e_step(*batch)
 
-    trainer.e_step = stopping
+    trainer.e_step.take = stopping
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
 
@@ -320,14 +320,14 @@ def test_an_export_where_any_operation_on_a_file_may_find_the_disk_full(
 def test_a_folder_that_vanishes(tmp_path: Path, how: str, every_step: bool) -> None:
     out = tmp_path / "run"
     trainer = tiny_trainer(out, every_step=every_step)
-    e_step = trainer.e_step
+    e_step = trainer.e_step.take
 
     def vanishing(*batch: Any) -> tuple[float, float]:
         if trainer.step == 6:
             shutil.rmtree(out) if how == "removed" else out.rename(tmp_path / "elsewhere")
         return e_step(*batch)
 
-    trainer.e_step = vanishing
+    trainer.e_step.take = vanishing
     with pytest.raises(FileNotFoundError, match=rf"output folder {out} has vanished"):
         trainer.fit()
     assert not out.exists()  # no half of a run in a new folder

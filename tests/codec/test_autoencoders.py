@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,38 @@ def test_names_that_are_none_and_files_that_have_changed(tmp_path: Path) -> None
         open_autoencoder("hub:a/b", lambda name: (tmp_path / "weights.safetensors", f"{name}@1"))
 
 
+@pytest.mark.parametrize(
+    "widths", [64, None, "64", [64.0], [True], [0], [2**20], [[64]], [64] * 99], ids=lambda v: str(v)[:20]
+)
+@pytest.mark.parametrize("kind", ["AutoencoderTiny", "AutoencoderKL"])
+def test_configs_of_wrong_types_are_one_error(widths: Any, kind: str, tmp_path: Path) -> None:
+    save_file(load_file(TAEF2), tmp_path / "weights.safetensors")
+    for name in ("encoder_block_out_channels", "block_out_channels"):
+        (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind, name: widths}))
+        with pytest.raises(ModelFileError) as caught:
+            open_autoencoder("hub:a/b", lambda name: (tmp_path / "weights.safetensors", f"{name}@1"))
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("option", [{"act_fn": "silu"}, {"upsample_fn": "bilinear"}, {"upsampling_scaling_factor": 4}])
+def test_an_autoencoder_tiny_that_is_computed_otherwise_is_left_to_diffusers(
+    option: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(load_file(TAEF2), tmp_path / "weights.safetensors")
+    asked = []
+    monkeypatch.setattr("glem_augment.codec.published._from_diffusers", lambda *_: asked.append(1) or nn.Identity())
+    for config, wanted in (({}, 0), (dict(act_fn="relu", encoder_block_out_channels=[64] * 4), 0), (option, 1)):
+        (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny", **config}))
+        open_autoencoder("hub:a/b", lambda name: (tmp_path / "weights.safetensors", f"{name}@1"))
+        assert len(asked) == wanted
+
+
+def test_an_empty_file_of_weights_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").touch()
+    with pytest.raises(ModelFileError, match="weights.safetensors can't be read: its 0 bytes are truncated"):
+        open_autoencoder("hub:a/b", lambda name: (tmp_path / "weights.safetensors", f"{name}@1"))
+
+
 class Halving(nn.Module):
     """An autoencoder of the user's, which counts its calls."""
 
@@ -140,29 +173,44 @@ def test_latent_shapes_of_named_and_own_autoencoders() -> None:
     assert latent_shape(taesd, (3, 64, 32)) == (4, 8, 4)
     assert latent_shape(own, (3, 6, 8)) == (3, 3, 4)
     assert float(own.calls.detach()) == 0  # a copy was tried
-    with pytest.raises(ValueError, match="resize to 96x96"):
-        latent_shape(taesd, (3, 100, 99))
+    assert latent_shape(taesd, (1, 100, 99)) == (4, 13, 13)  # sides are extended
     with pytest.raises(ValueError, match="image size"):
         latent_shape(own, (3, 7, 8))
-    with pytest.raises(ValueError, match="3 channels"):
-        latent_shape(taesd, (1, 64, 64))
+    with pytest.raises(ValueError, match="got 4 channels"):
+        latent_shape(taesd, (4, 64, 64))
     with pytest.raises(TypeError):
         latent_shape(nn.Identity(), (3, 64, 64))
+    for factor, channels, wrong in ((0, 4, "factor"), (-8, 4, "factor"), (8, 0, "channels")):
+        taesd.factor, taesd.channels = factor, channels
+        with pytest.raises(ValueError, match=f"{wrong} of an autoencoder must be at least 1, got"):
+            latent_shape(taesd, (3, 64, 64))
+
+
+def test_shapes_need_no_memory_where_the_module_can_do_without() -> None:
+    assert latent_shape(Halving(), (3, 2**17, 2**17)) == (3, 2**16, 2**16)
+
+    class Counting(Halving):
+        def encode(self, x: Tensor) -> Tensor:
+            assert float(x.sum()) > 0  # a meta tensor has no value
+            return super().encode(x)
+
+    assert latent_shape(Counting(), (3, 6, 8)) == (3, 3, 4)
 
 
 def test_standardised_latents_have_mean_0_and_variance_1_and_exact_densities() -> None:
     codec, x = (
-        StandardisedAutoencoder(Halving(), 3),
+        StandardisedAutoencoder(Halving(), (3, 4, 4)),
         torch.rand(50, 3, 4, 4) * torch.tensor([1.0, 3.0, 9.0])[:, None, None],
     )
-    codec.fit(codec.raw(x))
+    codec.fit(x)
+    assert codec.ready
     h = codec.encode(x)
     assert torch.allclose(h.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
     assert torch.allclose(h.std((0, 2, 3)), torch.ones(3), atol=1e-5)
     assert torch.allclose(codec.decode(h), F.interpolate(F.avg_pool2d(x, 2), scale_factor=2), atol=1e-5)
-    assert float(codec.logdet(4)) == pytest.approx(-4 * float(codec.std.log().sum()))
+    assert float(codec.logdet()) == pytest.approx(-4 * float(codec.std.log().sum()))
     before = codec.std.clone()
-    codec.fit(codec.raw(2 * x))  # it happens once
+    codec.fit(2 * x)  # it happens once
     assert torch.equal(codec.std, before)
     assert not codec.train().training
 

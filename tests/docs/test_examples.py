@@ -95,7 +95,7 @@ def test_the_recipe_runs_with_a_small_eva02_and_taef2(
         finetune.main()
         out = capsys.readouterr().out
         assert '"top1_ema": ' in out and "nan" not in out.lower()
-        assert ("'replaced': 0" in out) and ("'selected': 0" in out) == bool(arm)
+        assert ("'rejected': 0" in out) and ("'selected': 0" in out) == bool(arm)
 
 
 def test_options_come_from_the_command_line_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

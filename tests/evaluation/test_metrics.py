@@ -1,4 +1,4 @@
-"""Accuracy, bits/dim, calibration and round trip of a flow, and which moves are rejected."""
+"""Accuracy, bits/dim, calibration and round trip of a flow, and rejected moves."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from augment_cases import images, labels, make_model
 from torchmetrics.classification import MulticlassCalibrationError
 
-from glem_augment import GLEM, GLEMAugment, ImageData
+from glem_augment import GLEM, GLEMAugment, ImageData, Noise
 from glem_augment.errors import DataError
-from glem_augment.evaluation import calibrate, evaluate, moves_rejected
+from glem_augment.evaluation import calibrate, evaluate, rejected_moves
 from glem_augment.evaluation.metrics import calibration_error, spread
 
 
@@ -76,12 +76,12 @@ def test_adapting_and_calibrating_make_the_posterior_honest(
         bundled_train, max_per_class=20, progress=False
     ).save(tmp_path)
     model, test = GLEM.from_pretrained(tmp_path), bundled_test.subset(range(0, 1000, 4))
-    fitted, x = model.config.posterior_temperature, test.tensor()
+    fitted, x = model.latent_classes.temperature, test.tensor()
     honest, densities = evaluate(model, test, round_trip=0, progress=False), model.log_prob_per_class(x)
     prior, z = torch.arange(10.0), model.encode(x)[0]
     wanted = (model.gaussians.log_prob(z) / fitted + prior.log()).softmax(1)
     torch.testing.assert_close(model.posterior(x, prior), wanted)
-    model.config.posterior_temperature = 1.0
+    model.latent_classes.temperature = 1.0
     sure = evaluate(model, test, round_trip=0, progress=False)
     assert honest["ece"] < 0.15 < 0.25 < sure["ece"]
     same = ("accuracy", "top5", "bits_per_dim", "bits_per_dim_marginal")
@@ -89,20 +89,20 @@ def test_adapting_and_calibrating_make_the_posterior_honest(
     assert torch.equal(model.log_prob_per_class(x), densities)
     # Images that were held out say the same, nearly, as those left out one by one.
     again = calibrate(model, test, progress=False)
-    assert again == model.config.posterior_temperature == pytest.approx(fitted, rel=0.5)
+    assert again == model.latent_classes.temperature == pytest.approx(fitted, rel=0.5)
     assert evaluate(model, test, round_trip=0, progress=False)["ece"] < 0.15
 
 
-def test_shares_of_moves_that_are_rejected_are_those_of_the_transform() -> None:
+def test_rejected_moves_are_counted_as_in_the_transform() -> None:
     own = make_model()
     own.modes.scales.mul_(20.0)  # the stronger moves leave the range
     data = ImageData.from_tensors(images(400, seed=1), labels(400), own.classes)
-    found = moves_rejected(own, data)
-    assert found["images"] == 128 and found["mixup"] == 0.0 and found["strength"] == 0.125
+    found = rejected_moves(own, data)
+    assert found["images"] == 128 and found["mixup"] == 0.0
     some = data.subset(spread(400, 128))
     x, y = some.tensor(), torch.from_numpy(some.targets)
-    for strength, share in found["noise"].items():
-        aug = GLEMAugment(own, p=1.0, policy="noise", strength=strength, seed=0)
+    for strength, part in found["noise"].items():
+        aug = GLEMAugment(own, Noise(strength), p=1.0, seed=0)
         aug(x, y)
-        assert share == aug.stats["replaced"] / 128
+        assert part == aug.stats["rejected"] / 128
     assert found["noise"][0.5] > 0.9 > 0.05 >= found["noise"][0.125]

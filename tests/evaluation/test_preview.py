@@ -127,7 +127,7 @@ def test_moves_begin_at_the_real_image_and_mixup_ends_at_the_partner_that_is_sho
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, data = small((1, 2, 2), count=40, rank=4)  # all directions that there are
-    monkeypatch.setattr(preview_module, "MIX_SHARES", (1.0, 0.0))
+    monkeypatch.setattr(preview_module, "KEPT", (1.0, 0.0))
     monkeypatch.setattr(preview_module, "NOISE_STRENGTHS", (0.0, 0.5))
     real, same, mixed, partner = preview_module._augmentations(model, data, 4, "mixup", 4, 0).cells.unbind(1)
     assert torch.allclose(same, real, atol=0.01) and torch.allclose(mixed, partner, atol=0.01)
@@ -136,7 +136,7 @@ def test_moves_begin_at_the_real_image_and_mixup_ends_at_the_partner_that_is_sho
     assert torch.allclose(same, real, atol=0.01) and not torch.allclose(moved, real, atol=0.01)
 
 
-def test_adversarial_moves_lower_the_posterior_and_rejected_moves_are_framed(
+def test_adversarial_moves_lower_the_posterior_and_rejected_ones_are_framed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, data = small((1, 2, 2), count=40)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from glem_augment.flows.coupling import MatExpCoupling, _norm_bound
 from glem_augment.flows.matexp import exp_of_generators, expm_apply, taylor_plan
+from glem_augment.flows.matexp_coupling import MatExpCoupling, _norm_bound
 
 BOUNDS = (0.5, 1.0, 2.0, 4.0)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glem_augment.flows.coupling import ACTIVATIONS, CONV_SUBNETS, Subnet
+from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, Subnet
 
 KINDS = [*((kind, act) for kind in CONV_SUBNETS for act in ACTIVATIONS), ("transformer", "elu")]
 

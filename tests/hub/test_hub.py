@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -11,12 +10,10 @@ from pathlib import Path
 
 import huggingface_hub
 import model_cases
-import numpy as np
 import pytest
 import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants, file_download
-from jet_pytorch import Jet
 from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 
@@ -124,34 +121,6 @@ def test_pinned_and_updated(pushed: Pushed, tmp_path: Path) -> None:
     assert same(GLEM.from_pretrained(f"org/flow@{second}"), new) and not server.requests
     assert same(GLEM.from_pretrained("org/flow", cache_dir=tmp_path / "elsewhere"), new)
     assert (tmp_path / "elsewhere" / "models--org--flow").is_dir()
-
-
-def test_a_jet_is_pulled_with_its_licence_and_referred_to_by_its_commit(
-    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    jet = Jet(n_patches=4, img_dims=(8, 8), coupling_layers=5, block_depth=1, block_width=64, num_heads=1)
-    weights = safetensors_bytes({name: tensor.contiguous() for name, tensor in jet.state_dict().items()})
-    commit = server.put("org/jet", {"jet.safetensors": weights, "README.md": b"---\nlicense: mit\n---\n"})
-    pulled = GLEM.from_pretrained("jet:org/jet")
-    assert pulled.origin == f"org/jet@{commit}" and pulled.config.training["license"] == "mit"
-    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
-    adapted = pulled.adapt((images, np.arange(6) % 2), rank=1, progress=False)
-    adapted.save(tmp_path / "adapted", weights="reference")
-    base = {"jet": f"org/jet@{commit}", "sha256": hashlib.sha256(weights).hexdigest()}
-    assert json.loads((tmp_path / "adapted" / CONFIG).read_text())["base"] == base
-    server.put("org/jet", {"jet.safetensors": b"other"})
-    elsewhere = GLEM.from_pretrained(tmp_path / "adapted", cache_dir=tmp_path / "elsewhere")
-    assert same(elsewhere, adapted) and elsewhere.origin is None
-    # A push holds all weights.
-    oid = elsewhere.push_to_hub("org/adapted", license="mit", samples=False).oid
-    assert "base" not in json.loads(server.repo("org/adapted").commits[oid][CONFIG])
-    assert same(GLEM.from_pretrained("org/adapted"), adapted)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    close_session()  # an old client keeps the session that it has
-    assert same(GLEM.from_pretrained(tmp_path / "adapted"), adapted)
-    with pytest.raises(ModelFileError, match=f"jet:org/jet@{commit}.*HF_HUB_OFFLINE"):
-        GLEM.from_pretrained(tmp_path / "adapted", cache_dir=tmp_path / "empty")
 
 
 def test_a_folder_wins_over_a_name_of_the_same_spelling(
@@ -425,7 +394,7 @@ def test_the_card_of_a_flow_that_was_made_from_another(server: HubServer) -> Non
     for flow in (adapted, adapted.adapt((x, y), classes=["yes", "no"], progress=False)):
         card = model_card(flow, "org/mine")
         assert card.data.base_model == "org/flow" and card.data.license is None
-        assert "For other classes, adapt it (`glem adapt`)" in card.text
+        assert "For other classes, adapt it (`glem fit`)" in card.text
     model.config.training = {"init_from": {"origin": "org/flow@abc", "weights_sha256": ""}}  # glem train --init
     assert model_card(model, "org/mine").data.base_model == "org/flow"
     model.config.training = {"init_from": {"origin": "hf-hub: x\n"}}

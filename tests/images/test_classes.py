@@ -101,19 +101,11 @@ def test_ambiguous_forms_do_not_match() -> None:
 
 def test_class_maps_by_index() -> None:
     for same in ([2, -1, 0], (2, None, 0), torch.tensor([2, -1, 0])):
-        assert check_class_map(same, None, 3) == (2, -1, 0)
-    assert check_class_map(None, None, 3) is None and check_class_map(None, 3, 3) is None
-    assert check_class_map([None, 2], 4, 3) == (-1, 2, -1, -1)
-    for class_map, num_classes, message in (
-        (None, 4, "num_classes=4"),
-        ([], None, "0 to 2"),
-        ([3], None, "0 to 2"),
-        ([-1, None], None, "0 to 2"),
-        ([-2], None, "-2"),
-        ([0, 1, 2, -1], 3, "num_classes"),
-    ):
+        assert check_class_map(same, 3) == (2, -1, 0)
+    assert check_class_map(None, 3) is None and check_class_map([0, 0, None], 1) == (0, 0, -1)
+    for class_map, message in (([], "0 to 2"), ([3], "0 to 2"), ([-1, None], "0 to 2"), ([-2], "-2")):
         with pytest.raises(ValueError, match=message):
-            check_class_map(class_map, num_classes, 3)
+            check_class_map(class_map, 3)
     for wrong in ("abc", 3, [0.5], ["a"], [True], {0: 2}):
         with pytest.raises(TypeError, match="class_map"):
-            check_class_map(wrong, None, 3)
+            check_class_map(wrong, 3)

@@ -10,6 +10,8 @@ import pickle
 import resource
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import warnings
 import zlib
@@ -27,6 +29,7 @@ from torchvision.transforms.v2 import functional as F
 
 from glem_augment import GLEM
 from glem_augment.errors import BadImageError, DataError
+from glem_augment.images import readers
 from glem_augment.images.cropping import fit
 from glem_augment.images.dataset import ImageData, open_data
 from glem_augment.images.matching import match_classes
@@ -252,7 +255,7 @@ def broken_folder(folder: Path) -> tuple[dict[str, str], list[str]]:
     add("float.tif", encoded(Image.fromarray(np.full((8, 8), 0.5, np.float32)), "TIFF"), "more than 8 bits")
     # A few hundred bytes that unfold into gigabytes: the header alone says so.
     bomb = bytearray(encoded(Image.new("1", (8, 8)), "PNG"))
-    for name, side in (("bomb.png", 30_000), ("limit.png", 10_000)):
+    for name, side in (("bomb.png", 30_000), ("limit.png", 5_800)):
         bomb[16:24] = struct.pack(">II", side, side)
         bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
         add(name, bytes(bomb), "pixels")
@@ -308,6 +311,52 @@ def test_images_that_are_enlarged_a_lot_give_one_warning_with_counts(tmp_path: P
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         open_data(tmp_path, image_size=2)
+
+
+def test_large_jpegs_are_decoded_at_a_quarter_and_other_large_images_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "MOST_PIXELS", 64 * 64)
+    monkeypatch.setattr(readers, "MOST_JPEG_PIXELS", 128 * 64)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8))
+    files = (("whole.jpg", (64, 64)), ("large.jpg", (128, 64)), ("grey.jpg", (128, 64)), ("whole.png", (64, 64)))
+    for name, size in files:
+        large = image.resize(size, Image.Resampling.BICUBIC)
+        (large.convert("L") if name == "grey.jpg" else large).save(tmp_path / name, subsampling=0)
+    paths = [str(tmp_path / name) for name, _ in files]
+    source = readers.FolderSource("photos", ["a"], ["a"], np.zeros(len(paths), np.int64), paths)
+    for row, (name, size) in enumerate(files):
+        small = (32, 16) if size == (128, 64) else size
+        assert source.header(row) == (name == "grey.jpg", *small[::-1])
+        with Image.open(paths[row]) as expected:
+            if small != size:
+                expected.draft(None, small)
+            assert torch.equal(source.pixels(row, 3), readers.to_tensor(expected, 3))
+        assert source[row][0].size == small
+    image.resize((65, 64)).save(tmp_path / "large.png")
+    image.resize((129, 64)).save(tmp_path / "larger.jpg")
+    image.resize((65, 64)).convert("CMYK").save(tmp_path / "print.jpg")
+    for name in ("large.png", "larger.jpg", "print.jpg"):
+        source.paths[0] = str(tmp_path / name)
+        for use in (source.header, lambda row: source.pixels(row, 3)):
+            with pytest.raises(BadImageError, match=f"{name} has .* x 64 pixels, at most .* reduce or remove it"):
+                use(0)
+
+
+def test_an_image_takes_the_stated_memory(tmp_path: Path) -> None:
+    """SECURITY.md: 600 MiB for one image; here one of a fifth of the largest size."""
+    width, height = 4096, readers.MOST_PIXELS // 5 // 4096
+    Image.new("RGBA", (width, height), (200, 30, 90, 255)).save(tmp_path / "large.webp", lossless=True)
+    code = f"""
+import resource, numpy, torch
+from glem_augment.images.readers import FolderSource
+source = FolderSource("a", ["a"], ["a"], numpy.zeros(1, numpy.int64), ["{tmp_path}/large.webp"])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert source.pixels(0, 3).shape == (3, {height}, {width})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 600 * 2**20 / 5 * 1.1
 
 
 @pytest.mark.filterwarnings("ignore:2 of 2 images")

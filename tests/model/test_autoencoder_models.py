@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import model_cases
 import pytest
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from glem_augment import GLEM, GLEMAugment
+from glem_augment import GLEM, Adversarial, GLEMAugment, Mixup, Noise, Policy
 from glem_augment.errors import ModelFileError
 from glem_augment.model.weights import CONFIG, WEIGHTS
 
@@ -47,7 +46,7 @@ def test_its_facts_and_its_likelihoods(model: GLEM, photos: tuple[Tensor, Tensor
     # The density is over E(x) itself: the standardisation and the flow's determinant are in it.
     codec, g = model.autoencoder, model.gaussians
     assert codec is not None
-    h = codec.raw(x.float() / 255)
+    h = codec.autoencoder.encode(x.float() / 255)
     std, mean = codec.std.expand(h.shape[1:]), codec.mean.expand(h.shape[1:])
     mu = g.mu[y].view_as(h) * std + mean
     normal = torch.distributions.Normal(mu, g.variance()[y].view_as(h).sqrt() * std)
@@ -60,7 +59,7 @@ def test_the_round_trip_has_the_errors_of_flow_and_autoencoder(model: GLEM, phot
     assert found["flow_error"] < 1e-4 and found["psnr"] > 10
     assert found["max_error"] > 0.5
     assert torch.allclose(model.decode(model.encode(photos[0])[0], clamp=False),
-                          model.images(model.numbers(photos[0])), atol=1e-4)  # fmt: skip
+                          model.codec.decode(model.numbers(photos[0])), atol=1e-4)  # fmt: skip
 
 
 def test_its_file_names_the_autoencoder_and_does_not_hold_it(
@@ -91,9 +90,28 @@ def test_an_autoencoder_of_the_users_is_asked_for(photos: tuple[Tensor, Tensor],
     assert torch.equal(GLEM.from_pretrained(tmp_path, autoencoder=Blocks()).predict(photos[0]), own.predict(photos[0]))
 
 
-def test_sizes_that_do_not_divide_are_refused_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match="resize to 16x24"):
-        GLEM.create("identity", (3, 17, 23), ["a"], autoencoder="taef2")
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 17, 23), (1, 16, 8)])
+def test_grey_images_and_other_sizes_are_extended_and_cropped(shape: tuple[int, int, int], tmp_path: Path) -> None:
+    """As if RGB images with repeated edges had been given, in sizes that the autoencoder divides."""
+    g = torch.Generator().manual_seed(0)
+    x = F.interpolate(torch.rand(12, shape[0], 3, 3, generator=g), shape[1:], mode="bilinear")
+    model = GLEM.create("identity", shape, ["a", "b"], autoencoder="taef2")
+    model = model.adapt(((255 * x).to(torch.uint8), torch.arange(12) % 2), rank=4, progress=False)
+    height, width = (-(-side // 8) * 8 for side in shape[1:])
+    high, wide = height - shape[1], width - shape[2]
+    edges = (wide // 2, wide - wide // 2, high // 2, high - high // 2)
+    large = F.pad(x.expand(-1, 3, -1, -1), edges, "replicate")
+    codec = model.autoencoder
+    assert codec is not None and codec.shape == (32, height // 8, width // 8)
+    h = codec.autoencoder.encode(large)
+    assert torch.allclose(model.numbers(x), (h - codec.mean) / codec.std, atol=1e-5)
+    back = codec.autoencoder.decode(h)[:, :, edges[2] : edges[2] + shape[1], edges[0] : edges[0] + shape[2]]
+    back = back if shape[0] == 3 else back.mean(1, keepdim=True)
+    assert torch.allclose(model.codec.decode(model.numbers(x)), back, atol=1e-4)
+    model.save(tmp_path)
+    assert torch.equal(GLEM.from_pretrained(tmp_path).log_prob(x), model.log_prob(x))
+    with pytest.raises(ValueError, match="grey or RGB"):
+        GLEM.create("identity", (4, 16, 16), ["a"], autoencoder="taef2")
 
 
 def test_many_images_give_full_covariances_and_parts(photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
@@ -111,34 +129,35 @@ def test_many_images_give_full_covariances_and_parts(photos: tuple[Tensor, Tenso
     assert torch.equal(again.posterior(x), full.posterior(x))
     noise = full.sample(y, 0.9, torch.Generator().manual_seed(0), "rfcm")
     assert torch.equal(again.sample(y, 0.9, torch.Generator().manual_seed(0), "rfcm"), noise)
-    moved, _ = GLEMAugment(again, p=1.0, policy="noise", strength=0.5, modes=8, seed=0)(x, y)
+    moved, _ = GLEMAugment(again, Noise(0.5), p=1.0, modes=8, seed=0)(x, y)
     assert not torch.equal(moved, x)
+    again.fit_modes((many.to(torch.uint8), y.repeat(30)), rank=3)  # all of the classes is fitted again
+    assert again.latent_classes.full and again.modes is not None and (again.modes.rank, again.modes.parts) == (3, 2)
     again.fit_modes((x, y), rank=3)
-    assert (again.config.covariance, again.config.modes_parts) == ("diagonal", 1)
+    assert not again.latent_classes.full  # too few images for full covariances
 
 
-@pytest.mark.parametrize("policy", ["mixup", "noise", "adversarial"])
+@pytest.mark.parametrize("policy", [Mixup(), Noise(0.5), Adversarial(0.5)])
 def test_augmentation_adds_the_change_and_leaves_the_rest(
-    model: GLEM, photos: tuple[Tensor, Tensor], policy: str
+    model: GLEM, photos: tuple[Tensor, Tensor], policy: Policy
 ) -> None:
     x, y = photos
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2))
-    settings: list[dict[str, Any]] = [{"p": 0.0}]
-    if policy != "mixup":
-        settings.append({"p": 1.0, "strength": 0.0})
-    for given in settings:
-        aug = GLEMAugment(model, policy=policy, seed=0, **given)  # type: ignore[arg-type]
-        if policy == "adversarial":
+    still = [(policy, 0.0)]
+    if isinstance(policy, Noise):
+        still.append((type(policy)(0.0), 1.0))
+    for given, p in still:
+        aug = GLEMAugment(model, given, p, seed=0)
+        if policy.wants_classifier:
             aug.attach(net)
         assert torch.equal(aug(x, y)[0], x)  # bit for bit, though decoding loses detail
-    given = {} if policy == "mixup" else {"strength": 0.5}
-    aug = GLEMAugment(model, p=1.0, policy=policy, seed=0, **given)  # type: ignore[arg-type]
-    if policy == "adversarial":
+    aug = GLEMAugment(model, policy, p=1.0, seed=0)
+    if policy.wants_classifier:
         aug.attach(nn.Sequential(nn.AvgPool2d(4), net))
     large = F.interpolate(x.float() / 255, scale_factor=4, mode="bilinear")
     moved, _ = aug(large, y)
     change = (moved - large).abs().mean()
-    assert 0.002 < float(change) < 0.3 and aug.stats["replaced"] < 20
+    assert 0.002 < float(change) < 0.3 and aug.stats["rejected"] < 20
 
 
 def test_pooled_modes_move_images_of_any_class(photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
@@ -150,7 +169,7 @@ def test_pooled_modes_move_images_of_any_class(photos: tuple[Tensor, Tensor], tm
     within = torch.cat([z[y == k] - z[y == k].mean(0) for k in range(2)])
     values = torch.linalg.svdvals(within)[:3] / (len(x) - 2) ** 0.5
     assert torch.allclose(one.modes.shared_scales, values, rtol=1e-3)
-    aug = GLEMAugment(one, p=1.0, policy="mixup", num_classes=2, seed=0)
+    aug = GLEMAugment(one, "mixup", p=1.0, class_map=[0, 0], seed=0)
     moved, labels = aug(x, y)
     assert torch.equal(labels, y) and not torch.equal(moved, x)
     one.save(tmp_path)

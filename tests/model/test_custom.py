@@ -1,74 +1,65 @@
-"""Flows of other libraries, and a bijection of the user's, inside a GLEM."""
+"""A user's flow or coupling inside a GLEM, and the check of the contract."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import FrEIA.framework as ff
-import FrEIA.modules as fm
-import normflows as nf
 import pytest
 import torch
 from torch import Tensor, nn
 
 from glem_augment import GLEM, GLEMAugment, ModelFileError, SyntheticDataset
-from glem_augment.flows import CustomFlow
+from glem_augment.flows import Coupling, Flow, check_flow, create_flow, register_coupling
+from glem_augment.flows.coupling import COUPLINGS
 
 SHAPE = (3, 8, 8)
+PAGE = Path(__file__).parents[2] / "docs" / "flows.md"
 
 
-def network(n_in: int, n_out: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(n_in, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, n_out, 3, padding=1))
-
-
-class Own(nn.Module):
-    """Gain and shift per pixel; its inverse gives no log-determinant."""
+class GainAndShift(Flow):
+    """Gain and shift per pixel."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(SHAPE)
         self.gain, self.shift = nn.Parameter(torch.randn(SHAPE) * 0.1), nn.Parameter(torch.randn(SHAPE))
         self.register_buffer("turns", torch.ones((), dtype=torch.int32))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x * self.gain.exp() + self.shift, self.gain.sum().expand(len(x))
+        return (x * self.gain.exp() + self.shift).flatten(1), self.gain.sum().expand(len(x))
 
-    def inverse(self, z: Tensor) -> Tensor:
-        return (z - self.shift) * (-self.gain).exp()
-
-
-def freia() -> nn.Module:
-    """Two parts of latents."""
-    nodes = [ff.InputNode(*SHAPE)]
-    nodes.append(ff.Node(nodes[-1], fm.IRevNetDownsampling, {}))
-    for _ in range(2):
-        nodes.append(ff.Node(nodes[-1], fm.GLOWCouplingBlock, {"subnet_constructor": network}))
-        nodes.append(ff.Node(nodes[-1], fm.PermuteRandom, {"seed": 0}))
-    half = ff.Node(nodes[-1], fm.Split, {"section_sizes": [4, 8], "dim": 0})
-    return ff.GraphINN([*nodes, half, ff.OutputNode(half.out0), ff.OutputNode(half.out1)])
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        x = (z.unflatten(1, SHAPE) - self.shift) * (-self.gain).exp()
+        return x, -self.gain.sum().expand(len(z))
 
 
-def freia_sequence() -> nn.Module:
-    flow = ff.SequenceINN(*SHAPE)
-    flow.append(fm.IRevNetDownsampling)
-    flow.append(fm.GLOWCouplingBlock, subnet_constructor=network)
-    return flow
+def of_the_page(package: str, name: str) -> Callable[[], Flow]:
+    """A class of docs/flows.md that wraps a flow of `package`."""
+
+    def make() -> Flow:
+        pytest.importorskip(package)
+        blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
+        space: dict[str, Any] = {"nn": nn}
+        exec("from glem_augment.flows import Flow, check_flow", space)
+        exec("from glem_augment.precision import full_precision", space)
+        (block,) = (block for block in blocks if f"class {name}" in block)
+        exec(block.replace("(3, 32, 32)", str(SHAPE)), space)
+        flow = space[name](SHAPE, steps=2)
+        flow(torch.rand(16, *SHAPE) - 0.5)  # ActNorms of normflows
+        return flow
+
+    return make
 
 
-def normflows() -> nn.Module:
-    flows = [nf.flows.GlowBlock(12, 16, scale=True, split_mode="channel") for _ in range(2)]
-    flows.append(nf.flows.Squeeze())  # the first on the way from the image
-    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian((12, 4, 4), trainable=False), flows)
-    flow.inverse_and_log_det(torch.rand(16, *SHAPE) - 0.5)  # its ActNorms
-    return flow
+freia, normflows = of_the_page("FrEIA", "FrEIAFlow"), of_the_page("normflows", "NormflowsFlow")
 
 
-@pytest.mark.parametrize("make", [Own, freia, freia_sequence, normflows])
-def test_a_foreign_flow_is_adapted_and_augments(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [GainAndShift, freia, normflows])
+def test_a_users_flow_is_adapted_and_augments(make: Callable[[], Flow], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    module = make()
-    model = GLEM.from_bijection(module, SHAPE)
     images = torch.randint(0, 256, (60, *SHAPE), dtype=torch.uint8)
     labels = torch.arange(60) % 3
     x = torch.rand(2, *SHAPE).double() - 0.5
@@ -79,11 +70,12 @@ def test_a_foreign_flow_is_adapted_and_augments(make: Callable[[], nn.Module], t
     back, back_logdet = flow.inverse(z)
     torch.testing.assert_close(back, x, rtol=0, atol=1e-6)
     torch.testing.assert_close(back_logdet, -logdet, rtol=0, atol=1e-4)
-    assert model.check_invertibility(images)["within_half_step"] == 1.0
+    model = GLEM.from_bijection(make(), SHAPE)
+    assert model.classes == ["image"] and model.check_invertibility(images)["within_half_step"] == 1.0
 
     adapted = model.adapt((images, labels.numpy()), rank=4, progress=False)
     adapted.save(tmp_path)
-    with pytest.raises(ModelFileError, match="pass it as module=$"):
+    with pytest.raises(ModelFileError, match="pass an instance as module=$"):
         GLEM.from_pretrained(tmp_path)
     torch.manual_seed(1)
     again = GLEM.from_pretrained(tmp_path, module=make())
@@ -93,8 +85,8 @@ def test_a_foreign_flow_is_adapted_and_augments(make: Callable[[], nn.Module], t
     assert SyntheticDataset(again, per_class=2, seed=0)[5][1] == 2
 
 
-def test_a_module_keeps_its_statistics_and_its_precision(tmp_path: Path) -> None:
-    class Normed(Own):
+def test_a_flow_keeps_its_statistics_and_its_precision(tmp_path: Path) -> None:
+    class Normed(GainAndShift):
         def __init__(self) -> None:
             super().__init__()
             self.norm = nn.BatchNorm2d(3)
@@ -102,9 +94,9 @@ def test_a_module_keeps_its_statistics_and_its_precision(tmp_path: Path) -> None
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return super().forward(x + 0 * self.norm(x))
 
-    module = Normed().double()
-    model = GLEM.from_bijection(module, SHAPE)
-    assert module.norm.num_batches_tracked == 0
+    flow = Normed().double()
+    model = GLEM.from_bijection(flow, SHAPE)
+    assert flow.norm.num_batches_tracked == 0
     x = torch.rand(2, *SHAPE)
     assert model.log_prob(x).dtype == torch.float64
     model.save(tmp_path)
@@ -112,70 +104,145 @@ def test_a_module_keeps_its_statistics_and_its_precision(tmp_path: Path) -> None
     assert torch.equal(again.log_prob(x), model.log_prob(x))
 
 
-def test_what_is_no_flow_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="Linear has no `inverse`"):
-        GLEM.from_bijection(nn.Linear(2, 2), SHAPE)
-
-    class Half(Own):
+def test_a_flow_that_initialises_itself_is_left_to_the_users_images() -> None:
+    class Normalising(GainAndShift):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x[:, :1], x.sum((1, 2, 3))
+            if self.turns > 0:
+                self.turns.zero_()
+                self.shift.data.copy_(-x.mean(0) * self.gain.exp())
+            return super().forward(x)
 
-    with pytest.raises(ValueError, match="192 numbers"):
-        GLEM.from_bijection(Half(), SHAPE)
+    x = torch.randint(0, 256, (64, *SHAPE), dtype=torch.uint8)
+    z, _ = GLEM.from_bijection(Normalising(), SHAPE).encode(x)
+    assert float(z.mean(0).abs().max()) < 1e-5
 
-    class Off(Own):
-        def inverse(self, z: Tensor) -> Tensor:
-            return 1.05 * super().inverse(z)
 
-    class Broken(Own):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            z, logdet = super().forward(x)
-            return z / 0.0, logdet
+class Other(GainAndShift):
+    """Returns other results: `change(forward)` and `undo(inverse)`, each a function of the right pair."""
 
-    for module, message in ((Off(), "the inverse of Off does not give"), (Broken(), "not finite for random images")):
-        with pytest.raises(ValueError, match=message):
-            GLEM.from_bijection(module, SHAPE)
-    with pytest.raises(ValueError, match="leave memory at 'stored'"):
-        GLEM.from_bijection(Own(), SHAPE).flow.set_memory("reversible")
+    def __init__(self, change: Callable[..., Any] = lambda *pair: pair, undo: Callable[..., Any] = lambda *pair: pair):
+        super().__init__()
+        self.change, self.undo = change, undo
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.change(*super().forward(x))
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.undo(*super().inverse(z))
+
+
+class Multiplied(GainAndShift):
+    """A product of matrices that follows the caller's autocast."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, logdet = super().forward(x)
+        return z @ torch.eye(192), logdet
+
+
+WRONG: list[tuple[nn.Module, type[Exception], str]] = [
+    (nn.Linear(2, 2), TypeError, "Linear is no Flow: derive the class from glem_augment.flows.Flow"),
+    (create_flow("identity", (1, 8, 8)), ValueError, r"FlatIdentity is for images \[1, 8, 8\], not \[3, 8, 8\]"),
+    (Other(lambda z, d: (z[:, :64], d)), ValueError, r"forward of Other .* \[2, 192\] .* got \[\[2, 64\], \[2\]\]"),
+    (Other(lambda z, d: z), ValueError, r"forward of Other .* got \[\[2, 192\]\]"),
+    (Other(lambda z, d: (z, d.sum())), ValueError, r"log-determinants \[2\] for two images"),
+    (Other(lambda z, d: (z, None)), ValueError, "NoneType"),
+    (Other(undo=lambda x, d: x), ValueError, r"inverse of Other must return a tensor \[2, 3, 8, 8\]"),
+    (Other(lambda z, d: (z / 0.0, d)), ValueError, "forward of Other gives values that are not finite"),
+    (Other(undo=lambda x, d: (1.05 * x, d)), ValueError, "the inverse of Other does not give random images back"),
+    (Other(undo=lambda x, d: (x, d + 9)), ValueError, "the log-determinants of Other do not cancel"),
+    # of the wrong way, and a mean over the pixels for their sum
+    (
+        Other(lambda z, d: (z, 9 - d), lambda x, d: (x, -9 - d)),
+        ValueError,
+        "the log-determinant of Other is .* Jacobian",
+    ),
+    (Multiplied(), ValueError, "autocast changes the latents of Multiplied: put forward and inverse into"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(WRONG)))
+def test_a_wrong_flow_is_refused(number: int) -> None:
+    flow, error, message = WRONG[number]
+    for refuse in (check_flow, GLEM.from_bijection):
+        with pytest.raises(error, match=message):
+            refuse(flow, SHAPE)
+
+
+def test_flows_of_the_library_keep_the_contract_and_users_flows_have_limits(tmp_path: Path) -> None:
+    for preset, shape in (("glow_tiny", SHAPE), ("identity", SHAPE), ("latent", (32, 4, 4))):
+        check_flow(create_flow(preset, shape), shape)
+    with pytest.raises(ValueError, match="GainAndShift can't be rebuilt: leave memory at 'stored'"):
+        GainAndShift().set_memory("reversible")
     GLEM.create("glow_tiny", (1, 8, 8), ["a"], depth=[1], blocks=[1], width=[8]).save(tmp_path)
     with pytest.raises(ModelFileError, match="leave module= out"):
-        GLEM.from_pretrained(tmp_path, module=Own())
+        GLEM.from_pretrained(tmp_path, module=GainAndShift())
 
 
-@pytest.mark.parametrize("make", [Own, freia, normflows])
-@pytest.mark.parametrize("factor", [-1.0, 1 / 16])  # the wrong way, and a mean over the latent's pixels for their sum
-def test_a_log_determinant_of_another_map_is_refused(make: Callable[[], nn.Module], factor: float) -> None:
+# ---- couplings -------------------------------------------------------------------------------------------------------
+
+
+class Scaled(Coupling):
+    """y2 = gain (x2 + b(x1))."""
+
+    options = {"gain": 2.0, "sign": 1}
+
+    def __init__(self, channels: int, subnet: Callable[[int, int], nn.Module], gain: float, sign: int) -> None:
+        super().__init__(channels)
+        self.net, self.gain = subnet(self.n, self.n), gain * sign
+
+    def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        shift = params.transpose(0, 1)
+        logdet = x2.new_full((x2.shape[1],), math.log(abs(self.gain)) * x2[:, 0].numel())
+        return (x2 / self.gain - shift, -logdet) if inverse else (self.gain * (x2 + shift), logdet)
+
+
+@pytest.fixture
+def scaled() -> Iterator[None]:
+    register_coupling("scaled")(Scaled)
+    yield
+    COUPLINGS.pop("scaled", None)
+
+
+def test_a_users_coupling_is_used_saved_and_missed(scaled: None, tmp_path: Path) -> None:
     torch.manual_seed(0)
+    model = GLEM.create("glow_fast", SHAPE, ["a", "b"], coupling="scaled", sign=-1, depth=[2, 1])
+    spec = model.config.flow
+    assert (spec["coupling"], spec["gain"], spec["sign"]) == ("scaled", 2.0, -1) and "bound" not in spec
+    for weight in model.flow.parameters():
+        nn.init.normal_(weight, std=0.05)
+    check_flow(model.flow, SHAPE)
+    x = torch.randint(0, 256, (4, *SHAPE), dtype=torch.uint8)
+    gradients = []
+    for memory in ("stored", "reversible"):
+        model.flow.set_memory(memory)
+        model.zero_grad()
+        model.flow(x / 255 - 0.5)[0].square().sum().backward()
+        gradients.append([p.grad for p in model.flow.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-3)
+    model.save(tmp_path)
+    assert torch.equal(GLEM.from_pretrained(tmp_path).log_prob(x), model.log_prob(x))
+    del COUPLINGS["scaled"]
+    missing = "config.json: .* this model needs the coupling 'scaled': import the module that registers it"
+    with pytest.raises(ModelFileError, match=missing):
+        GLEM.from_pretrained(tmp_path)
 
-    class Wrong(nn.Module):
-        """The images three times as large, which is where their logdet comes from."""
 
-        def __init__(self, factor: float) -> None:
-            super().__init__()
-            self.flow, self.factor = CustomFlow(make(), SHAPE), factor
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            z, logdet = self.flow(3 * x)
-            return z, self.factor * (logdet + 192 * math.log(3))
-
-        def inverse(self, z: Tensor) -> Tensor:
-            return self.flow.inverse(z)[0] / 3
-
-    GLEM.from_bijection(Wrong(1.0), SHAPE)
-    with pytest.raises(ValueError, match="the log-determinant of Wrong is .* nats for a random image"):
-        GLEM.from_bijection(Wrong(factor), SHAPE)
-
-
-def test_a_module_that_initialises_itself_is_left_to_the_users_images() -> None:
-    torch.manual_seed(0)
-    x = torch.randint(0, 256, (64, *SHAPE), dtype=torch.uint8)
-    nodes = [ff.InputNode(*SHAPE)]
-    nodes.append(ff.Node(nodes[-1], fm.ActNorm, {}))
-    actnorm = ff.GraphINN([*nodes, ff.OutputNode(nodes[-1])])
-    glow = nf.NormalizingFlow(
-        nf.distributions.DiagGaussian((3, 8, 8), trainable=False), [nf.flows.GlowBlock(3, 8, scale=True)]
-    )
-    for module in (actnorm, glow):
-        z, _ = GLEM.from_bijection(module, SHAPE).encode(x)
-        assert bool(z.isfinite().all())
-        assert z.unflatten(1, SHAPE).std((0, 2, 3)).tolist() == pytest.approx([1.0] * 3, rel=0.2)
+def test_options_and_names_of_couplings_are_checked(scaled: None) -> None:
+    for options, message in (
+        ({"gain": "2"}, "gain must be a finite number, got '2'"),
+        ({"sign": 1.0}, "sign must be a whole number"),
+        ({"bound": 1.0}, r"no option \['bound'\]; it has .*'gain'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            create_flow("glow_fast", SHAPE, coupling="scaled", **options)
+    with pytest.raises(ValueError, match="needs the coupling 'scaledd': .*did you mean scaled"):
+        create_flow("glow_fast", SHAPE, coupling="scaledd")
+    register_coupling("scaled")(Scaled)  # a cell of a notebook that runs twice
+    for name in ("affine", "identity", "custom", "", "a b"):
+        with pytest.raises(ValueError, match="is taken, or no word: choose another name for Scaled"):
+            register_coupling(name)(Scaled)
+    with pytest.raises(TypeError, match="no subclass of Coupling"):
+        register_coupling("linear")(nn.Linear)
+    for options in ({"many": [1]}, {"depth": 1}, {"whiten": 1}):
+        with pytest.raises(ValueError, match=f"option '{next(iter(options))}' of many has a name that flows use, or a"):
+            register_coupling("many")(type("Many", (Coupling,), {"options": options}))

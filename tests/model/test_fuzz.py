@@ -39,9 +39,14 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
     small = dict(depth=[1, 1], blocks=[1, 1], width=[4, 4])
     transformer = tiny_model("mef_tiny", subnet="transformer", depth=[1], blocks=[1], width=[16])
     models = [tiny_model(**small), tiny_model("glow_tiny", psi=None, **small), tiny_model("identity"), transformer]
+    # full covariances, and a whitened flow of an autoencoder's latents
+    full = tiny_model("identity").adapt((images(150), torch.arange(150) % 3), rank=3, progress=False)
+    assert full.config.covariance == "full"
+    latent = tiny_model("latent", (3, 16, 16), autoencoder="taef2", whiten=4, **small)
+    models += [full, latent]
     pairs = []
     for index, model in enumerate(models):
-        if index % 2 == 0:
+        if index % 2 == 0 and model is not full:
             model.fit_modes((images(12), torch.arange(12) % 3), rank=2)
         model.config.training = {"data": "/data/pets", "images": 12, "config": {"beta": 0.3, "milestones": [1, 2]}}
         folder = tmp_path_factory.mktemp("seed")
@@ -89,6 +94,9 @@ def outcome(folder: Path, pair: Pair, show: bool = True) -> str:
     assert bool((model.gaussians.variance() > 0).all())
     assert model.gaussians.psi is not None or bool((model.gaussians.s > 0).all())
     assert model.modes is None or all(bool((t >= 0).all()) for t in (model.modes.rest, model.modes.scales))
+    # First uses raise nothing.
+    model.posterior(images(2, model.image_shape))
+    model.sample(torch.zeros(2, dtype=torch.int64), source="gaussian" if model.modes is None else "rfcm")
     if not show:
         return "loaded"
     model.save(folder / "again")

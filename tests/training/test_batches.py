@@ -9,7 +9,8 @@ import torch
 from glem_augment.codec.levels import draw_noise, to_levels
 from glem_augment.distributed import Share
 from glem_augment.errors import DataError
-from glem_augment.training.start import augment_batch, epoch_order, stratified_split
+from glem_augment.training.augmentation import augment_batch
+from glem_augment.training.batches import epoch_order, stratified_split
 
 
 def test_stratified_split_keeps_every_class_in_proportion() -> None:

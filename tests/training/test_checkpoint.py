@@ -17,8 +17,8 @@ from torch import Tensor
 
 from glem_augment.errors import TrainingError
 from glem_augment.images.dataset import ImageData
-from glem_augment.training import folder as folder_module
-from glem_augment.training.folder import NEWEST, data_fingerprint, from_bytes, load_checkpoint, to_bytes
+from glem_augment.training import checkpoint as checkpoint_module
+from glem_augment.training.checkpoint import NEWEST, data_fingerprint, from_bytes, load_checkpoint, to_bytes
 
 
 def test_damaged_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +36,7 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(TrainingError, match=NEWEST):
             load_checkpoint(out)
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module, "_FORMAT", b"other")
+        patch.setattr(checkpoint_module, "_FORMAT", b"other")
         path.write_bytes(to_bytes(*trainer.state()))
     with pytest.raises(TrainingError, match="damaged, or was written by another version, which can finish that run"):
         load_checkpoint(out)

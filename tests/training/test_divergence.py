@@ -18,18 +18,17 @@ from test_training import rows, tiny_trainer
 from torch import Tensor
 
 from glem_augment import GLEM
+from glem_augment.distributed import share
 from glem_augment.errors import TrainingError
-from glem_augment.flows import MultiscaleFlow
-from glem_augment.training import TimeUpError, Trainer, optim
-from glem_augment.training import em as em_module
+from glem_augment.training import TimeUpError, Trainer, guard
 from glem_augment.training import trainer as trainer_module
-from glem_augment.training.folder import wandb
-from glem_augment.training.optim import DivergenceError, LossGuard
+from glem_augment.training.guard import DivergenceError, LossGuard
+from glem_augment.training.log import wandb
 
 
 @pytest.fixture(autouse=True)
 def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "MAX_BAD_STEPS", 2)
+    monkeypatch.setattr(guard, "MAX_BAD_STEPS", 2)
 
 
 def rollbacks(out: Path) -> list[tuple[int, float, int]]:
@@ -77,8 +76,8 @@ def test_the_guard_lets_ordinary_runs_pass() -> None:
 def test_the_guard_notices_losses_that_leave_for_good(bad: float) -> None:
     calm = noise(500, 2.0, 0.1)
     at = until_divergence(new_guard(math.inf), calm + [bad] * 300)
-    assert at is not None and 0 < at - 500 - optim.PATIENCE <= optim.SPAN
-    assert until_divergence(new_guard(math.inf), calm + [bad] * (optim.PATIENCE - 20) + calm) is None
+    assert at is not None and 0 < at - 500 - guard.PATIENCE <= guard.SPAN
+    assert until_divergence(new_guard(math.inf), calm + [bad] * (guard.PATIENCE - 20) + calm) is None
 
 
 def test_the_guard_notices_a_run_that_falls_back_behind_independent_pixels() -> None:
@@ -95,15 +94,15 @@ def test_the_guard_notices_a_run_that_only_gets_worse_than_untrained(start: floa
     for later, noticed in ((limit - 0.1, False), (limit + 0.1, True)):
         watch = new_guard()
         at = until_divergence(watch, losses, [start] * 10 + [later] * 390)
-        assert (at is not None and 0 <= at - 10 - optim.PATIENCE <= optim.SPAN) == noticed != watch.calm
+        assert (at is not None and 0 <= at - 10 - guard.PATIENCE <= guard.SPAN) == noticed != watch.calm
 
 
 def test_independent_pixels_cost_the_entropy_of_their_histogram() -> None:
     x = torch.zeros(4, 2, 2, 2, dtype=torch.uint8)
     x[:2, 0] = 255  # one bit in the first channel
     x[:, 1] = torch.tensor([[0, 1], [64, 128]])  # two bits in the second
-    assert optim.independent_pixels(x, 8) == pytest.approx(1.5)
-    assert optim.independent_pixels(x, 2) == pytest.approx((1 + 1.5) / 2)  # 0 and 1 are one level
+    assert guard.independent_pixels(x, 8) == pytest.approx(1.5)
+    assert guard.independent_pixels(x, 2) == pytest.approx((1 + 1.5) / 2)  # 0 and 1 are one level
 
 
 def test_the_guard_goes_on_where_its_state_was_saved() -> None:
@@ -149,15 +148,19 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, what: str) -> None:
     trainer = tiny_trainer(tmp_path / "run")
-    x, y = next(iter(trainer.data.batches(trainer.split.nf, 24)))
-    trainer.e_step(x, y)
-    before = copy.deepcopy({**trainer.model.state_dict(), **trainer.ema.state_dict()})
+    x, y = next(iter(trainer.batches.data.batches(trainer.batches.split.nf, 24)))
+
+    def step() -> float:
+        return trainer.e_step.take(x, y, share(len(x)), trainer.so_far)[0]
+
+    step()
+    before = copy.deepcopy({**trainer.model.state_dict(), **trainer.e_step.ema.state_dict()})
     until_returned(trainer, BAD[what], {0})
-    assert math.isnan(trainer.e_step(x, y)[0]) and trainer.bad_steps == 1
-    after = {**trainer.model.state_dict(), **trainer.ema.state_dict()}
+    assert math.isnan(step())
+    after = {**trainer.model.state_dict(), **trainer.e_step.ema.state_dict()}
     assert all(torch.equal(value, before[name]) for name, value in after.items())
     trainer.step = 1  # a good step again
-    assert math.isfinite(trainer.e_step(x, y)[0]) and trainer.bad_steps == 1
+    assert math.isfinite(step())
 
 
 def test_a_divergence_returns_to_the_last_good_checkpoint_at_half_the_rate(tmp_path: Path) -> None:
@@ -166,7 +169,7 @@ def test_a_divergence_returns_to_the_last_good_checkpoint_at_half_the_rate(tmp_p
     with pytest.warns(UserWarning, match=r"step 10: 2 steps in a row were not.*Returned to step 8.*\(1 of at most"):
         model = trainer.fit()
     assert rollbacks(tmp_path) == [(8, 0.5, 1)]
-    assert trainer.lr_scale == 0.5 and trainer.flow_optimizer.param_groups[0]["lr_scale"] == 0.5
+    assert trainer.m_step.lr_scale == 0.5 and trainer.e_step.optimizer.param_groups[0]["lr_scale"] == 0.5
     assert all(v.isfinite().all() for v in model.state_dict().values())
     assert model.config.training["rollbacks"] == 1 and model.config.training["bad_steps"] == 2
     assert [row["epoch"] for row in rows(tmp_path) if row["kind"] == "epoch"] == [1, 2, 3, 4]
@@ -196,7 +199,7 @@ def test_weights_and_biases_gets_the_rows_after_a_return(tmp_path: Path, monkeyp
 
 def test_exploded_losses_return_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SPAN": 1, "START": 1, "PATIENCE": 2, "CALM": 2}.items():
-        monkeypatch.setattr(optim, name, value)
+        monkeypatch.setattr(guard, name, value)
     trainer = tiny_trainer(tmp_path, epochs=4)
     until_returned(trainer, lambda z, logdet: (z + 1e4, logdet), set(range(7, 100)))
     with pytest.warns(UserWarning, match=r"step 8: the loss stays high: .*Returned to step 4"):
@@ -207,7 +210,7 @@ def test_exploded_losses_return_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, epochs=3, every_step=True)
-    real = trainer.e_step
+    real = trainer.e_step.take
 
     def e_step(*batch: Any) -> tuple[float, float]:
         loss = real(*batch)
@@ -215,17 +218,18 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
             next(trainer.model.flow.parameters()).data.fill_(math.nan)
         return loss
 
-    trainer.e_step = e_step
+    trainer.e_step.take = e_step
     with pytest.warns(UserWarning, match="weights are no longer finite.*Returned to step 4"):
         trainer.fit()
     assert GLEM.from_pretrained(tmp_path).num_classes == 2
 
 
-def test_an_m_step_that_is_not_finite_is_a_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, trainer = em_module.m_step_loss, tiny_trainer(tmp_path)
-    monkeypatch.setattr(em_module, "m_step_loss", lambda *args: real(*args) * math.nan)
+def test_an_m_step_that_is_not_finite_is_a_divergence(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path)
+    real = trainer.objective.m_loss
+    trainer.objective.m_loss = lambda *args: real(*args) * math.nan
     with pytest.raises(DivergenceError, match="the M-step's loss or its gradient is not finite"):
-        trainer.m_step()
+        trainer.m_step.take(trainer.so_far)
 
 
 def test_returns_are_limited_also_over_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,21 +246,18 @@ def test_returns_are_limited_also_over_pieces(tmp_path: Path, monkeypatch: pytes
         trainer.fit()
 
 
-# ---- memory and compile ----------------------------------------------------------------------------------------------
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_precision_memory_and_compile_reach_the_flow_that_is_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled, seen = list[MultiscaleFlow](), list[tuple[str, Any]]()
-    monkeypatch.setattr(MultiscaleFlow, "compile_steps", lambda flow: compiled.append(flow))
-    trainer = tiny_trainer(tmp_path, epochs=1, memory="reversible", precision="bf16", compile=True)
+def test_precision_and_memory_reach_the_flow_that_is_trained(tmp_path: Path) -> None:
+    seen = list[tuple[str, Any]]()
+    trainer = tiny_trainer(tmp_path, epochs=1, memory="reversible", precision="bf16")
     flow = trainer.model.flow
 
     def noting(real: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args: (seen.append((flow.memory, flow.autocast)), real(*args))[1]
 
-    trainer.e_step, trainer.measure = noting(trainer.e_step), noting(trainer.measure)
+    trainer.e_step.take, trainer.measure = noting(trainer.e_step.take), noting(trainer.measure)
     trainer.fit()
     # The last one measures.
-    assert compiled == [flow] and seen == [*[("reversible", torch.bfloat16)] * 4, ("stored", None)]
+    assert seen == [*[("reversible", torch.bfloat16)] * 4, ("stored", None)]

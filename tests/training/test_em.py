@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_training import tiny_config, tiny_trainer, toy_data
 
 from glem_augment.cli.train import summary
-from glem_augment.errors import DataError
-from glem_augment.training import Trainer
+from glem_augment.distributed import Share
+from glem_augment.errors import DataError, TrainingError
+from glem_augment.training import TimeUpError, Trainer
+from glem_augment.training.objective import Objective
+from glem_augment.training.steps import latent_pass
 
 
 def latents(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents and labels of D_g with the noise of the pass that starts a run."""
-    seen, statistics = [], trainer.new_statistics()
+    model, objective, seen = trainer.model, trainer.objective, []
+    statistics = objective.statistics(model.num_classes, model.dim, model.device)
     statistics.add = lambda z, y, _: seen.append((z, y))
-    trainer.new_statistics = lambda: statistics
-    trainer.latent_pass(-1, trainer.split.g)
+    objective.statistics = lambda *_: statistics
+    latent_pass(model, trainer.batches, objective, trainer.batches.split.g, -1)
     return tuple(torch.cat(each) for each in zip(*seen, strict=True))
 
 
@@ -34,8 +39,8 @@ def test_means_start_at_shrunk_class_means_at_the_scale_of_the_gaussians(tmp_pat
 
 
 def test_other_classes_of_a_trained_flow_start_at_shrunk_maximum_likelihood(tmp_path: Path) -> None:
-    first = tiny_trainer(tmp_path / "first", epochs=1, psi=None).fit()
-    data, config = toy_data(90, k=3, seed=4), tiny_config(epochs=1, psi=None)
+    first = tiny_trainer(tmp_path / "first", epochs=1, objective="hybrid").fit()
+    data, config = toy_data(90, k=3, seed=4), tiny_config(epochs=1)
     with pytest.raises(DataError, match=r"\(1, 8, 8\)"):
         Trainer(toy_data(shape=(1, 4, 8)), config, tmp_path / "second", init_model=first, progress=False)
     trainer = Trainer(data, config, tmp_path / "second", init_model=first, device="cpu", progress=False)
@@ -70,20 +75,20 @@ def test_another_split_than_that_of_the_first_run_is_said(
 
 def test_jointly_learned_gaussians_follow_the_flows_schedule(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", objective="hybrid")
-    trainer.e_step(*next(iter(trainer.images(trainer.split.nf, 24))))
-    rate = trainer.m_optimizer.param_groups[0]["lr"]
-    assert rate == pytest.approx(1e-2 * trainer.flow_optimizer.param_groups[0]["lr"] / 5e-3) and rate < 1e-2
+    trainer.e_step.take(*next(iter(trainer.batches.read(trainer.batches.split.nf, 24))), trainer.so_far)
+    rate = trainer.gaussians.optimizer.param_groups[0]["lr"]
+    assert rate == pytest.approx(1e-2 * trainer.e_step.optimizer.param_groups[0]["lr"] / 5e-3) and rate < 1e-2
 
 
 def test_an_epoch_of_a_joint_run_has_all_images(tmp_path: Path) -> None:
     """6 are held out, and M-steps would have 12 of the other images."""
-    options = dict(objective="hybrid", batch_size=19, epochs=2, modes_rank=0)
-    new, em = tiny_trainer(tmp_path / "new", **options), tiny_trainer(tmp_path / "em", joint=False, **options)
+    options = dict(batch_size=19, epochs=2, modes_rank=0)
+    new, em = tiny_trainer(tmp_path / "new", objective="hybrid", **options), tiny_trainer(tmp_path / "em", **options)
     assert (new.steps_per_epoch, em.steps_per_epoch) == (6, 5)
-    assert "114 for the flow and the Gaussians, 6 held out" in summary(new, new.data)
-    assert "102 for the flow, 12 for the Gaussians, 6 held out" in summary(em, em.data)
+    assert "114 for the flow and the Gaussians, 6 held out" in summary(new)
+    assert "102 for the flow, 12 for the Gaussians, 6 held out" in summary(em)
     seen: list[torch.Tensor] = []
-    new.e_step = lambda x, *_: (seen.append(x), (0.0, 0.0))[1]
+    new.e_step.take = lambda x, *_: (seen.append(x), (0.0, 0.0))[1]
     new.fit()
     assert len(torch.cat(seen[:6]).unique(dim=0)) == 114
 
@@ -91,20 +96,22 @@ def test_an_epoch_of_a_joint_run_has_all_images(tmp_path: Path) -> None:
 def test_learning_rates_of_m_steps_halve_after_a_return(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", m_steps=2, epochs=3)
     rates: list[float] = []
-    trainer.m_optimizer.register_step_pre_hook(lambda adam, *_: rates.append(adam.param_groups[0]["lr"]))
+    trainer.gaussians.optimizer.register_step_pre_hook(lambda adam, *_: rates.append(adam.param_groups[0]["lr"]))
     for scale in (1.0, 1.0, 0.5):
         trainer.set_lr_scale(scale)
-        trainer.m_step()
-        assert bool(trainer.m_optimizer.state) == (trainer.m_done > 1)  # the moments of the first are forgotten
+        trainer.m_step.take(trainer.so_far)
+        # The moments of the first M-step are forgotten.
+        assert bool(trainer.gaussians.optimizer.state) == (trainer.m_step.done > 1)
     assert rates == pytest.approx([rates[0]] * 4 + [rates[0] / 2] * 2) and rates[0] > 0
 
 
 @pytest.mark.parametrize("val_fraction", [0.2, 0.0])
 def test_what_is_measured(tmp_path: Path, val_fraction: float) -> None:
     trainer = tiny_trainer(tmp_path / "run", toy_data(120, k=3), val_fraction=val_fraction)
-    trainer.m_step()
+    trainer.m_step.take(trainer.so_far)
     model, gaussians = trainer.model, trainer.model.gaussians
-    x, y, _ = next(iter(trainer.images(trainer.split.val if val_fraction else trainer.split.g, 256)))
+    split = trainer.batches.split
+    x, y, _ = next(iter(trainer.batches.read(split.val if val_fraction else split.g, 256)))
     found = trainer.measure()
     scores = torch.cat([model.log_prob_per_class(part).detach() for part in x.split(5)])  # whatever the batches
     own = scores.gather(1, y[:, None])
@@ -119,3 +126,49 @@ def test_what_is_measured(tmp_path: Path, val_fraction: float) -> None:
         "saturated_variances": 0.0,
     }
     assert found == pytest.approx(want, rel=1e-5) and want["kld_min"] < want["kld_mean"]
+
+
+def test_a_run_takes_the_users_objective_and_augmentation(tmp_path: Path) -> None:
+    """Its settings are recorded, and a resumed run must have the same."""
+
+    class Scaled(Objective):
+        factor = 2.0
+
+        def settings(self) -> dict[str, Any]:
+            return {"objective": "scaled", "factor": self.factor}
+
+        def e_loss(self, *batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            loss, nll = super().e_loss(*batch)
+            return self.factor * loss, nll
+
+    seen: list[int] = []
+
+    def augment(x: torch.Tensor, _: torch.Generator, share: Share) -> torch.Tensor:
+        seen.append(share.total)
+        return 255 - x
+
+    options: dict[str, Any] = dict(device="cpu", progress=False, augment=augment)
+    data, config = toy_data(), tiny_config(objective="mle", epochs=1, modes_rank=0)
+    trainer = Trainer(data, config, tmp_path / "run", objective=Scaled(), **options)
+    loss, bits = trainer.e_step.take(*next(iter(trainer.batches.read(trainer.batches.split.nf, 24))), trainer.so_far)
+    assert loss == pytest.approx(2 * bits * math.log(2)) and seen == [24]
+    trainer = Trainer(data, config, tmp_path / "whole", objective=Scaled(), **options)
+    record = trainer.fit().config.training["config"]
+    assert record["objective"] == "scaled" and record["factor"] == 2.0 and record["epochs"] == 1
+    other = Scaled()
+    other.factor = 3.0
+    with pytest.raises(TrainingError, match="factor: 2.0 then, 3.0 now"):
+        Trainer(data, config, tmp_path / "whole", resume=True, objective=other, **options)
+
+
+def test_a_run_keeps_the_variances_function_of_its_start_model(tmp_path: Path) -> None:
+    data = toy_data()
+    first = tiny_trainer(tmp_path / "first", data, epochs=1).fit()
+    assert first.config.psi == (0.5, 0.2, 0.05)
+    config = tiny_config(epochs=1, objective="hybrid", max_minutes=1e-9)
+    trainer = Trainer(data, config, tmp_path / "second", init_model=first, device="cpu", progress=False)
+    assert torch.equal(trainer.model.gaussians.s, first.gaussians.s)
+    with pytest.raises(TimeUpError):
+        trainer.fit()
+    resumed = tiny_trainer(tmp_path / "second", data, resume=True, epochs=1, objective="hybrid")
+    assert resumed.fit().config.psi == first.config.psi

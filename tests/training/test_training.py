@@ -18,13 +18,15 @@ import torch
 from PIL import Image
 
 from glem_augment import GLEM
+from glem_augment.distributed import share
 from glem_augment.evaluation import calibrate
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.weights import CONFIG, WEIGHTS, weights_sha256
 from glem_augment.training import TimeUpError, TrainConfig, Trainer
-from glem_augment.training import start as start_module
+from glem_augment.training import log as log_module
 from glem_augment.training import trainer as trainer_module
-from glem_augment.training.folder import tensorboard
+from glem_augment.training.log import tensorboard
+from glem_augment.training.objective import Progress
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
@@ -69,12 +71,12 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 RUNS = {
     "glem": dict(augment=("crop", "jitter"), memory="reversible"),
-    "mle": dict(schedule="cosine", epochs=4, objective="mle", psi=None, random_init=(0.3, 0.0)),
-    "joint": dict(
-        preset="mef_tiny", flow_options=dict(depth=[1, 1], blocks=[1, 1], width=[4, 4]), objective="ib", epochs=2,
-        joint=True, learn="means", precision="bf16",
+    "mle": dict(schedule="cosine", epochs=4, objective="mle"),
+    "hybrid": dict(
+        preset="mef_tiny", flow_options=dict(depth=[1, 1], blocks=[1, 1], width=[4, 4]), objective="hybrid", epochs=2,
+        precision="bf16",
     ),
-    "identity": dict(preset="identity", flow_options={}, objective="mle", m_steps=3),
+    "identity": dict(preset="identity", flow_options={}, m_steps=3),
 }  # fmt: skip
 
 
@@ -91,16 +93,22 @@ class Dying(Trainer):
     checkpoint_seconds = 0.0  # after every step
     dies = ("E-step", 0)
 
-    def e_step(self, *batch: Any) -> tuple[float, float]:
-        loss = super().e_step(*batch)  # the weights have moved, the step is not counted yet
-        if self.dies == ("E-step", self.step + 1):
-            raise Killed
-        return loss
+    def fit(self) -> GLEM:
+        e_step, m_step = self.e_step.take, self.m_step.take
 
-    def m_step(self) -> None:
-        super().m_step()
-        if self.dies == ("M-step", self.m_done):
-            raise Killed
+        def dying_e_step(*batch: Any) -> tuple[float, float]:
+            loss = e_step(*batch)  # the weights have moved, the step is not counted yet
+            if self.dies == ("E-step", self.step + 1):
+                raise Killed
+            return loss
+
+        def dying_m_step(progress: Progress) -> None:
+            m_step(progress)
+            if self.dies == ("M-step", self.m_step.done):
+                raise Killed
+
+        self.e_step.take, self.m_step.take = dying_e_step, dying_m_step
+        return super().fit()
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -109,7 +117,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, name: 
     undisturbed = tiny_trainer(whole, **options)
     undisturbed.fit()
     ends = [("E-step", 2), ("E-step", undisturbed.total_steps)]
-    if undisturbed.m_total:
+    if undisturbed.m_step.total:
         ends.append(("M-step", 2))
     for number, dies in enumerate(ends):
         out = tmp_path / str(number)
@@ -134,18 +142,18 @@ def test_a_run_tells_people_of_every_epoch_and_of_what_comes_after_the_last(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer_module, "_STEP_ROWS_EVERY", 1)
-    monkeypatch.setattr(start_module, "tqdm", partial(start_module.tqdm, mininterval=0))  # drawn at every update
-    tiny_trainer(tmp_path, toy_data(300), epochs=2, objective="hybrid", joint=False, progress=True).fit()
+    monkeypatch.setattr(log_module, "tqdm", partial(log_module.tqdm, mininterval=0))  # drawn at every update
+    tiny_trainer(tmp_path, toy_data(300), epochs=2, progress=True).fit()
     out, err = capsys.readouterr()
     epochs = re.findall(r"epoch (\d)/2: [0-9.]+ bits/dim.*, accuracy [0-9.]+ % on held-out images", out)
     assert epochs == ["1", "2"]
     assert re.search(r"train: .*loss [0-9.]+ nats/dim, [0-9.]+ bits/dim", err)
-    assert all(f"{title}: 100%" in err for title in ("train", "encoding for the refit", "modes"))
+    assert all(f"{title}: 100%" in err for title in ("start: latents", "train", "modes"))
 
 
 def test_training_improves_bits_and_finds_the_classes(tmp_path: Path) -> None:
     data = toy_data(300)
-    trainer = tiny_trainer(tmp_path / "run", data, epochs=5, objective="hybrid", joint=False, val_fraction=0.2)
+    trainer = tiny_trainer(tmp_path / "run", data, epochs=5, objective="hybrid", val_fraction=0.2)
     before = trainer.measure()
     model = trainer.fit()
     history = [row for row in rows(tmp_path / "run") if row["kind"] == "epoch"]
@@ -171,17 +179,17 @@ def test_the_temperature_is_that_of_the_images_held_out(tmp_path: Path, held_out
     trainer = tiny_trainer(tmp_path / "run", data, **options)
     trainer.fit()
     model = GLEM.from_pretrained(tmp_path / "run")
-    found = model.config.posterior_temperature
-    assert found == (calibrate(model, data.subset(trainer.split.val), progress=False) if held_out else 1.0)
+    found = model.latent_classes.temperature
+    assert found == (calibrate(model, data.subset(trainer.batches.split.val), progress=False) if held_out else 1.0)
     assert held_out == 0.0 or found > 1.5
 
 
-@pytest.mark.parametrize("name", ["glem", "mle"])
-def test_e_steps_leave_the_gaussians_and_m_steps_the_flow_alone(tmp_path: Path, name: str) -> None:
-    trainer = tiny_trainer(tmp_path / "run", **RUNS[name])
+def test_e_steps_leave_the_gaussians_and_m_steps_the_flow_alone(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path / "run", **RUNS["glem"])
     gaussians, flow = trainer.model.gaussians, trainer.model.flow
-    x, y = next(iter(trainer.data.batches(trainer.split.nf, 24)))
-    for step, moves in ((lambda: trainer.e_step(x, y), flow), (trainer.m_step, gaussians)):
+    x, y = next(iter(trainer.batches.data.batches(trainer.batches.split.nf, 24)))
+    e_step = partial(trainer.e_step.take, x, y, share(len(x)), trainer.so_far)
+    for step, moves in ((e_step, flow), (partial(trainer.m_step.take, trainer.so_far), gaussians)):
         before = {module: copy.deepcopy(module.state_dict()) for module in (gaussians, flow)}
         step()
         for module, state in before.items():
@@ -191,9 +199,9 @@ def test_e_steps_leave_the_gaussians_and_m_steps_the_flow_alone(tmp_path: Path, 
 
 def test_an_m_step_comes_before_every_epoch_whose_loss_is_the_mean_of_its_steps(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, epochs=3, modes_rank=0)
-    at, losses, m_step, e_step = [], [], trainer.m_step, trainer.e_step
-    trainer.m_step = lambda: (at.append(trainer.step), m_step())
-    trainer.e_step = lambda *batch: losses.append(e_step(*batch)) or losses[-1]
+    at, losses, m_step, e_step = [], [], trainer.m_step.take, trainer.e_step.take
+    trainer.m_step.take = lambda so_far: (at.append(trainer.step), m_step(so_far))
+    trainer.e_step.take = lambda *batch: losses.append(e_step(*batch)) or losses[-1]
     trainer.fit()
     assert at == [0, 4, 8]
     found = [row["loss"] for row in rows(tmp_path) if row["kind"] == "epoch"]
@@ -202,9 +210,9 @@ def test_an_m_step_comes_before_every_epoch_whose_loss_is_the_mean_of_its_steps(
 
 def test_lambda_falls_linearly(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", kld_weight=4.0, epochs=5)
-    for trainer.m_done, weight in enumerate([4.0, 3.5, 3.0, 2.5, 2.0]):
-        assert trainer.kld_weight() == pytest.approx(weight)
-    assert tiny_trainer(tmp_path / "hybrid", objective="hybrid").kld_weight() == 0
+    for trainer.m_step.done, weight in enumerate([4.0, 3.5, 3.0, 2.5, 2.0]):
+        assert trainer.objective.weights(trainer.so_far) == pytest.approx({"kld_weight": weight})
+    assert tiny_trainer(tmp_path / "hybrid", objective="hybrid").objective.weights(trainer.so_far) == {}
 
 
 @pytest.mark.parametrize(("schedule", "shares"), [("multistep", [1, 0.5, 0.25]), ("cosine", [0.9, 0.5, 0.1])])
@@ -212,8 +220,8 @@ def test_learning_rates_warm_up_and_fall_to_their_floor(tmp_path: Path, schedule
     trainer = tiny_trainer(tmp_path / "run", epochs=10, warmup_steps=8, lr=1e-2, schedule=schedule)
     rates = []
     for step in range(trainer.total_steps):
-        rates.append(trainer.flow_optimizer.param_groups[0]["lr"] / 1e-2)
-        trainer.scheduler.step_update(step + 1)
+        rates.append(trainer.e_step.optimizer.param_groups[0]["lr"] / 1e-2)
+        trainer.e_step.scheduler.step_update(step + 1)
     assert len(rates) == 40 and rates[0] == pytest.approx(1 / 8) and rates[9] == pytest.approx(1, rel=0.01)
     assert (np.diff(rates[:9]) > 0).all() and (np.diff(rates[9:]) <= 1e-12).all()
     assert [rates[15], rates[25], rates[35]] == pytest.approx(shares, abs=0.06)
@@ -227,12 +235,12 @@ def test_a_run_too_short_for_its_warm_up_has_a_lower_rate(tmp_path: Path) -> Non
     trainer = tiny_trainer(tmp_path / "run", epochs=10, warmup_steps=1000, lr=1e-2)
     rates = []
     for step in range(trainer.total_steps):
-        trainer.scheduler.step_update(step)
-        rates.append(trainer.flow_optimizer.param_groups[0]["lr"])
+        trainer.e_step.scheduler.step_update(step)
+        rates.append(trainer.e_step.optimizer.param_groups[0]["lr"])
     assert rates[:3] == pytest.approx([1e-4, 1.95e-4, 2.9e-4]) and max(rates) == pytest.approx(20e-4, rel=0.05)
-    assert trainer.lr == pytest.approx(20e-4)  # and the Gaussians' rate is relative to this
+    assert trainer.e_step.lr == pytest.approx(20e-4)  # and the Gaussians' rate is relative to this
     longer = tiny_trainer(tmp_path / "longer", epochs=100, warmup_steps=1000, lr=1e-2)
-    assert longer.lr == 1e-2  # its warm-up is cut short, too, but is slow enough
+    assert longer.e_step.lr == 1e-2  # its warm-up is cut short, too, but is slow enough
 
 
 # ---- things that go wrong --------------------------------------------------------------------------------------------
@@ -290,16 +298,6 @@ def test_images_of_five_channels_train_and_are_drawn(tmp_path: Path) -> None:
     assert trainer.fit().check_invertibility(data.tensor())["within_half_step"] == 1
     for picture in ("samples/epoch_0001.png", "curves.png"):
         Image.open(tmp_path / picture).verify()
-
-
-def test_likelihood_alone_ends_at_its_maximum(tmp_path: Path) -> None:
-    """Baseline 2: per class the mean and variance of the latents of all training images, under the averaged flow."""
-    trainer = tiny_trainer(tmp_path / "run", objective="mle", psi=None, modes_rank=0)
-    model = trainer.fit()
-    rows = np.concatenate([trainer.split.nf, trainer.split.g])
-    mean, variance = trainer.latent_pass(trainer.m_total, np.sort(rows), model=model).moments()
-    torch.testing.assert_close(model.gaussians.mu, mean.float())
-    torch.testing.assert_close(model.gaussians.variance(), variance.clamp_min(0.03).float(), rtol=1e-4, atol=1e-5)
 
 
 def test_callbacks_see_the_rows_of_the_log_and_may_stop_the_run(tmp_path: Path) -> None:

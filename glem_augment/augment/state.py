@@ -1,66 +1,28 @@
-"""The random choices of a call of GLEMAugment, where they come from, and counts of the rows that they chose.
+"""What a transform remembers between its calls, here and in DataLoader workers.
 
 Draws resume, and they differ on every rank and in every DataLoader worker: call number n has a new generator, seeded
 from (seed, rank, worker, n). So a checkpoint of rank 0 resumes every rank, and torch's global seed has no effect. Each
-worker's calls are counted in shared memory, which outlives the workers of an epoch.
+worker's calls, and the rows that it selected and rejected, are counted in shared memory, which outlives the workers of
+an epoch.
 """
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from glem_augment.checks import check_whole
 from glem_augment.distributed import rank
-from glem_augment.tensors import send
-
-
-@dataclass
-class AugmentParams:
-    """The random choices of one call, for n selected rows of a batch of B; `draw` gives them on the CPU.
-
-    Attributes:
-        rows: int64 [n], the rows to change, rising.
-        cls: int64 [n], the flow class of each row, whose modes are used; -1: the flow does not have the class, and the
-            row is passed through.
-        eps: float32 [n, k], standard normal: the coefficients of k modes.
-        partner: int64 [n], the partner's row in the batch; -1: the partner is drawn from the RFCM of its class.
-        partner_cls: int64 [n], the flow class of the partner; -1: a row of a class that the flow does not have.
-        l: float32 [n] in [1/2, 1], the share of the row's image along the modes.
-        seeds: int64 [n], seeds of the rows for partners that are drawn.
-
-    Policies "noise" and "adversarial" have only rows, cls and eps; "mixup" has all but eps. Other fields are empty.
-    """
-
-    rows: Tensor
-    cls: Tensor
-    eps: Tensor
-    partner: Tensor
-    partner_cls: Tensor
-    l: Tensor  # noqa: E741  (the paper's letter)
-    seeds: Tensor
-
-    def to(self, device: torch.device | str) -> AugmentParams:
-        """The same parameters on another device."""
-        return AugmentParams(**{f.name: send(getattr(self, f.name), torch.device(device)) for f in fields(self)})
-
-    def where(self, mask: Tensor) -> AugmentParams:
-        """The parameters of the selected rows for which `mask`, bool [n], holds."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        n = len(self.rows)
-        return AugmentParams(**{name: value[mask] if len(value) == n else value for name, value in values.items()})
-
-
-# ---- generators -----------------------------------------------------------------------------------------------------
+from glem_augment.tensors import weights_key
 
 WORKERS = 1024  # rows of a WorkerCounts; worker w has row w % WORKERS
+MOST_REJECTED = 0.05  # more rejected moves or samples than this part of all are reported
 
 
 class WorkerCounts:
@@ -138,26 +100,77 @@ class RandomState:
         return {**self.__dict__, "_sender": rank(self._sender)}
 
 
-# ---- draws ----------------------------------------------------------------------------------------------------------
+class InverseTest:
+    """Chooses the calls that test whether the model gives the images back.
 
-
-def choose_rows(batch: int, p: float, generator: torch.Generator) -> Tensor:
-    """Rows to change, int64 [n], rising. Each is chosen with probability p; n is p * batch, rounded up or down.
-
-    A coin for each row would give another n in each batch. oneDNN, cuDNN and torch.compile prepare for each new shape.
+    These are all calls until FIRST tests in a row lose no image, then one call in EVERY. New weights start this again.
     """
-    n = math.floor(p * batch + float(torch.rand((), generator=generator, dtype=torch.float64, device="cpu")))
-    return torch.randperm(batch, generator=generator, device="cpu")[:n].sort().values
+
+    FIRST, EVERY = 8, 32
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._calls = self._good = 0
+
+    def due(self, flow: nn.Module) -> bool:
+        """Whether the call that begins now tests the inverse."""
+        key = weights_key(flow)
+        if key != self._key:
+            self._key, self._good = key, 0
+        self._calls += 1
+        return self._good < self.FIRST or self._calls % self.EVERY == 0
+
+    def saw(self, back: Tensor) -> None:
+        """Note the result of a test, bool [n]; this waits for the device."""
+        self._good = self._good + 1 if bool(back.all()) else 0
 
 
-def draw_shares(alpha: float, n: int, generator: torch.Generator) -> Tensor:
-    """max(l, 1 - l) for l ~ Beta(alpha, alpha): float32 [n] in [1/2, 1]."""
-    # NumPy draws it, because torch.distributions takes no generator.
-    seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
-    share = np.random.default_rng(seed).beta(alpha, alpha, n)
-    return torch.tensor(np.maximum(share, 1.0 - share), dtype=torch.float32, device="cpu")
+class MoveCounts:
+    """Counts of rows over all calls, here and in DataLoader workers.
 
+    selected: rows chosen to be changed. rejected: chosen rows that were kept, since the decoded image was not plausible
+    or the model did not give the original back. unmapped: chosen rows of a class that the model lacks.
+    """
 
-def normal(n: int, m: int, generator: torch.Generator) -> Tensor:
-    """Standard normal float32 [n, m] on the CPU, for any defaults of torch."""
-    return torch.randn(n, m, generator=generator, dtype=torch.float32, device="cpu")
+    NAMES = ("selected", "rejected", "unmapped")
+    FIRST, MOST = 100, 0.5  # a warning is given if more than this part of the first rows was kept as it was
+
+    def __init__(self) -> None:
+        self._counts = WorkerCounts(len(self.NAMES))
+        self._unread: list[Tensor] = []
+        self._judged = False
+
+    def add(self, selected: int, unmapped: int, rejected: Tensor) -> None:
+        """Add one call's counts. `rejected` is a tensor of one number on any device, which is read later."""
+        own = self._counts.own()
+        own[0] += selected
+        own[2] += unmapped
+        self._unread.append(rejected)
+        if rejected.device.type == "cpu" or len(self._unread) >= self.FIRST:
+            self._read()
+
+    def stats(self) -> dict[str, int]:
+        """All counts by name; reading them waits for the device."""
+        self._read()
+        return dict(zip(self.NAMES, self._counts.total().tolist(), strict=True))
+
+    def _read(self) -> None:
+        own = self._counts.own()
+        own[1] += sum(int(count) for count in self._unread)
+        self._unread.clear()
+        selected, rejected, unmapped = own.tolist()
+        if self._judged or selected < self.FIRST:
+            return
+        self._judged = True
+        if rejected + unmapped > self.MOST * selected:
+            warnings.warn(
+                f"of the first {selected} images chosen {rejected} were kept as they were because the moved ones were "
+                f"not plausible or the model does not give the originals back, and {unmapped} because the model does "
+                "not have their class (see aug.stats). Fit the model to images like these (model.adapt), lower the "
+                "strength, or put the transform before strong crops, RandAugment and RandomErasing",
+                stacklevel=5,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._read()
+        return self.__dict__

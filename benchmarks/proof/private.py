@@ -1,0 +1,173 @@
+"""The accuracy on real images of classifiers that are trained on samples of private models alone.
+
+    GLEM_DATA=... python benchmarks/proof/private.py --data fashion-mnist cifar10 --epsilon 0.2 1 3 10 --seeds 0 1 2 3 4
+    GLEM_DATA=... python benchmarks/proof/private.py --data fashion-mnist --epsilon 1 --method pixels
+
+A row is one release with new noise (which has no seed), 20,000 new samples, and a new classifier, the small ResNet of
+samples_alone.py, judged on all real test images. Latents are computed once and stay in `--work`; they are secret, and
+the releases are made from them as `GLEM.fit(..., privacy=...)` makes them. Stored rows are not measured again.
+
+    taef2       latents of TAEF2 in the bundled coordinates: `glem fit --autoencoder taef2 --epsilon E`
+    pixels      the same releases of the pixels, with the bundled photographs as public images: the control
+
+Epsilon 0 stands for no privacy: the classes of `glem fit --autoencoder taef2 --rank 512`. Of the real images,
+samples_alone.py has the accuracy. `--validation` judges every tenth training image, which then is no private image, and
+was used for choices.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
+
+from benchmarks.common import ROOT, find_images, interval, machine, parser, write_results
+from benchmarks.paper.classifier import Recipe, train_classifier
+from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
+from glem_augment.classes.privacy import Privacy
+from glem_augment.classes.private import private_classes
+from glem_augment.evaluation.pictures import Section, compose
+from glem_augment.io import save_png, write_json
+from glem_augment.model.private_fit import latents_alone, set_coordinates
+
+NAME = "private"
+FOLDERS = {"fashion-mnist": "/usr/share/datasets/fashion-mnist"}  # otherwise in GLEM_DATA alone
+AUGMENT: dict[str, tuple[str, ...]] = {"fashion-mnist": ("crop",)}  # all shoes point the same way
+PER_CLASS, EPOCHS = 2000, 8
+
+
+class Images:
+    """The images of one data set and their latents, which stay in `work`."""
+
+    def __init__(self, data: str, method: str, work: Path, validation: bool) -> None:
+        self.name, self.method = data, method
+        folder = find_images(NAME, data, data, FOLDERS.get(data))
+        train, test = (open_data(folder, split, progress=False) for split in ("train", "test"))
+        held = np.arange(len(train)) % 10 == 9
+        self.train = train.subset(np.flatnonzero(~held)) if validation else train
+        self.judged = train.subset(np.flatnonzero(held)) if validation else test
+        autoencoder = None if method == "pixels" else method
+        shape = train.image_shape
+        self.base = GLEM.create("stationary", shape, train.classes, train.class_ids, autoencoder=autoencoder).eval()
+        public = None
+        if method == "pixels":
+            whole = open_data("bundled:photographs", channels=shape[0], progress=False).tensor()
+            tiles = whole.unfold(2, 64, 64).unfold(3, 64, 64).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+            x = torch.nn.functional.interpolate(tiles.float(), shape[1:], mode="bilinear", antialias=True)
+            public = ImageData.from_tensors(x.round().to(torch.uint8), torch.zeros(len(x)).long(), ["image"])
+        self.prior, self.clip = set_coordinates(self.base, public)
+        self.work = work / f"{data} {method}{' validation' * validation}"
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    def latents(self) -> tuple[Tensor, Tensor]:
+        path = self.work / "latents.npz"
+        if not path.is_file():
+            z, y = latents_alone(self.base, self.train, progress=True)
+            with path.open("wb") as file:
+                np.savez(file, z=z.numpy(), y=y.numpy())
+        with np.load(path) as file:
+            return torch.from_numpy(file["z"]), torch.from_numpy(file["y"])
+
+    def model(self, epsilon: float, delta: float, cells: int | None) -> tuple[GLEM, dict[str, Any]]:
+        """A new private model, and facts of its release."""
+        if not epsilon:
+            autoencoder = None if self.method == "pixels" else self.method
+            return GLEM.fit(self.train, autoencoder, rank=10**4, parts=cells, progress=False), {}
+        z, y = self.latents()
+        privacy, began = Privacy(epsilon, delta), time.process_time()
+        found = private_classes(z, y, 10, self.prior, self.clip, privacy, cells, lambda _, make: make())
+        self.base.latent_classes = found.classes
+        modes = self.base.modes
+        assert modes is not None
+        facts = {"cells": modes.parts, "modes": f"{int(found.modes.min())} to {int(found.modes.max())}"}
+        return self.base, {**facts, "pooled modes": found.pooled_modes, "CPU s": time.process_time() - began}
+
+    def accuracy(self, model: GLEM, seed: int, temperature: float) -> float:
+        """Percent of real images that a classifier of 20,000 samples recognises."""
+        data = SyntheticDataset(model, PER_CLASS, seed=seed, temperature=temperature, source="rfcm")
+        x, y = data.images(range(len(data))), torch.tensor(data.targets)
+        augment = AUGMENT.get(self.name, ("flip", "crop"))
+        recipe = Recipe(arch="resnet18_quarter_half", epochs=EPOCHS, augment=augment, seed=seed)
+        found = train_classifier(lambda epoch: (x, y), 10, recipe, progress=False)
+        return 100 * found.accuracy(self.judged.tensor(), torch.from_numpy(self.judged.targets))
+
+
+def draw(images: Images, epsilons: list[float], delta: float, path: Path) -> None:
+    """A picture of real images, and below of samples of new models, a row for each epsilon; two of each class."""
+    y = torch.arange(10).repeat_interleave(2)
+    first = np.concatenate([np.flatnonzero(images.judged.targets == k)[:2] for k in range(10)])
+    rows, names = [images.judged.subset(first).tensor().float() / 255], ["real"]
+    for epsilon in epsilons:
+        model = images.model(epsilon, delta, None)[0]
+        rows.append(model.sample(y, 1.0, torch.Generator().manual_seed(0), "rfcm"))
+        names.append(f"epsilon {epsilon:g}" if epsilon else "no privacy")
+    save_png(compose("", "", [Section("", torch.stack(rows), rows=names)]), path)
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line for each data set, method and promise: mean and 95 % interval over seeds."""
+    table = []
+    keys = ("data", "method", "judged", "epsilon", "delta", "cells asked")
+    for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
+        own = [row for row in rows if tuple(row[name] for name in keys) == key]
+        values = [row["accuracy"] for row in own]
+        line = dict(zip(keys, key, strict=True)) | {"seeds": len(own), "accuracy": statistics.mean(values)}
+        line["+/-"] = interval(values).half if len(values) > 1 else None
+        table.append(line | {name: own[0].get(name) for name in ("cells", "modes", "pooled modes")})
+    return sorted(table, key=lambda line: (line["data"], line["method"], line["judged"], line["epsilon"]))
+
+
+def main() -> None:
+    args = parser(__doc__)
+    args.set_defaults(threads=1)
+    args.add_argument("--data", nargs="+", default=["fashion-mnist", "cifar10"], help="of ten classes (%(default)s)")
+    args.add_argument("--method", nargs="+", default=["taef2"], choices=("taef2", "pixels"))
+    args.add_argument("--epsilon", nargs="+", type=float, default=[0.2, 1, 3, 10], help="0: no privacy (%(default)s)")
+    args.add_argument("--delta", type=float, default=1e-5)
+    args.add_argument("--cells", type=int, help="Gaussians per class (default: as many as the noise allows)")
+    args.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    args.add_argument("--temperature", type=float, default=1.0)
+    args.add_argument("--validation", action="store_true", help="judge held-out training images")
+    args.add_argument("--picture", type=Path, help="draw samples of each epsilon beside real images, and do no more")
+    args.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder for latents (%(default)s)")
+    args = args.parse_args()
+    torch.set_num_threads(args.threads)
+    path = args.out / f"{NAME}.json"
+    judged = "validation" if args.validation else "test"
+
+    def stored() -> list[dict[str, Any]]:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+    for data in args.data:
+        for method in args.method:
+            images = Images(data, method, args.work, args.validation)
+            if args.picture is not None:
+                draw(images, args.epsilon, args.delta, args.picture)
+                return
+            for seed in args.seeds:
+                for epsilon in args.epsilon:
+                    known = {"data": data, "method": method, "judged": judged, "epsilon": epsilon, "delta": args.delta}
+                    known |= {"cells asked": args.cells, "temperature": args.temperature, "seed": seed}
+                    if any(known.items() <= row.items() for row in stored()):
+                        continue
+                    model, facts = images.model(epsilon, args.delta, args.cells)
+                    row = known | {"accuracy": images.accuracy(model, seed, args.temperature), **facts}
+                    row |= {"processor": machine()["processor"]}
+                    write_json(path, [*stored(), row])  # Another process may have added rows.
+                    print(*row.values(), flush=True)
+    write_results(
+        args.out, NAME, "Classifiers trained on samples of private models", summary(stored()), record=stored()
+    )
+
+
+if __name__ == "__main__":
+    main()

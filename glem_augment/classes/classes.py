@@ -1,0 +1,66 @@
+"""The classes of a model as one object: Gaussians, modes, the kind of covariance, and the posterior's temperature."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from glem_augment.checks import check_choice
+from glem_augment.classes.gaussians import ClassGaussians, ClassSampler
+from glem_augment.classes.modes import ClassModes
+
+
+class Classes(nn.Module):
+    """Densities and samples of K classes of latents in d dimensions. A model replaces them as a whole.
+
+    Attributes:
+        gaussians: a diagonal Gaussian per class.
+        modes: means, principal modes and remaining variances, or None.
+        full: whether densities have the full covariances of `modes` in place of the Gaussians' variances.
+        temperature: T >= 1 of the posterior, softmax of log p(z|y) / T.
+    """
+
+    def __init__(
+        self,
+        gaussians: ClassGaussians,
+        modes: ClassModes | None = None,
+        full: bool = False,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.gaussians, self.modes, self.full, self.temperature = gaussians, modes, full, temperature
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z | y) of latents z [B, d] under every class, [B, K] nats."""
+        return self.modes.log_prob(z) if self.full and self.modes is not None else self.gaussians.log_prob(z)
+
+    def log_prob_of(self, z: Tensor, y: Tensor) -> Tensor:
+        """log p(z | y) of each latent z [B, d] under its class y, int64 [B]: [B] nats."""
+        return self.log_prob(z).gather(1, y[:, None])[:, 0] if self.full else self.gaussians.log_prob_of(z, y)
+
+    def posterior(self, z: Tensor, prior: Tensor | None = None) -> Tensor:
+        """p(y | z) [B, K], proportional to prior_y p(z | y)^(1/T).
+
+        `prior` [K] >= 0 is uniform by default; it need not sum to one.
+        """
+        scores = self.log_prob(z) / self.temperature
+        if prior is not None:
+            prior = torch.as_tensor(prior, dtype=scores.dtype, device=scores.device)
+            classes = scores.shape[1]
+            good = prior.shape == (classes,) and bool((prior.isfinite() & (prior >= 0)).all())
+            if not good or not bool(prior.any()):
+                raise ValueError(f"prior must be {classes} numbers >= 0 that are not all zero, got {prior}")
+            scores = scores + prior.log()
+        return torch.softmax(scores, 1)
+
+    def sampler(self, source: str) -> ClassSampler:
+        """What draws latents: "gaussian", the Gaussians, or "rfcm", the mean and covariance of `modes`.
+
+        ValueError: another source, or no modes.
+        """
+        check_choice("source", source, ("gaussian", "rfcm"))
+        if source == "gaussian":
+            return self.gaussians
+        if self.modes is None:
+            raise ValueError("source='rfcm' needs class modes; call model.fit_modes(data) first")
+        return self.modes

@@ -1,0 +1,257 @@
+"""Statistics of classes: counts, means and scatter of their latents, made in one pass.
+
+The latents z of a class of n images have the mean m and the scatter S = sum (z - m)(z - m)^T. Gaussians, modes, pooled
+covariance, shrinkage and discriminant are fitted to these alone (`classes.fit`). S is stored as its eigenvectors V and
+the roots l of its eigenvalues, S = V^T diag(l^2) V, and its diagonal. In up to `WHOLE_DIM` dimensions V is whole.
+Above, V has the strongest rows only, and the diagonal is exact.
+
+A few latents are kept to fit the temperature of the posterior (`classes.calibrate`). They may be left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glem_augment import distributed
+from glem_augment.classes.decomposition import leading_modes
+from glem_augment.classes.groups import k_means
+from glem_augment.errors import DataError
+
+# Scatter is whole up to these limits: dimensions, and numbers in all.
+WHOLE_DIM, _MOST_WHOLE = 1024, 2**26
+IMAGES_PER_MODE = 8  # of a pooled covariance that whitens
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and scatter of n latents; float64 on the CPU.
+
+    count: n. mean: [d]. directions: [r, d], orthonormal rows V. values: [r], descending, the roots l. squares: [d], the
+    diagonal of S.
+    """
+
+    count: int
+    mean: Tensor
+    directions: Tensor
+    values: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, latents: Tensor, name: str, most: int) -> Moments:
+        """Moments of latents [n, d], with at most `most` directions.
+
+        DataError, with the class's `name`: no latents, or latents that are not finite.
+        """
+        mean, rows = centred(latents, name, least=1)
+        return cls(len(rows), mean, *leading_modes(rows, most), rows.square().sum(0))
+
+    @classmethod
+    def of_covariance(cls, count: int, mean: Tensor, covariance: Tensor) -> Moments:
+        """Moments of `count` latents with this mean [d] and covariance [d, d], which is made positive."""
+        values, vectors = torch.linalg.eigh(covariance.double())
+        values = (values.flip(0).clamp_min(0) * max(1, count - 1)).sqrt()
+        directions = vectors.flip(1).T
+        return cls(count, mean.double(), directions, values, (values[:, None] * directions).square().sum(0))
+
+    def scatter(self) -> Tensor:
+        """S [d, d] along the stored directions."""
+        rows = self.values[:, None] * self.directions
+        return rows.T @ rows
+
+    def without(self, latents: Tensor) -> Moments:
+        """Moments of the other latents, without some latents [j, d] that were counted; j < n. S must be whole."""
+        z, n, j = latents.double(), self.count, len(latents)
+        if not j:
+            return self
+        away = z - self.mean
+        mean = self.mean - away.sum(0) / (n - j)
+        shift = (mean - self.mean)[:, None]
+        scatter = self.scatter() - away.T @ away - (n - j) * shift @ shift.T
+        return Moments.of_covariance(n - j, mean, scatter / max(1, n - j - 1))
+
+    def cut(self, most: int) -> Moments:
+        """The same moments with at most `most` directions."""
+        return replace(self, directions=self.directions[:most], values=self.values[:most])
+
+
+@dataclass
+class ClassStatistics:
+    """Moments of K classes of latents in d dimensions.
+
+    Attributes:
+        classes: of each class as a whole.
+        parts: of the groups of each class; one group, the class itself, without parts.
+        pooled: the scatter of all classes about their means; `count` is its degrees of freedom, and the mean is the
+            classes' mean.
+        kept: a few latents [m, d] of each class, evenly spread over its images; empty lists or tensors for none.
+        most_parts: P, the largest number of groups of a class.
+        whole: whether the directions span all of the scatter.
+    """
+
+    classes: list[Moments]
+    parts: list[list[Moments]]
+    pooled: Moments
+    whole: bool
+    most_parts: int = 1
+    kept: list[Tensor] = field(default_factory=list)
+
+    @property
+    def dim(self) -> int:
+        """d."""
+        return len(self.pooled.mean)
+
+    def counts(self) -> Tensor:
+        """Images of each class, int64 [K]."""
+        return torch.tensor([each.count for each in self.classes])
+
+    def without(self, latents: list[Tensor]) -> ClassStatistics:
+        """The statistics without some latents [j, d] of each class that were counted; S must be whole."""
+        pairs = list(zip(self.classes, latents, strict=True))
+        classes = [each.without(z) for each, z in pairs]
+        parts = [[each] for each in classes]
+        if self.most_parts > 1:
+            parts = [_parts_without(*pair) for pair in zip(self.parts, latents, strict=True)]
+        pool = _Pool(self.dim, self.dim)
+        for each in classes:
+            pool.add(each)
+        return ClassStatistics(classes, parts, pool.moments(), True, self.most_parts)
+
+    def as_one_class(self) -> ClassStatistics:
+        """One class in place of all, which varies as the images of a class do: the pooled scatter."""
+        images = int(self.counts().sum())
+        # A class of n images has n - 1 degrees of freedom.
+        scale = math.sqrt((images - 1) / self.pooled.count)
+        one = replace(
+            self.pooled, count=images, values=self.pooled.values * scale, squares=self.pooled.squares * scale**2
+        )
+        return ClassStatistics([one], [[one]], replace(one, count=images - 1), self.whole)
+
+
+def _parts_without(parts: list[Moments], latents: Tensor) -> list[Moments]:
+    """`ClassStatistics.without` for the parts of a class: k-means put a latent into the part with the nearest mean."""
+    near = torch.cdist(latents.double(), torch.stack([part.mean for part in parts])).argmin(1)
+    # Means moved a little after the last assignment, so a part may lose latents that it did not count: two stay.
+    return [part.without(latents[near == j][: max(0, part.count - 2)]) for j, part in enumerate(parts)]
+
+
+@torch.no_grad()
+def class_statistics(
+    latents_of_class: Callable[[int], Tensor], num_classes: int, dim: int, rank: int, parts: int = 1, keep: int = 0
+) -> ClassStatistics:
+    """Statistics of K classes, with one class in memory at a time. All ranks call this together.
+
+    Args:
+        latents_of_class: gives the latents [n, d] of class y = 0 .. K - 1; called once for each.
+        rank: how many modes of a class will be used; with scatter that is not whole, no more are stored.
+        parts: P, into which k-means divides the images of a class.
+        keep: how many latents to keep in all.
+
+    Raises:
+        DataError: a class without images (fewer than 2 P, with parts), no class with two, or latents not finite.
+    """
+    whole = can_be_whole(num_classes, dim)
+    pool, found, groups, kept = _Pool(dim, dim if whole else rank), [], [], []
+    for first in range(0, num_classes, distributed.world_size()):
+        turn = range(num_classes)[first : first + distributed.world_size()]
+        own: Any = None
+        for y in turn:
+            z = latents_of_class(y)
+            kept.append(z[_spread(len(z), keep // num_classes)])
+            if y - first == distributed.rank():
+                own = _moments(z, y, pool.handed, parts)
+        for _, (each, of_parts) in zip(turn, distributed.gather(own), strict=False):
+            if each.count > 1:
+                pool.add(each)
+            found.append(each if whole else each.cut(rank))
+            groups.append([found[-1]] if of_parts is None else of_parts if whole else [p.cut(rank) for p in of_parts])
+    return ClassStatistics(found, groups, pool.moments(), whole, parts, kept if keep else [])
+
+
+def can_be_whole(num_classes: int, dim: int) -> bool:
+    """Whether the whole scatter of so many classes fits in memory and in a file."""
+    return dim <= WHOLE_DIM and num_classes * dim * dim <= _MOST_WHOLE
+
+
+def _spread(count: int, most: int) -> Tensor:
+    """At most `most` (at least one) of `count` indices, evenly spread; none of a single one, which can't be missed."""
+    chosen = min(count, max(1, most)) if count > 1 else 0
+    return torch.arange(chosen) * count // max(1, chosen)
+
+
+def _moments(z: Tensor, y: int, most: int, parts: int) -> tuple[Moments, list[Moments] | None]:
+    """Moments of the latents of class y, and of its groups."""
+    whole, name = Moments.of(z, f"class {y}", most), f"class {y}"
+    if parts == 1:
+        return whole, None
+    group = k_means(z.detach().cpu(), parts)
+    return whole, [Moments.of(z[group == j], name, most) for j in group.unique()]
+
+
+class _Pool:
+    """Adds up the scatter of classes."""
+
+    def __init__(self, dim: int, rank: int) -> None:
+        # Classes hand on more modes than are stored, so that the top modes of the pooled covariance lose little.
+        self.rank, self.handed = rank, min(dim, max(4 * rank, 128))
+        self.rows = torch.zeros(0, dim, dtype=torch.float64)  # F with F^T F = the summed scatter, nearly
+        self.squares, self.means = torch.zeros(2, dim, dtype=torch.float64)
+        self.freedom = self.classes = 0
+
+    def add(self, each: Moments) -> None:
+        """Add the scatter of a class."""
+        self.rows = torch.cat([self.rows, each.values[:, None] * each.directions])
+        self.squares += each.squares
+        self.means += each.mean
+        self.freedom += each.count - 1
+        self.classes += 1
+        if len(self.rows) > 5 * self.handed:  # one decomposition for several classes
+            directions, values = leading_modes(self.rows, self.handed)
+            self.rows = values[:, None] * directions
+
+    def moments(self) -> Moments:
+        """The pooled scatter. DataError: no class has two images."""
+        if not self.freedom:
+            raise DataError("no class has two images, so the variation within a class is unknown: add images")
+        return Moments(self.freedom, self.means / self.classes, *leading_modes(self.rows, self.rank), self.squares)
+
+
+@torch.no_grad()
+def pooled_covariance(
+    rows_of_class: Callable[[int], Tensor], num_classes: int, rank: int, dim: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The classes' mean [d], and the modes [k, d], standard deviations [k] and rest [d] of their pooled covariance.
+
+    `rows_of_class` gives numbers [n, d] of a class, n >= 2, once for each. The results are float64 on the CPU. There
+    are at most `rank` modes, and one for every `IMAGES_PER_MODE` images: the weakest directions of a few images are
+    noise, and `flows.linear.Whiten` would blow up other images by dividing by their spread.
+    """
+    pool = _Pool(dim, rank)
+    for y in range(num_classes):
+        pool.add(Moments.of(rows_of_class(y), f"class {y}", pool.handed))
+    found = pool.moments().cut(min(rank, max(1, pool.freedom // IMAGES_PER_MODE)))
+    values = found.values / math.sqrt(found.count)
+    rest = found.squares / found.count - (values[:, None] * found.directions).square().sum(0)
+    return found.mean, found.directions, values, rest.clamp_min(0)
+
+
+def centred(latents: Tensor, name: str, least: int = 2) -> tuple[Tensor, Tensor]:
+    """The mean [d] of a class's latents [n, d] and their deviations from it [n, d], float64 on the CPU.
+
+    DataError, with the class's `name`: fewer than `least` latents, or latents that are not finite.
+    """
+    if len(latents) < least:
+        raise DataError(
+            f"{name} has {len(latents)} images; its covariance needs at least {least}: add images or leave it out"
+        )
+    rows = latents.detach().cpu().double()
+    mean = rows.mean(0)
+    rows = rows - mean
+    if not bool(rows.isfinite().all()):
+        raise DataError(f"{name} has latents that are not finite: check the flow with model.check_invertibility")
+    return mean, rows

@@ -1,0 +1,155 @@
+"""`glem fit`: give a model your classes, from the pixels, an autoencoder's latents, or a trained flow."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from glem_augment.cli import common
+
+DESCRIPTION = """\
+Make a model of your labelled images in one pass; nothing is trained. Each class gets a mean, variances and principal
+modes (the main directions in which its images differ: PCA per class) of
+  the pixels, by default;
+  the latents of an autoencoder, for photographs: --autoencoder taef2;
+  the latents of a trained flow: --flow MODEL. Images are converted to the flow's size and channels.
+Variances are shrunk towards the pooled variances, so a class may have one or two images. This takes seconds to minutes.
+glem train --init MODEL is slower and trains the flow too.
+
+Prints a JSON summary. images_per_class and modes_per_class hold the smallest and the largest count over the classes. A
+class of n images has at most n - 1 modes, and a class of one image gets the modes of all classes. Then look at the
+model with glem preview, and measure it with glem eval.
+
+--epsilon makes a model that you can share where you cannot share the images: the model, and every image drawn from it,
+is (epsilon, delta)-differentially private. What glem eval, preview and compare show of the images is not covered, and
+neither are other models of the same images: their promises add up (glem info A B). docs/privacy.md has the proof.
+"""
+EXAMPLES = """\
+  glem fit photos/ --image-size 64 --out runs/pixels
+  glem fit photos/ --autoencoder taef2 --image-size 128 --out runs/photos
+  glem fit torch/cifar100@data --flow bundled:cifar10 --max-per-class 500 --out runs/cifar
+  glem eval runs/photos photos-test/
+  glem fit private/ --autoencoder taef2 --epsilon 1 --out runs/shareable
+  glem generate runs/shareable --per-class 2000 --out shareable/
+"""
+
+
+RELEASES = "releases.safetensors"  # of an interrupted private run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.describe(parser, DESCRIPTION, EXAMPLES)
+    common.add_data(parser, split="train")
+    parser.add_argument("--autoencoder", metavar="NAME", help="taef2 or hub:ORG/NAME: model its latents")
+    parser.add_argument("--flow", metavar="MODEL", help=f"model the latents of its flow: {common.MODEL_HELP}")
+    add_options(parser)
+    group = parser.add_argument_group("differential privacy")
+    epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak"
+    group.add_argument("--epsilon", type=common.number(0.01, 50), metavar="E", help=epsilon)
+    delta = "probability with which the promise may fail; below one over the number of images (default: %(default)g)"
+    group.add_argument("--delta", type=common.number(0, 0.1), default=1e-6, metavar="D", help=delta)
+    persons = "the most images of one person: the noise grows with it"
+    common.add_count(group, "--images-per-person", persons, 1)
+    public = "public images like yours, for the coordinates (default: those that ship with taef2)"
+    group.add_argument("--public", metavar="DATA", help=public)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `glem adapt` has, too."""
+    common.add_image_size(parser, "without a flow (default: the common size of the images)")
+    common.add_out(parser, "folder for the model")
+    common.add_count(parser, "--rank", "modes per class, or per part", 64)
+    parts = "groups of similar images per class, for better samples (default: 1; with --epsilon what the noise allows)"
+    common.add_count(parser, "--parts", parts)
+    pooled = "one class for all images, with modes from all classes: for moves of any image"
+    parser.add_argument("--pooled", action="store_true", help=pooled)
+    half = "images of a class at which its variance and the pooled variance count equally (default: %(default)g)"
+    parser.add_argument("--shrinkage", type=common.number(0), default=10.0, metavar="N", help=half)
+    common.add_count(parser, "--max-per-class", "images of a class at most (default: all)")
+    common.add_seed(parser, "the dequantisation noise")
+    parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
+    common.add_machine(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from glem_augment.distributed import is_primary
+    from glem_augment.model.glem import GLEM
+    from glem_augment.model.weights import CONFIG, WEIGHTS
+
+    folder = args.out
+    if not args.overwrite and any((folder / name).exists() for name in (WEIGHTS, CONFIG)):
+        raise FileExistsError(f"{folder} holds a model already: give another folder, or --overwrite")
+    began, device = time.monotonic(), common.pick_device(args)
+    data = GLEM.images_to_fit(
+        args.data,
+        args.flow,
+        split=args.split,
+        image_size=common.height_and_width(args.image_size),
+        skip_bad=args.skip_bad,
+        progress=not args.quiet,
+    )
+    common.name_skipped(data)
+    names = ("autoencoder", "flow", "rank", "parts", "pooled", "shrinkage", "max_per_class", "seed")
+    given = {name: getattr(args, name) for name in names}
+    journal = folder / RELEASES
+    if args.epsilon is not None:
+        given |= private_arguments(args, journal)
+    elif journal.exists():
+        raise FileExistsError(f"{folder} holds the releases of a private run: go on with its --epsilon, or elsewhere")
+    model = GLEM.fit(data, device=device, progress=not args.quiet, **given)
+    if not is_primary():
+        return
+    model.save(folder)
+    journal.unlink(missing_ok=True)
+    result = {
+        "out": str(folder),
+        "flow": args.flow,
+        "autoencoder": args.autoencoder,
+        "data": args.data,
+        "split": args.split,
+        "skipped": len(data.skipped),
+        "classes": model.classes,
+        "modes_per_class": model.modes.fewest_and_most if model.modes else (0, 0),
+        "posterior_temperature": model.latent_classes.temperature,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    record = model.config.training
+    if model.config.privacy is None:
+        result |= {"images": record["images"], "images_per_class": record["images_per_class"]}
+    else:
+        result["privacy"] = model.config.privacy
+        tell(model.config.privacy)
+    common.print_json(result)
+
+
+def private_arguments(args: argparse.Namespace, journal: Path) -> dict[str, Any]:
+    """The arguments of `GLEM.fit` for a private model."""
+    from glem_augment.classes.privacy import Privacy
+
+    if args.seed or args.rank != 64 or args.shrinkage != 10.0:
+        raise ValueError("--seed, --rank and --shrinkage have no effect with --epsilon: leave them out")
+    if journal.exists():
+        common.note(f"glem: {journal} has releases of an interrupted run, which are used: nothing is released twice")
+    privacy = Privacy(args.epsilon, args.delta, args.images_per_person)
+    return {"privacy": privacy, "public": args.public, "journal": journal}
+
+
+def tell(privacy: dict[str, Any]) -> None:
+    """Print what a recipient can expect, on stderr; from released numbers alone."""
+    from glem_augment.classes.privacy import promise
+
+    expect = privacy["expect"]
+    modes, noise = expect["modes"], expect["noise_of_means"]
+    common.note(f"glem: {promise(privacy)}")
+    common.note(
+        f"glem: above the noise are {expect['pooled_modes']} modes of all classes together and {min(modes)} to "
+        f"{max(modes)} more of each class; Gaussians per class: {privacy['parts']}; noise in what sets the class means "
+        f"apart: {100 * min(noise):.0f} to {100 * max(noise):.0f} %"
+    )
+    if expect["drowned"]:
+        common.note(
+            f"glem: too few images for the noise, so drawn like all classes together: {', '.join(expect['drowned'])}; "
+            "merge them with other classes, or raise epsilon"
+        )

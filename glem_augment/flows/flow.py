@@ -1,0 +1,55 @@
+"""The contract of a flow."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from glem_augment.checks import Memory, check_choice
+from glem_augment.flows.subnets import Subnet
+
+
+class Flow(nn.Module):
+    """An invertible map with a tractable log-determinant: x [B,C,H,W] <-> flat z [B, C*H*W].
+
+    `forward(x)` returns `(z, logdet)` and `inverse(z)` returns `(x, logdet)`. Both log-determinants are [B], in nats.
+    Each belongs to its direction, so the two of a round trip cancel. Pixels lie in [-1/2, 1/2). Both methods run in
+    `precision.full_precision`, and they are differentiable. `check_flow` tests a user's subclass.
+
+    Attributes:
+        rebuilds: whether `memory="reversible"` is possible.
+    """
+
+    rebuilds = False
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.image_shape: tuple[int, int, int] = image_shape
+        self.memory: Memory = "stored"
+        self.autocast: torch.dtype | None = None
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def initialise(self, x: Tensor) -> None:
+        """Set the layers that depend on the first batch `x` [B,C,H,W], once."""
+
+    def set_memory(self, memory: Memory) -> None:
+        """How a backward pass gets the activations: "stored" (the default: the fastest), or "reversible".
+
+        "reversible" rebuilds them from outputs through the exact inverse. Then activation memory does not grow with
+        depth; steps take about a third longer. ValueError: another word, or "reversible" for a flow that can't.
+        """
+        check_choice("memory", memory, get_args(Memory))
+        if memory == "reversible" and not self.rebuilds:
+            raise ValueError(f"the activations of {type(self).__name__} can't be rebuilt: leave memory at 'stored'")
+        self.memory = memory
+
+    def set_autocast(self, dtype: torch.dtype | None) -> None:
+        """Run the subnets in `dtype` (float16 or bfloat16) or, with None, in float32. See `Subnet`."""
+        self.autocast = dtype
+        for module in self.modules():
+            if isinstance(module, Subnet):
+                module.autocast = dtype

@@ -1,0 +1,172 @@
+"""Models of private images: public coordinates, latents that depend on one image, and a journal of the releases.
+
+Every path from an image to the model passes `classes.private`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from glem_augment.classes.privacy import Privacy
+from glem_augment.classes.private import PrivateClasses, Tensors, private_classes
+from glem_augment.codec.published import coordinates_file
+from glem_augment.distributed import share, world_size
+from glem_augment.errors import GLEMError, ModelFileError
+from glem_augment.images.dataset import ImageData
+from glem_augment.io import atomic_write
+
+if TYPE_CHECKING:
+    from glem_augment.model.conditional_flow import ConditionalFlow
+
+BATCH = 16  # images per pass; every pass has so many, so that no image's latent depends on the number of images
+_PUBLIC_IMAGES = 2000
+_CLIP_SHARE = 0.95  # the share of public latents that the first clip leaves as they are
+
+
+class Journal:
+    """The releases of a run, in a file that outlives it: a run that was interrupted goes on from them.
+
+    A second release would spend the promise's budget a second time.
+
+    Args:
+        path: of the file; None: nothing is kept.
+        facts: describe the run; a file of another run is an error.
+    """
+
+    def __init__(self, path: Path | None, facts: dict[str, Any]) -> None:
+        self.path, self.facts = path, json.dumps(facts, sort_keys=True)
+        self.found: dict[str, Tensor] = {}
+        self.resumed: list[str] = []
+        if path is not None and path.is_file():
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = (file.metadata() or {}).get("facts")
+            self.found = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ModelFileError(f"{path} can't be read: {error}; remove it, and count its release as spent") from None
+        if facts != self.facts:
+            raise GLEMError(
+                f"{path} holds the releases of a run with other images or options. They are spent: together with a new "
+                "release they add up (see glem info). Give another folder"
+            )
+
+    def step(self, name: str, make: Callable[[], Tensors]) -> Tensors:
+        """The tensors of the release `name`, from the file or from `make`; kept on the disk before they are used."""
+        own = {key.partition("/")[2]: value for key, value in self.found.items() if key.startswith(f"{name}/")}
+        if own:
+            self.resumed.append(name)
+            return own
+        made = make()
+        self.found.update({f"{name}/{key}": value.contiguous() for key, value in made.items()})
+        if self.path is not None:
+            with atomic_write(self.path) as file:
+                file.write(save(self.found, metadata={"facts": self.facts}))
+        return made
+
+    def close(self) -> None:
+        """Remove the file: the model holds what was made of it."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def fit_private(
+    model: ConditionalFlow,
+    images: ImageData,
+    privacy: Privacy,
+    parts: int | None,
+    public: ImageData | None,
+    journal: Path | None,
+    progress: bool,
+) -> PrivateClasses:
+    """Give `model`, with a flow of public coordinates, the classes of private images; see `GLEM.fit`.
+
+    All ranks call this together.
+    """
+    prior, clip = set_coordinates(model, public)
+    facts = {
+        "classes": model.class_ids,
+        "image_shape": list(model.image_shape),
+        "parts": parts,
+        "privacy": [privacy.epsilon, privacy.delta, privacy.images_per_person],
+        "coordinates": [round(clip, 6), round(float(prior[0]), 6)],
+    }
+    book = Journal(journal, facts)
+    z, y = latents_alone(model, images, progress)
+    found = private_classes(z, y, model.num_classes, prior, clip, privacy, parts, book.step)
+    model.latent_classes = found.classes.to(model.device, model.dtype)
+    found.resumed = book.resumed
+    return found
+
+
+def set_coordinates(model: ConditionalFlow, public: ImageData | None) -> tuple[Tensor, float]:
+    """Set the codec and the flow of `model` from public numbers alone: their variances [d], and the norm to clip to.
+
+    ValueError: there are no stored coordinates, and no public images.
+    """
+    codec: Any = model.codec
+    if model.autoencoder is not None:
+        codec.fitted.fill_(True)  # mean 0 and deviation 1: the flow has the public ones
+    flow: Any = model.flow
+    if public is not None:
+        x = public.some(_PUBLIC_IMAGES)
+        h = torch.cat([model.numbers(part.to(model.device)) for part in x.split(codec.most)])
+        flow.fit(h)
+        ratio = clip_ratio(flow, h)
+    else:
+        named = model.config.autoencoder or {"name": "pixels"}
+        path = coordinates_file(named["name"])
+        if path is None:
+            raise ValueError(
+                f"private sets need public coordinates, and {named['name']} has none: give autoencoder='taef2', or "
+                "public images like yours (public=, --public)"
+            )
+        kind = "grey" if model.image_shape[0] == 1 else "colour"
+        stored = {name.partition(".")[2]: tensor for name, tensor in load_file(path).items() if name.startswith(kind)}
+        ratio = float(stored.pop("clip_ratio"))
+        flow.load_state_dict(stored)
+    prior = flow.prior().cpu()
+    return prior, ratio * float(prior.sum().sqrt())
+
+
+def clip_ratio(flow: Any, h: Tensor) -> float:
+    """The norm that `_CLIP_SHARE` of the latents of public numbers h [N, C, H, W] keep, in roots of the prior's sum."""
+    norms = torch.cat([flow(part)[0].norm(dim=1) for part in h.split(256)]).double()
+    return float(torch.quantile(norms, _CLIP_SHARE) / flow.prior().sum().sqrt())
+
+
+def latents_alone(model: ConditionalFlow, images: ImageData, progress: bool) -> tuple[Tensor, Tensor]:
+    """Latents [n, d] and labels of this rank's images; each latent is a function of its image alone."""
+    own = torch.arange(len(images)).numpy()[share(len(images)).rows]
+    size = BATCH if rows_are_independent(model) else 1
+    z, labels = [], []
+    with tqdm(total=len(images), unit="image", desc="encode", disable=not progress, dynamic_ncols=True) as bar:
+        for x, y in images.batches(own, size):
+            # The last pass is filled up: operations may depend on the number of rows.
+            full = torch.cat([x, x.new_zeros(size - len(x), *x.shape[1:])])
+            z.append(model.encode(full)[0][: len(x)].cpu())
+            labels.append(y)
+            bar.update(len(x) * world_size())
+    return torch.cat(z), torch.cat(labels)
+
+
+def rows_are_independent(model: ConditionalFlow) -> bool:
+    """Whether the latent of an image has the same bits whatever the other images of a pass, and at any place."""
+    g = torch.Generator().manual_seed(0)
+    x, other = (torch.rand(BATCH, *model.image_shape, generator=g) for _ in range(2))
+    z = model.encode(x)[0]
+    other[1] = x[0]
+    turned = model.encode(x.roll(3, 0))[0].roll(-3, 0)
+    return torch.equal(model.encode(other)[0][1], z[0]) and torch.equal(turned, z)

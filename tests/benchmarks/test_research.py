@@ -1,0 +1,274 @@
+"""Objectives and methods of the paper's tables: losses against their definitions, and what each method learns."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.paper.methods import METHODS
+from benchmarks.paper.research import (
+    Research,
+    ResearchObjective,
+    ResearchTrainer,
+    most_likely,
+    saturating_kld,
+    split_settings,
+)
+from glem_augment import GLEM, ImageData
+from glem_augment.classes.gaussians import ClassGaussians
+from glem_augment.distributed import share
+from glem_augment.errors import TrainingError
+from glem_augment.training import TimeUpError, TrainConfig
+from glem_augment.training.objective import Progress
+from glem_augment.training.statistics import LatentStatistics
+
+FIRST = Progress(0, 10, 0, 10)
+
+# ---- the E-step ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize(("objective", "beta"), [("mle", 0.0), ("hybrid", 0.7), ("ib", 0.0), ("ib", 0.7)])
+def test_e_step_losses_equal_their_definitions(learns: bool, objective: str, beta: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    gaussians = ClassGaussians(4, 6)
+    with torch.no_grad():
+        gaussians.mu.normal_(generator=g)
+        gaussians.s.normal_(generator=g)
+    gaussians.requires_grad_(learns)
+    z, logdet, y = torch.randn(9, 6, generator=g, requires_grad=True), torch.randn(9, generator=g), torch.arange(9) % 4
+    research = Research(objective=objective, beta=beta, joint=False, label_smoothing=0.1, ce_scale=0.5)
+    loss, nll = ResearchObjective(research).e_loss(gaussians, z, logdet, y, FIRST)
+    mu, std = gaussians.mu, gaussians.variance().sqrt()
+    scores = torch.distributions.Normal(mu, std).log_prob(z[:, None]).sum(2)
+    own = scores.logsumexp(1) - math.log(4) if objective == "ib" else scores[torch.arange(9), y]
+    expected = -(own + logdet).mean() / 6
+    torch.testing.assert_close(nll, expected, rtol=1e-5, atol=0)
+    if beta:
+        target = torch.full((9, 4), 0.1 / 4)
+        target[torch.arange(9), y] += 0.9
+        expected = expected + beta * -(target * F.log_softmax(0.5 * scores, 1)).sum(1).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    parameters = [z, gaussians.mu, gaussians.s] if learns else [z]
+    wanted = torch.autograd.grad(expected, parameters)
+    for got, want in zip(torch.autograd.grad(loss, parameters), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_gaussian_dequantisation_has_its_spread_and_keeps_the_units() -> None:
+    model = GLEM.create("identity", (1, 8, 8), ["a", "b"])
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (60, 1, 8, 8), generator=g, dtype=torch.uint8)
+    noisy, volume = ResearchObjective(Research("ib")).encode(model, x, g, share(len(x)))
+    middle, same = model.encode(x)
+    assert float((noisy - middle).std()) == pytest.approx(0.5 / 256, rel=0.05) and torch.allclose(volume, same)
+    uniform, _ = ResearchObjective(Research()).encode(model, x, g, share(len(x)))
+    assert 0.4 / 256 < float((uniform - middle).abs().max()) <= 0.5 / 256 + 1e-7
+
+
+# ---- the M-step ------------------------------------------------------------------------------------------------------
+
+
+def unbalanced(k: int = 3, d: int = 5) -> tuple[ClassGaussians, Tensor, Tensor, LatentStatistics]:
+    gaussians = ClassGaussians(k, d).double()
+    with torch.no_grad():
+        gaussians.mu.normal_()
+        gaussians.s.normal_(std=3)
+    y = torch.arange(k).repeat_interleave(torch.arange(1, k + 1) * 4)
+    z = torch.randn(len(y), d, dtype=torch.float64) + y[:, None]
+    statistics = LatentStatistics(k, d)
+    nll = -gaussians.log_prob_of(z, y).detach() + 7
+    for part in torch.arange(len(y)).split(5):
+        statistics.add(z[part], y[part], nll[part])
+    return gaussians, z, y, statistics
+
+
+def balanced(gaussians: ClassGaussians, z: Tensor, y: Tensor) -> Tensor:
+    nll = -gaussians.log_prob_of(z, y)
+    return torch.stack([nll[y == k].mean() for k in y.unique()]).mean()
+
+
+@pytest.mark.parametrize("means", [True, False])
+def test_the_most_likely_variance_is_about_the_mean_that_stays(means: bool) -> None:
+    gaussians, z, y, statistics = unbalanced()
+    free = ClassGaussians(*gaussians.mu.shape, psi=None).double()
+    with torch.no_grad():
+        free.mu.copy_(gaussians.mu)
+    most_likely(statistics, free, ("mu", "s") if means else ("s",))
+    for k in y.unique().tolist():
+        own = z[y == k]
+        mean = own.mean(0) if means else gaussians.mu[k]
+        torch.testing.assert_close(free.mu[k], mean.detach())
+        torch.testing.assert_close(free.variance()[k], (own - mean).square().mean(0).clamp_min(0.03).detach())
+
+
+def brute_force(gaussians: ClassGaussians, z: Tensor, y: Tensor, objective: str, weight: float, nll: Tensor) -> Tensor:
+    """The M-step's loss from its definition in ``Research``, with double loops over classes."""
+    k, d = gaussians.mu.shape
+    var = gaussians.variance()
+
+    def kl(a: int, b: int) -> Tensor:
+        difference = gaussians.mu[a] - gaussians.mu[b]
+        return 0.5 * (torch.log(var[b] / var[a]) + (var[a] + difference**2) / var[b] - 1).sum()
+
+    pairs = [(a, b) for a in range(k) for b in range(k) if a != b]
+    loss = balanced(gaussians, z, y)
+
+    def spread(values: Tensor) -> float:
+        high, low = float(values.max()), float(values.min())
+        return high - low + 0.2 * (abs(high) + abs(low))
+
+    if objective == "glem":
+        class_means = torch.stack([sum(kl(a, b) for b in range(k) if b != a) / (k - 1) for a in range(k)]).detach()
+        return loss / spread(nll) - weight * sum(kl(a, b) for a, b in pairs) / (k * d) / spread(class_means)
+    loss = loss / d
+    if objective == "saturating":
+        t = 0.05 * d
+        loss = loss - weight * sum(t * (1 - torch.exp(-kl(a, b) / t)) for a, b in pairs) / len(pairs) / d
+    return loss
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7, 20.0])
+@pytest.mark.parametrize("objective", ["glem", "saturating", "mle"])
+def test_m_step_loss_and_gradient_equal_brute_force(objective: Any, weight: float) -> None:
+    gaussians, z, y, statistics = unbalanced()
+    nll = (-gaussians.log_prob_of(z, y) + 7).detach()
+    loss = ResearchObjective(Research(objective, weight)).m_loss(gaussians, statistics, FIRST)
+    want = brute_force(gaussians, z, y, objective, weight, nll)
+    torch.testing.assert_close(loss, want, rtol=1e-9, atol=1e-10)
+    parameters = (gaussians.mu, gaussians.s)
+    for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_saturating_repulsion_is_bounded_and_harmless_far_out() -> None:
+    gaussians = ClassGaussians(4, 10).double()
+    small = 1e-4 * torch.randn(4, 10)
+    with torch.no_grad():
+        gaussians.mu.copy_(small)
+    mean = gaussians.kld_matrix().sum() / 12
+    torch.testing.assert_close(saturating_kld(gaussians, 5.0), mean, rtol=1e-5, atol=0)  # slope one at the start
+    with torch.no_grad():
+        gaussians.mu.copy_(torch.arange(4)[:, None] * 1e4)
+    value = saturating_kld(gaussians, 5.0)
+    assert value.item() == pytest.approx(5.0)
+    value.backward()
+    assert gaussians.mu.grad.isfinite().all() and gaussians.mu.grad.abs().max() < 1e-12
+    assert saturating_kld(ClassGaussians(1, 3), 5.0).item() == 0
+
+
+def test_a_single_class_has_nothing_to_repel() -> None:
+    gaussians, statistics = ClassGaussians(1, 3), LatentStatistics(1, 3)
+    statistics.add(torch.randn(8, 3), torch.zeros(8, dtype=torch.long), torch.rand(8))
+    for objective in ("glem", "saturating"):
+        loss = ResearchObjective(Research(objective)).m_loss(gaussians, statistics, FIRST)
+        assert loss.isfinite()
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_follow_the_objective() -> None:
+    def resolved(**settings: Any) -> tuple[Any, ...]:
+        found = Research(**settings)
+        return found.beta, found.ce_scale, found.joint, found.random_init, found.psi
+
+    paper = (False, None, (0.5, 0.2, 0.05))
+    assert Research() == Research(objective="hybrid") == split_settings(METHODS["hybrid-joint"])[1]
+    assert resolved() == (0.3, 0.1, True, (0.1, 0.0), None)
+    assert resolved(beta=0.8, random_init=None, psi=(1, 1, 1)) == (0.8, 0.1, True, None, (1.0, 1.0, 1.0))
+    assert resolved(objective="hybrid", joint=False) == (0.3, 0.2, *paper)
+    assert resolved(objective="ib") == (0.3, 0.2, *paper)
+    assert all(resolved(objective=name) == (0.0, 1.0, *paper) for name in ("glem", "saturating", "mle"))
+    with pytest.raises(ValueError, match="no objective 'gan'"):
+        Research(objective="gan")
+
+
+# ---- methods ---------------------------------------------------------------------------------------------------------
+
+
+def images(n: int = 120, k: int = 3) -> ImageData:
+    """Classes that differ in which part is bright, with noise."""
+    y = torch.arange(n) % k
+    x = torch.randint(0, 60, (n, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    for i in range(n):
+        x[i, :, 8 * int(y[i]) // k : 8 * (int(y[i]) + 1) // k] += 120
+    return ImageData.from_tensors(x.to(torch.uint8), y.numpy(), [f"class{i}" for i in range(k)], name="toy")
+
+
+def small_trainer(out: Path, name: str, resume: bool = False, **changes: Any) -> ResearchTrainer:
+    settings: dict[str, Any] = dict(
+        preset="glow_tiny", flow_options=dict(depth=[1, 1], blocks=[1, 1], width=[6, 6]), epochs=1, batch_size=24,
+        warmup_steps=3, lr=5e-3, modes_rank=0, sample_every=0, seed=1,
+    )  # fmt: skip
+    own, research = split_settings({**METHODS[name], **settings, **changes})
+    return ResearchTrainer(images(), TrainConfig(**own), out, resume, device="cpu", progress=False, research=research)
+
+
+# The means and the variances; other methods learn both.
+LEARNS = {
+    "only-mu": (True, False), "only-sigma": (False, True), "random": (False, False), "flowgmm": (False, False),
+    "ib-inn": (True, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("preset", ["mef_tiny", "identity"])
+def test_every_method_trains_and_learns_what_it_says(name: str, preset: str, tmp_path: Path) -> None:
+    """Also on the identity flow, which has no weights."""
+    options = dict(depth=[1, 1], blocks=[1, 1], width=[4, 4]) if preset == "mef_tiny" else {}
+    trainer = small_trainer(tmp_path / "run", name, preset=preset, flow_options=options)
+    mu, s = trainer.model.gaussians.mu.clone(), trainer.model.gaussians.s.clone()
+    weights = [p.clone() for p in trainer.model.flow.parameters()]
+    gaussians = trainer.fit().gaussians
+    assert (not torch.equal(gaussians.mu, mu), not torch.equal(gaussians.s, s)) == LEARNS.get(name, (True, True))
+    after = list(trainer.model.flow.parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(weights[-2:], after[-2:], strict=True))
+    if name in ("flowgmm", "ib-inn"):
+        assert torch.equal(gaussians.variance(), torch.ones_like(gaussians.s))  # identity covariance
+    if name == "flowgmm":
+        assert float(mu.detach().std()) == pytest.approx(1.0, abs=0.15)  # N(0, I)
+    if name == "random":
+        assert float(gaussians.s.std()) == pytest.approx(5.0, abs=0.75)
+    research = trainer.research
+    assert trainer.m_step.done == (0 if research.joint or research.learn == "none" else 1)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+    refitted = name in ("lambda0", "lambda0-psi")
+    assert (rows[-1]["kind"] == "final") == refitted
+
+
+def test_likelihood_alone_ends_at_its_maximum(tmp_path: Path) -> None:
+    """Baseline 2: per class the mean and variance of the latents of all training images, under the averaged flow."""
+    trainer = small_trainer(tmp_path / "run", "lambda0", epochs=3)
+    model = trainer.fit()
+    mean, variance = trainer.m_step.last_pass(model, trainer.batches.training_rows()).moments()
+    torch.testing.assert_close(model.gaussians.mu, mean.float())
+    torch.testing.assert_close(model.gaussians.variance(), variance.clamp_min(0.03).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_recipe_with_m_steps_stops_and_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    """The settings of the bundled flow's recipes, which the package does not have."""
+    recipe = dict(
+        objective="hybrid", joint=False, beta=0.8, beta_anneal=(0.41, 0.05), ce_scale=0.2, psi=(0.5, 0.2, 0.05),
+        random_init=None, m_rounds=2, m_steps=5, sigma_lr_scale=5.0, freeze_gaussians_at=0.7, refit_beta=0.1, epochs=4,
+    )  # fmt: skip
+    whole = small_trainer(tmp_path / "whole", "hybrid-joint", **recipe)
+    wanted = whole.fit()
+    assert whole.m_step.done == whole.m_step.total == 6 and whole.epoch_rows(3).size > whole.epoch_rows(2).size
+    for resume in (False, True, True):
+        with pytest.raises(TimeUpError):
+            small_trainer(tmp_path / "cut", "hybrid-joint", resume, max_minutes=1e-9, **recipe).fit()
+    found = small_trainer(tmp_path / "cut", "hybrid-joint", True, **recipe).fit()
+    assert all(torch.equal(value, found.state_dict()[key]) for key, value in wanted.state_dict().items())
+    with pytest.raises(TrainingError, match="sigma_lr_scale: 5.0 then, 4.0 now"):
+        small_trainer(tmp_path / "cut", "hybrid-joint", True, **{**recipe, "sigma_lr_scale": 4.0})
+    # The record names the objective that trained the model, in place of the package's.
+    assert wanted.config.training["config"]["beta"] == 0.8 and wanted.config.training["config"]["joint"] is False

@@ -1,0 +1,118 @@
+"""`GLEM.fit` and `glem fit`: from images to a model in one pass, through pixels, an autoencoder, a flow or a codec."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_cases import tiny_model
+from torch import Tensor
+from walk import files_passed, returns
+
+from glem_augment import GLEM, GLEMAugment, ImageData, open_data
+from glem_augment.cli import main
+from glem_augment.codec.codec import Codec, to_unit
+from glem_augment.codec.levels import Dequantisation
+from glem_augment.errors import DataError
+
+
+def images(n: int = 40, shape: tuple[int, int, int] = (3, 16, 16)) -> ImageData:
+    """Two classes of smooth images."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(n) % 2
+    x = F.interpolate(torch.rand(n, shape[0], 3, 3, generator=g), shape[1:], mode="bilinear")
+    x = (200 * x + 50 * y[:, None, None, None]).to(torch.uint8)
+    return ImageData.from_tensors(x, y, ["dark", "light"])
+
+
+def test_fit_is_create_and_adapt() -> None:
+    data = images()
+    for name in (None, "taef2"):
+        found = GLEM.fit(data, name, rank=5, progress=False)
+        wanted = GLEM.create("identity", (3, 16, 16), data.classes, autoencoder=name).adapt(
+            data, rank=5, progress=False
+        )
+        assert found.classes == ["dark", "light"] and found.config == wanted.config
+        assert torch.equal(found.log_prob(data.tensor()), wanted.log_prob(data.tensor()))
+    flow = tiny_model(shape=(3, 16, 16), classes=("a", "b", "c"))
+    found, wanted = GLEM.fit(data, flow=flow, rank=5, progress=False), flow.adapt(data, rank=5, progress=False)
+    assert torch.equal(found.log_prob(data.tensor()), wanted.log_prob(data.tensor()))
+
+
+def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
+    data, flow = images(), tiny_model(shape=(3, 16, 16), classes=("a", "b", "c"))
+    with pytest.raises(ValueError, match="not both"):
+        GLEM.fit(data, "taef2", flow)
+    with pytest.raises(ValueError, match="image_size"):
+        GLEM.fit("bundled:fashion-mnist", flow=flow, image_size=16)
+    with pytest.raises(DataError, match="shape"):
+        GLEM.fit(images(shape=(1, 8, 8)), flow=flow)
+    with pytest.raises(TypeError, match="autoencoder"):
+        GLEM.fit(data, torch.nn.Identity())
+
+
+def test_modes_fitted_again_replace_the_classes_as_a_whole() -> None:
+    """Full covariances, parts and temperature belong together: accuracy does not fall."""
+    data = open_data("bundled:fashion-mnist", image_size=8)
+    model = GLEM.fit(data, parts=2, progress=False)
+    before, temperature = accuracy(model, data), model.latent_classes.temperature
+    assert model.latent_classes.full
+    model.fit_modes(data, rank=16)
+    assert model.modes is not None and (model.modes.rank, model.modes.parts) == (16, 2)
+    assert model.latent_classes.full and model.latent_classes.temperature != temperature
+    assert accuracy(model, data) > before - 0.02
+    trained = tiny_model(shape=(1, 8, 8), classes=data.classes)
+    gaussians = trained.gaussians
+    trained.fit_modes(data, rank=4)
+    assert trained.gaussians is gaussians and not trained.latent_classes.full  # learned with the flow
+
+
+def accuracy(model: GLEM, data: ImageData) -> float:
+    return float((model.predict(data.tensor()) == torch.from_numpy(data.targets)).float().mean())
+
+
+class Halves(Codec):
+    """A codec of a user's: means of 2x2 pixels."""
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        channels, height, width = image_shape
+        super().__init__(image_shape, (channels, height // 2, width // 2))
+        self.register_buffer("scale", torch.tensor(3.0))
+
+    def encode(self, x: Tensor, noise: Dequantisation = None) -> Tensor:
+        return F.avg_pool2d(to_unit(x, self.dtype), 2) * self.scale
+
+    def decode(self, h: Tensor) -> Tensor:
+        return F.interpolate(h / self.scale, scale_factor=2)
+
+
+def test_a_codec_of_the_users_is_one_class(tmp_path: Path) -> None:
+    data = images()
+    model = GLEM.fit(data, Halves((3, 16, 16)), rank=4, progress=False)
+    x, y = data.tensor(), torch.from_numpy(data.targets)
+    assert model.dim == 3 * 64 and accuracy(model, data) > 0.9
+    assert torch.allclose(model.decode(model.encode(x)[0]), Halves((3, 16, 16)).decode(model.numbers(x)), atol=1e-5)
+    moved, _ = GLEMAugment(model, "noise", p=1.0, seed=0)(x, y)
+    assert not torch.equal(moved, x)
+    model.save(tmp_path)
+    again = GLEM.from_pretrained(tmp_path, autoencoder=Halves((3, 16, 16)))
+    assert torch.equal(again.log_prob(x), model.log_prob(x))
+
+
+def test_the_command_and_its_other_name(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["--image-size", "16", "--rank", "3", "--quiet"]
+    argv = ["fit", str(image_folder), "--autoencoder", "taef2", *base]
+    passed, moves = files_passed(lambda: main([*argv, "--out", str(tmp_path / "a")]), leave_out=("flows/", "classes/"))
+    assert json.loads(capsys.readouterr().out)["classes"] == ["bird", "cat", "dog"]
+    assert len(set(passed)) <= 20 and len(returns(passed)) <= 23, (len(set(passed)), len(returns(passed)), passed)
+    argv = ["adapt", "identity", str(image_folder), "--autoencoder", "taef2", *base, "--out", str(tmp_path / "b")]
+    assert main(argv) == 0
+    assert "glem fit DATA" in capsys.readouterr().err
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    argv = ["fit", str(image_folder), "--flow", str(tmp_path / "a"), *base]
+    assert main([*argv, "--out", str(tmp_path / "c")]) == 2
+    assert "image_size" in capsys.readouterr().err

@@ -1,0 +1,113 @@
+"""Single values that a hostile or damaged model may hold: each is one ModelFileError, on loading."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_cases import images, photos, tiny_model
+from safetensors.torch import load_file, save_file
+from test_autoencoder_models import Blocks
+from torch import Tensor
+
+from glem_augment import GLEM, ModelFileError
+from glem_augment.model.weights import CONFIG, WEIGHTS
+
+Change = Callable[[Tensor], Tensor]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models with full covariances, with a whitened flow of latents, and with a user's autoencoder."""
+    folder = tmp_path_factory.mktemp("hostile")
+    full = tiny_model("identity").adapt((images(150), torch.arange(150) % 3), rank=3, progress=False)
+    full.save(folder / "full")
+    small = dict(depth=[1, 1], blocks=[1, 1], width=[4, 4])
+    tiny_model("latent", (3, 16, 16), autoencoder="taef2", whiten=4, **small).save(folder / "latent")
+    GLEM.create("identity", (3, 16, 16), ["a"], autoencoder=Blocks()).adapt(photos(20), progress=False).save(
+        folder / "own"
+    )
+    return folder
+
+
+def changed(folders: Path, name: str, to: Path, config: dict[str, Any], tensor: str = "", change: Any = None) -> Path:
+    """A copy of a model with other values in its config, or in a tensor."""
+    folder = shutil.copytree(folders / name, to / name)
+    values = json.loads((folder / CONFIG).read_text())
+    for key, value in config.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    (folder / CONFIG).write_text(json.dumps(values))
+    if tensor:
+        state = load_file(folder / WEIGHTS)
+        save_file({**state, tensor: change(state[tensor]).contiguous()}, folder / WEIGHTS)
+    return folder
+
+
+def first(value: float) -> Change:
+    """Set the first number."""
+
+    def change(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return change
+
+
+TENSORS: list[tuple[str, str, Change]] = [
+    *(
+        ("latent", tensor, first(value))
+        for tensor in ("autoencoder.std", "flow.whiten.scale", "flow.whiten.gain")
+        for value in (0.0, -1.0, 1e-38, 1e30)
+    ),
+    ("full", "modes.shared_scales", first(0.0)),
+    ("full", "modes.shared_scales", torch.zeros_like),
+    ("full", "modes.shared_scales", lambda t: t * 1e-12),
+    ("full", "modes.shared_directions", torch.zeros_like),
+    ("full", "modes.shared_directions", lambda t: t[:1].expand_as(t)),
+    ("full", "modes.scales", first(1e12)),
+    ("full", "modes.scales", first(3e38)),
+    ("full", "modes.directions", first(1e30)),
+    ("full", "modes.rest", first(1e30)),
+    ("full", "modes.counts", torch.zeros_like),
+    ("full", "modes.counts", first(0)),
+    ("full", "modes.counts", first(-5)),
+    ("full", "modes.counts", first(2**62)),
+]
+
+
+@pytest.mark.parametrize("number", range(len(TENSORS)))
+def test_tensors_that_would_fail_at_the_first_use(number: int, folders: Path, tmp_path: Path) -> None:
+    name, tensor, change = TENSORS[number]
+    folder = changed(folders, name, tmp_path, {}, tensor, change)
+    with pytest.raises(ModelFileError, match=re.escape(str(folder))):
+        GLEM.from_pretrained(folder)
+
+
+SHAPES = [[3, 16384, 16384], [3, 8, 8], [3, 16, 24], [3, 17, 16], [2, 16, 16], [3, 1, 1], [4, 16, 16]]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_images_that_do_not_fit_the_flow_or_the_autoencoder(shape: list[int], folders: Path, tmp_path: Path) -> None:
+    for name, own in (("latent", None), ("own", Blocks())):
+        folder = changed(folders, name, tmp_path, {"autoencoder": {"image_shape": shape}})
+        with pytest.raises(ModelFileError, match=f"{re.escape(str(folder))}.* do not belong to the autoencoder"):
+            GLEM.from_pretrained(folder, autoencoder=own)
+
+
+def test_flows_that_do_not_fit_the_images(folders: Path, tmp_path: Path) -> None:
+    folder = changed(folders, "latent", tmp_path, {"flow": {"image_shape": [32, 4, 2]}})
+    with pytest.raises(ModelFileError, match="do not belong to the autoencoder"):
+        GLEM.from_pretrained(folder)
+    with pytest.raises(ModelFileError, match="names no autoencoder: leave autoencoder= out"):
+        GLEM.from_pretrained(folders / "full", autoencoder=Blocks())
+    for name, own in (("full", None), ("latent", None), ("own", Blocks())):
+        model = GLEM.from_pretrained(folders / name, autoencoder=own)
+        x = images(3, model.image_shape)
+        assert bool(model.log_prob_per_class(x).isfinite().all())

@@ -1,0 +1,191 @@
+"""Private models, from images to folders: the promise in the files, resumes, and what may not enter a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glem_augment import GLEM, ImageData, SyntheticDataset
+from glem_augment.classes import private as private_module
+from glem_augment.classes.privacy import Privacy, epsilon_of
+from glem_augment.cli import main
+from glem_augment.errors import DataError, GLEMError
+from glem_augment.model.private_fit import latents_alone, rows_are_independent, set_coordinates
+
+SIZE = (1, 16, 16)
+
+
+def images(per_class: int = 150, classes: int = 3, seed: int = 0) -> ImageData:
+    """Smooth grey images, brighter from class to class."""
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(classes).repeat_interleave(per_class)
+    x = F.interpolate(torch.rand(len(y), 1, 3, 3, generator=g), SIZE[1:], mode="bilinear")
+    x = (60 * x + 90 * y[:, None, None, None]).round().to(torch.uint8)
+    return ImageData.from_tensors(x, y, [f"class {k}" for k in range(classes)])
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return images()
+
+
+@pytest.fixture(scope="module")
+def model(data: ImageData) -> GLEM:
+    return GLEM.fit(data, "taef2", privacy=Privacy(10, 1e-4), progress=False)
+
+
+def test_samples_look_like_their_class_and_the_files_have_the_promise(
+    model: GLEM, data: ImageData, tmp_path: Path
+) -> None:
+    y = torch.arange(3).repeat_interleave(40)
+    x = model.sample(y, 1.0, torch.Generator().manual_seed(0), "rfcm")
+    assert x.shape == (120, *SIZE)
+    wanted = torch.stack([data.tensor()[data.targets == k].float().mean() / 255 for k in range(3)])
+    found = torch.stack([x[y == k].mean() for k in range(3)])
+    assert float((found - wanted).abs().max()) < 0.1
+    model.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    facts = config["privacy"]
+    assert (facts["epsilon"], facts["delta"], facts["unit"]) == (10, 1e-4, "one image")
+    assert sum(r["part"] for r in facts["rounds"]) + private_module.NORMS == pytest.approx(1)
+    assert config["training"] == {"data": "private images"} and config.get("posterior_temperature", 1) == 1
+    again = GLEM.from_pretrained(tmp_path)
+    assert torch.equal(again.sample(y, 1.0, torch.Generator().manual_seed(0), "rfcm"), x)
+    assert torch.equal(again.log_prob(data.tensor()), model.log_prob(data.tensor()))
+
+
+def test_the_same_call_twice_gives_different_models(model: GLEM, data: ImageData) -> None:
+    torch.manual_seed(0)
+    other = GLEM.fit(data, "taef2", privacy=Privacy(10, 1e-4), progress=False, seed=0)
+    assert not torch.equal(other.gaussians.mu, model.gaussians.mu)
+    assert other.config.privacy is not None and model.config.privacy is not None
+    assert other.config.privacy["expect"]["images"] != model.config.privacy["expect"]["images"]
+
+
+def test_nothing_but_the_releases_depends_on_the_images(data: ImageData, tmp_path: Path) -> None:
+    """With the releases of other images in the journal, the folder is the same, byte for byte."""
+    options = dict(privacy=Privacy(10, 1e-4), progress=False, journal=tmp_path / "journal")
+    GLEM.fit(data, "taef2", **options).save(tmp_path / "a")  # type: ignore[arg-type]
+    shifted = ImageData.from_tensors(255 - data.tensor()[:-20], data.targets[:-20], data.classes)
+    GLEM.fit(shifted, "taef2", **options).save(tmp_path / "b")  # type: ignore[arg-type]
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_an_interrupted_fit_goes_on_and_releases_nothing_twice(
+    data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    release = private_module.PrivateSums.release
+
+    def counted(sums: private_module.PrivateSums) -> private_module.Release:
+        made.append(1)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return release(sums)
+
+    monkeypatch.setattr(private_module.PrivateSums, "release", counted)
+    journal, privacy = tmp_path / "journal", Privacy(10, 1e-4)
+    with pytest.raises(KeyboardInterrupt):
+        GLEM.fit(data, "taef2", privacy=privacy, journal=journal, progress=False)
+    before = journal.read_bytes()
+    GLEM.fit(data, "taef2", privacy=privacy, journal=journal, progress=False)
+    rounds = len(made)
+    assert before != journal.read_bytes() and rounds == 3  # one before, one that was interrupted, one after
+    GLEM.fit(data, "taef2", privacy=privacy, journal=journal, progress=False)
+    assert len(made) == rounds
+    with pytest.raises(GLEMError, match="spent"):
+        GLEM.fit(data, "taef2", privacy=Privacy(5, 1e-4), journal=journal, progress=False)
+
+
+def test_parts_of_a_class_share_its_covariance(data: ImageData, tmp_path: Path) -> None:
+    model = GLEM.fit(data, "taef2", privacy=Privacy(50, 1e-3), parts=2, progress=False)
+    assert model.modes is not None and model.modes.tied and model.modes.parts == 2
+    y = torch.zeros(30, dtype=torch.int64)
+    assert model.sample(y, 1.0, torch.Generator().manual_seed(0), "rfcm").isfinite().all()
+    model.save(tmp_path)
+    again = GLEM.from_pretrained(tmp_path)
+    z = torch.randn(4, model.dim)
+    assert torch.equal(again.class_scores(z), model.class_scores(z)) and again.config == model.config
+
+
+def test_many_dimensions_have_second_moments_of_the_leading_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a grid of 8 by 8 latents, in small."""
+    monkeypatch.setattr(private_module, "LEADING", 48)
+    monkeypatch.setattr("glem_augment.classes.statistics.WHOLE_DIM", 64)
+    model = GLEM.fit(images(), "taef2", privacy=Privacy(20, 1e-4), progress=False)
+    assert model.modes is not None and (model.dim, model.modes.rank) == (128, 48)
+    assert not model.latent_classes.full and bool((model.modes.rest[:, 48:] > 0).all())
+    assert model.sample(torch.arange(3), 1.0, source="rfcm").isfinite().all()
+
+
+def test_a_latent_depends_on_its_image_alone(model: GLEM, data: ImageData) -> None:
+    assert rows_are_independent(model)
+    z, y = latents_alone(model, data, progress=False)
+    fewer, _ = latents_alone(model, data.subset(range(5, len(data) - 3)), progress=False)
+    assert torch.equal(z[5:-3], fewer) and torch.equal(y, torch.from_numpy(data.targets))
+
+
+def test_coordinates_come_from_public_images(data: ImageData) -> None:
+    public = (torch.rand(40, *SIZE) * 255).to(torch.uint8)
+    model = GLEM.create("stationary", SIZE, data.classes)
+    with pytest.raises(ValueError, match="public"):
+        set_coordinates(model, None)
+    fitted = GLEM.fit(data, privacy=Privacy(10, 1e-4), public=public, progress=False)  # of the pixels
+    assert fitted.config.privacy is not None and fitted.config.privacy["coordinates"] == "public images"
+    assert fitted.dim == 256
+
+
+def test_what_a_private_model_refuses(model: GLEM, data: ImageData) -> None:
+    from glem_augment.evaluation import calibrate
+
+    with pytest.raises(ValueError, match="privacy"):
+        model.fit_modes(data)
+    with pytest.raises(ValueError, match="privacy"):
+        calibrate(model, data, progress=False)
+    with pytest.raises(ValueError, match="privac"):
+        SyntheticDataset(model, 3, source="mixup", real=data)
+    with pytest.raises(ValueError, match="privac"):
+        SyntheticDataset(model, "balance", real=data)
+
+
+def test_too_few_images_and_too_large_a_delta_are_one_clear_error(data: ImageData) -> None:
+    with pytest.raises(DataError, match="merge classes"):
+        GLEM.fit(images(per_class=10), "taef2", privacy=Privacy(0.5, 1e-4), progress=False)
+    with pytest.raises(ValueError, match="delta"):
+        GLEM.fit(data, "taef2", privacy=Privacy(10, 0.05), progress=False)
+    few = ImageData.from_tensors(data.tensor()[:302], data.targets[:302], data.classes)  # two of the last class
+    found = GLEM.fit(few, "taef2", privacy=Privacy(10, 1e-4), progress=False)
+    assert found.config.privacy is not None and found.config.privacy["expect"]["drowned"] == ["class 2"]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "private"
+    data = images(60)
+    for index, (x, y) in enumerate(zip(data.tensor(), data.targets, strict=True)):
+        (folder / data.classes[y]).mkdir(parents=True, exist_ok=True)
+        write_grey(x, folder / data.classes[y] / f"{index}.png")
+    argv = ["fit", str(folder), "--autoencoder", "taef2", "--epsilon", "40", "--delta", "1e-3", "--quiet"]
+    assert main([*argv, "--out", str(tmp_path / "model")]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["privacy"]["epsilon"] == 40 and "differentially private" in err and "above the noise" in err
+    assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
+    assert main(["fit", str(folder), "--epsilon", "1", "--rank", "3", "--out", str(tmp_path / "x")]) == 2
+    assert "no effect" in capsys.readouterr().err
+    assert main(["info", str(tmp_path / "model"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["privacy"]["unit"] == "one image"
+    assert main(["info", *2 * [str(tmp_path / "model")], "--json"]) == 0
+    together = json.loads(capsys.readouterr().out)["together"]
+    assert together["epsilon"] == pytest.approx(epsilon_of(Privacy(40, 1e-3).mu * 2**0.5, 1e-3), rel=1e-3)
+
+
+def write_grey(x: Tensor, path: Path) -> None:
+    from torchvision.transforms.functional import to_pil_image
+
+    to_pil_image(x).save(path)
