@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # type checkers do not follow `__getattr__`
     from glem_augment.images.matching import match_classes
     from glem_augment.model.glem import GLEM
     from glem_augment.synthetic.combined import RealAndSynthetic
-    from glem_augment.synthetic.dataset import SyntheticDataset, SyntheticStream
+    from glem_augment.synthetic.dataset import SyntheticDataset
     from glem_augment.training import TrainConfig as TrainConfig
     from glem_augment.training import Trainer as Trainer
 
@@ -51,7 +51,6 @@ __all__ = [
     "Policy",
     "RealAndSynthetic",
     "SyntheticDataset",
-    "SyntheticStream",
     "TrainingError",
     "create_flow",
     "match_classes",
@@ -67,7 +66,7 @@ _MODULES = {
     "classes.gaussians": "ClassGaussians",
     "model.glem": "GLEM",
     "synthetic.combined": "RealAndSynthetic",
-    "synthetic.dataset": "SyntheticDataset SyntheticStream",
+    "synthetic.dataset": "SyntheticDataset",
     "training": "TrainConfig Trainer",  # not in __all__, because they import timm
 }
 

@@ -7,6 +7,7 @@ in the same order.
 from __future__ import annotations
 
 import atexit
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -38,7 +39,9 @@ class Share(NamedTuple):
 
 def start(device: str) -> torch.device:
     """Join the processes that torchrun or SLURM started, if any. Returns this rank's device of the kind `device`."""
-    from timm.utils import init_distributed_device, is_distributed_env
+    if not {"WORLD_SIZE", "SLURM_NTASKS"} & os.environ.keys():
+        return torch.device(device)
+    from timm.utils import init_distributed_device, is_distributed_env  # takes a second
 
     if not is_distributed_env() or dist.is_initialized():
         return torch.device(device)

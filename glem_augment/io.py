@@ -17,8 +17,19 @@ from typing import IO, Any, Literal
 from filelock import FileLock, Timeout
 from PIL import Image
 
+__all__ = ["atomic_write", "finite", "json_text", "save_png", "write_json"]  # for applications
+
 # `atomic_write` rewrites these system errors, because they name a temporary file, or none.
-_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_REFUSED = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -103,6 +114,11 @@ def json_text(obj: Any) -> str:
     """`obj` as indented JSON; file names that are not UTF-8 are escaped. TypeError, ValueError: no JSON, or NaN."""
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def finite(obj: Any) -> Any:
+    """`obj` as JSON can hold it, with None in place of every NaN and infinity."""
+    return json.loads(json.dumps(obj), parse_constant=lambda name: None)
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:

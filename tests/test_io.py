@@ -54,6 +54,16 @@ def test_a_refusal_of_the_system_names_the_path(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_file_that_is_too_large_is_named(tmp_path: Path) -> None:
+    def write() -> None:
+        with atomic_write(tmp_path / "large") as file:
+            file.write(bytes(10))
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    with pytest.raises(OSError, match=f"cannot write {tmp_path / 'large'}: file too large"):
+        write()
+
+
 def test_a_full_disk_as_the_system_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: object, mode: str, **text: Any) -> Any:
         return open("/dev/full", mode.replace("x", "w"), **text)

@@ -32,7 +32,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from glem_augment import GLEM, GLEMAugment, SyntheticDataset, open_data
 from glem_augment.errors import DataError
-from glem_augment.synthetic.dataset import SyntheticStream
 
 CLASSES = ["ant", "bee", "cat"]
 labels = partial(any_labels, classes=len(CLASSES))
@@ -193,7 +192,6 @@ def _data_sets(model: GLEM, images: Path, out: Path) -> None:
         data = SyntheticDataset(model, per_class=4, **options)
         data.images([0, 11, 5])
         copy.deepcopy(data)[3]
-    list(itertools.islice(SyntheticStream(model), 5))  # without an end
 
 
 def _exports(model: GLEM, images: Path, out: Path) -> None:
@@ -234,7 +232,6 @@ def _workers(model: GLEM, images: Path, out: Path) -> None:
     aug = GLEMAugment(model, p=1.0, modes=4, seed=0)
     for loader in (
         DataLoader(SyntheticDataset(model, per_class=4, transform=np.asarray), batch_size=4, **context),
-        DataLoader(SyntheticStream(model, length=12, transform=np.asarray), batch_size=4, **context),
         DataLoader(plain, batch_size=4, collate_fn=aug.collate_fn(), persistent_workers=True, **context),
         aug.wrap(DataLoader(plain, batch_size=4, **context)),
     ):

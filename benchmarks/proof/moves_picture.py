@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import ROOT
 from glem_augment import GLEM, GLEMAugment, Mixup, Noise, Policy, open_data
-from glem_augment.evaluation.preview import Section, compose
+from glem_augment.evaluation.pictures import Section, compose
 from glem_augment.io import save_png
 
 MODEL = "bundled:photographs"

@@ -3,11 +3,11 @@
     GLEM_DATA=... python benchmarks/proof/photographs.py --per-class 20 50 --seeds 0 1 2 3 4
 
 A small ResNet of timm is trained from scratch with crop + flip, with the best of ten other stacks (up to three
-operations on top), and with moves. Moves are noise, mixup and adversarial steps (against a network trained with crop
-and flip). They follow modes of the pixels, of TAEF2's latents, or of a flow in these latents that was trained on the
-same few images. 1,000 other training images choose the best stack of each kind, with seed 0. Each seed draws other
-training images. All seeds are measured on the same 1,000 test images. `glem compare` does the same on the user's
-images. Stored rows are not measured again.
+operations on top), and with moves. Moves are noise, mixup and adversarial steps (against the network in training; in
+stored rows, against a network trained with crop + flip). They follow modes of the pixels, of TAEF2's latents, or of a
+flow in these latents that was trained on the same few images. 1,000 other training images choose the best stack of
+each kind, with seed 0. Each seed draws other training images. All seeds are measured on the same 1,000 test images.
+`glem compare` does the same on the user's images. Stored rows are not measured again.
 """
 
 from __future__ import annotations
@@ -26,18 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 from benchmarks.common import find_images, parser, write_results
 from benchmarks.paper.research import method_trainer
 from glem_augment import GLEM, Adversarial, ImageData, Noise, open_data
-from glem_augment.evaluation.compare import (
-    MODES,
-    ORDINARY,
-    PLAIN,
-    POLICIES,
-    Comparison,
-    Stack,
-    difference,
-    models_for,
-    moves,
-    report,
-)
+from glem_augment.evaluation.compare import report
+from glem_augment.evaluation.intervals import difference
+from glem_augment.evaluation.stacks import ORDINARY, PLAIN, POLICIES, Stack, moves
+from glem_augment.evaluation.trainings import MODES, Comparison, models_for
 from glem_augment.io import write_json
 
 NAME, SIZE, STEPS = "photographs", 64, 300

@@ -30,13 +30,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from glem_augment.evaluation.pictures import Section, compose
-
 from benchmarks.common import ROOT, find_images, interval, machine, parser, write_results
 from benchmarks.paper.classifier import Recipe, train_classifier
 from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
 from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.private import private_classes
+from glem_augment.evaluation.pictures import Section, compose
 from glem_augment.io import save_png, write_json
 from glem_augment.model.private_fit import latents_alone, set_coordinates
 

@@ -6,7 +6,6 @@ At its top this imports no torch, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from glem_augment.images.matching import ClassMap
     from glem_augment.model.glem import GLEM
 
-TOO_MANY = 0.2  # a flow that rejects a larger share of moves does not fit its images
 EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
 DATA_HELP = "images: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
 MODEL_HELP = "a folder written by glem train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
@@ -78,6 +76,10 @@ def add_data(parser: argparse.ArgumentParser, split: str | None = "test", **opti
     """DATA and its options; `split` is the default, None for test where there are splits."""
     parser.add_argument("data", metavar="DATA", help=DATA_HELP, **optional)
     parser.add_argument("--split", default=split, help=f"of DATA (default: {split or 'test, if there are splits'})")
+    add_skip_bad(parser)
+
+
+def add_skip_bad(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and name them")
 
 
@@ -255,7 +257,7 @@ def open_for(model: GLEM, spec: str, split: str, class_map: ClassMap = None, **o
 
 def print_json(obj: dict[str, Any]) -> None:
     """Print one JSON object on stdout, with null for non-finite numbers, which JSON does not have."""
-    from glem_augment.io import json_text
+    from glem_augment.io import finite, json_text
 
     say(json_text(finite(obj)))
 
@@ -266,11 +268,6 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
         print_json(facts)
     else:
         say(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None).rstrip())
-
-
-def finite(obj: Any) -> Any:
-    """`obj` as JSON can hold it, with None in place of every NaN and infinity."""
-    return json.loads(json.dumps(obj), parse_constant=lambda name: None)
 
 
 def say(text: str) -> None:
@@ -289,21 +286,16 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def moves(model: GLEM, data: ImageData, instead: str = "") -> dict[str, Any] | None:
-    """The result of `rejected_moves`, None without modes. Notes on stderr report many rejected moves.
-
-    `instead` is advice for a model that rejects more than a fifth even at the smallest strength.
-    """
+def moves(model: GLEM, data: ImageData, progress: bool = True) -> dict[str, Any] | None:
+    """The result of `rejected_moves`, None without modes. A note on stderr reports many rejected moves."""
     from glem_augment.augment.state import MOST_REJECTED
     from glem_augment.evaluation import rejected_moves
 
     if model.modes is None:
         return None
-    found = rejected_moves(model, data)
+    found = rejected_moves(model, data, progress)
     mixup, noise = found["mixup"], found["noise"]
     if max(mixup, *noise.values()) > MOST_REJECTED:
         parts = ", ".join(f"{100 * part:.0f} % at strength {strength:g}" for strength, part in noise.items())
         note(f"glem: GLEMAugment would reject {100 * mixup:.0f} % of the moves by mixup; by noise {parts}")
-    if instead and max(mixup, noise[min(noise)]) > TOO_MANY:
-        note(f"glem: this flow does not fit such images; {instead}")
     return found

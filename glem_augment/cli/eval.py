@@ -14,8 +14,8 @@ Classify labelled images with a flow, and measure its likelihoods. Prints one JS
   bits_per_dim_marginal  the same for p(image), all classes equally likely
   ece                 expected calibration error of the posterior, 15 bins
   round_trip          image -> latent -> image without clamping: errors in uint8 steps, share within half a step
-  rejected_moves      how many of the moves of 128 images GLEMAugment would reject, from 0 to 1: by mixup, and by noise
-                      of several strengths
+  rejected_moves      how many of the moves of 128 images (8 with an autoencoder) GLEMAugment would reject, from 0 to 1:
+                      by mixup, and by noise of several strengths
   skipped             images left out, with --skip-bad
 
 Images are converted to the flow's size and channels.
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from glem_augment.distributed import is_primary
     from glem_augment.evaluation import metrics
     from glem_augment.images.sources import without_splits
-    from glem_augment.io import write_json
+    from glem_augment.io import finite, write_json
 
     model = common.load_model(args)
     whole_folder = without_splits(args.data)
@@ -60,7 +60,12 @@ def run(args: argparse.Namespace) -> None:
     result |= metrics.evaluate(model, data, args.batch_size, args.round_trip, progress=not args.quiet)
     if not is_primary():
         return
-    result["rejected_moves"] = common.moves(model, data)
+    if result.get("bits_per_dim", 0) > model.bits:
+        common.note(
+            f"glem: {result['bits_per_dim']:.2f} bits/dim is more than {model.bits}, the bits of a pixel as it is: "
+            "the model does not fit these images; fit it to them (glem fit)"
+        )
+    result["rejected_moves"] = common.moves(model, data, progress=not args.quiet)
     if args.out is not None:  # first, since printing to a closed pipe ends the command
-        write_json(args.out, common.finite(result))
+        write_json(args.out, finite(result))
     common.print_json(result)

@@ -13,8 +13,7 @@ from glem_augment.cli import common
 
 DESCRIPTION = """\
 Draw new images of every class from a flow. glem-provenance.json records the flow and the settings. The same seed draws
-the same images for any classes and any number of images (rounding may change a pixel by one step). Prints a JSON
-summary.
+the same images for any classes and any number of images. Prints a JSON summary.
 
   --format imagefolder             PNG files, a folder per class; the same command again writes missing files.
                                    A class without images has no folder; classes.json has the label of every class.
@@ -31,7 +30,11 @@ summary.
   --report DIR --real DATA         compare up to 5000 images with equally many of DATA, the flow's training images: FID,
                                    coverage, label reliability, and memorisation if DATA has test images. The judge is
                                    a small classifier, which is trained on DATA for about a minute.
+
+A private model (glem fit --epsilon) refuses balance and mixup, which look at real images. A report on it looks at them
+too: it stays outside --out, and must not be shared.
 """
+UNCOVERED = "the report looks at real images and is not covered by the model's privacy: do not share it"
 EXAMPLES = """\
   glem generate bundled:fashion-mnist --per-class 100 --out synthetic/
   glem generate runs/photos --per-class 1000 --temperature 0.8 --format webdataset --out synthetic/
@@ -55,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("the source of the images")
     source.add_argument("--source", choices=SOURCES, help="see above (default: rfcm, or gaussian without modes)")
     # The default None marks an option as not given: options without effect are refused.
-    temperature = "for gaussian and rfcm: factor on the standard deviation (default: 0.9)"
+    temperature = "for gaussian and rfcm: factor on the standard deviation (default: 0.9; 1 for a private model)"
     source.add_argument("--temperature", type=common.number(0), metavar="T", help=temperature)
     common.add_count(source, "--modes", f"for mixup: number of modes (default: {DEFAULT_MODES}, or all)")
     source.add_argument("--alpha", type=common.number(0), metavar="A", help="for mixup: A of Beta(A, A) (default: 1)")
@@ -64,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     real = parser.add_argument_group("real images, for --per-class balance, --source mixup and --report")
     real.add_argument("--real", metavar="DATA", help=common.DATA_HELP)
     real.add_argument("--split", metavar="SPLIT", help="split of DATA (default: train)")
+    common.add_skip_bad(real)
     common.add_class_map(real)
 
 
@@ -87,7 +91,6 @@ def per_class(text: str) -> Any:
 
 def run(args: argparse.Namespace) -> None:
     from glem_augment.distributed import is_primary
-    from glem_augment.evaluation import quality_report
     from glem_augment.hub.cards import CardFacts
     from glem_augment.images.sources import without_splits
     from glem_augment.synthetic.dataset import SyntheticDataset
@@ -96,12 +99,17 @@ def run(args: argparse.Namespace) -> None:
     _check_together(args)
     check_folder(args.out)  # refuses a folder before any work
     model = common.load_model(args)
+    if args.report is not None and model.config.privacy is not None:
+        if args.report.resolve().is_relative_to(args.out.resolve()):
+            raise ValueError("--report on a private model looks at real images: give a folder outside --out")
+        common.note(f"glem: {UNCOVERED}")
     progress = not args.quiet
+    reading = {"progress": progress, "skip_bad": args.skip_bad}
     real = unseen = None
     if args.real is not None:
-        real = common.open_resized(model, args.real, args.split or "train", progress=progress)
+        real = common.open_resized(model, args.real, args.split or "train", **reading)
     if args.report is not None and is_primary() and not without_splits(args.real):
-        unseen = common.open_resized(model, args.real, "test", progress=progress)
+        unseen = common.open_resized(model, args.real, "test", **reading)
     given = ("temperature", "modes", "alpha")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     options |= {"real": real, "class_map": args.class_map}
@@ -116,6 +124,8 @@ def run(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt(f"{args.out} is not complete; to finish it, run: {command}") from None
     report = None
     if args.report is not None and is_primary():  # no other rank waits for it
+        from glem_augment.evaluation import quality_report  # loads the drawing code
+
         judging = {"progress": progress, "class_map": args.class_map}
         report = quality_report(dataset, real, unseen, args.report, **judging)
         if report["warning"]:
@@ -149,6 +159,7 @@ def _check_together(args: argparse.Namespace) -> None:
         ("alpha", "--source mixup", mixup),
         ("split", "--real", args.real is not None),
         ("class_map", "--real", args.real is not None),
+        ("skip_bad", "--real", args.real is not None),
     ):
-        if getattr(args, name) is not None and not there:
+        if getattr(args, name) not in (None, False) and not there:
             raise ValueError(f"--{name.replace('_', '-')} has no effect without {needed}")

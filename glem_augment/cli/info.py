@@ -48,6 +48,7 @@ def together(promises: list[dict[str, Any] | None]) -> dict[str, Any] | None:
 
 def model_facts(name: str) -> dict[str, Any]:
     """Everything that `glem info` shows, as JSON can hold it. Raises ModelFileError for a damaged model."""
+    from glem_augment.io import finite
     from glem_augment.model.glem import GLEM
     from glem_augment.model.weights import CONFIG
 
@@ -55,7 +56,7 @@ def model_facts(name: str) -> dict[str, Any]:
     assert model.origin_file is not None
     folder, config = model.origin_file.parent, model.config
     repo, _, commit = (model.origin or "").partition("@")
-    return common.finite(
+    return finite(
         {
             "model": name,
             "folder": str(folder),

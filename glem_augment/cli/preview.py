@@ -44,6 +44,6 @@ def run(args: argparse.Namespace) -> None:
     reading = {"skip_bad": args.skip_bad, "progress": progress, "cache_bytes": 0}  # it shows few of the images
     data = common.open_for(model, args.data, args.split, args.class_map, **reading).at_own_size()
     policies = POLICIES if args.policy == "all" else (args.policy,)
-    picture = preview(model, data, args.rows, policies, args.modes, args.seed, progress)
+    picture = preview(model, data, args.rows, policies, args.modes, args.seed, progress, args.model)
     save_png(picture, args.out)
     common.note(f"wrote {args.out} ({picture.width}x{picture.height})")

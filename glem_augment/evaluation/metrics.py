@@ -1,4 +1,4 @@
-"""Measuring a GLEM on labelled images: accuracy, bits/dim, calibration, round trip, rejected moves."""
+"""Measurements of a GLEM on labelled images: accuracy, bits/dim, calibration, round trip, rejected moves."""
 
 from __future__ import annotations
 
@@ -71,14 +71,15 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
 
 
 @torch.no_grad()
-def rejected_moves(model: GLEM, data: ImageData) -> dict[str, Any]:
+def rejected_moves(model: GLEM, data: ImageData, progress: bool = False) -> dict[str, Any]:
     """How many of the moves of `GLEMAugment` are rejected, from 0 to 1.
 
     A move is rejected if its result is not plausible, or if the model does not give the original back.
 
     Args:
-        data: images of the model's shape, labelled by its class indices. 128 evenly spread images are moved; 16 with an
+        data: images of the model's shape, labelled by its class indices. 128 evenly spread images are moved; 8 with an
             autoencoder, which is slow for large images.
+        progress: show a bar on stderr when it takes longer than two seconds.
 
     Returns:
         `mixup`: by Mixup(); `noise`: by Noise at each of four strengths; `images`: the number of moved images.
@@ -86,7 +87,7 @@ def rejected_moves(model: GLEM, data: ImageData) -> dict[str, Any]:
     Raises:
         ValueError: a model without modes.
     """
-    count = min(128 if model.autoencoder is None else 16, len(data))
+    count = min(128 if model.autoencoder is None else 8, len(data))
     x, y = (batch.to(model.device) for batch in next(data.batches(spread(len(data), count), count)))
 
     def rejected(policy: Policy) -> float:
@@ -94,10 +95,15 @@ def rejected_moves(model: GLEM, data: ImageData) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the result holds the same numbers
             aug(x, y)
+        bar.update()
         return aug.stats["rejected"] / count
 
-    noise = {strength: rejected(Noise(strength)) for strength in STRENGTHS}
-    return {"images": count, "mixup": rejected(Mixup()), "noise": noise}
+    with tqdm(
+        total=len(STRENGTHS) + 1, desc="rejected moves", delay=2, disable=not progress, dynamic_ncols=True
+    ) as bar:
+        noise = {strength: rejected(Noise(strength)) for strength in STRENGTHS}
+        mixup = rejected(Mixup())
+    return {"images": count, "mixup": mixup, "noise": noise}
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -20,6 +21,7 @@ from glem_augment.images.sources import open_source, tensor_source
 from glem_augment.images.threads import in_threads
 
 CACHE_BYTES = 2 * 2**30
+ENLARGED = 3  # times: images that are enlarged as much get a warning
 OWN_SIZE, _HEADERS = 224, 32  # the longest side of images in pictures; how many headers `at_own_size` reads
 
 
@@ -238,20 +240,35 @@ def open_data(
     if len(rows) == 0:
         raise DataError(f"{source.name} holds no images{' that can be used' if bad else ''}")
     try:
+        sizes = np.zeros((len(rows), 2), dtype=np.int64)  # stored height and width
         shape: tuple[int, int, int] | None = None if size is None or channels is None else (channels, *size)
         if shape is None or len(rows) * math.prod(shape) > cache_bytes:
-            found = _look_at_headers(source, rows, size is None, progress)
+            found = _look_at_headers(source, rows, size is None, sizes, progress)
             shape = (channels or found[0], *(size or found[1:]))
         pixels = None
         if isinstance(source, TensorSource) and source.images.shape[1:] == shape:
             pixels = source.images.contiguous()
         elif len(rows) * math.prod(shape) <= cache_bytes:
-            pixels = _decode(source, rows, shape, progress)
+            pixels = _decode(source, rows, shape, progress, sizes)
     except BadImageError as error:
         raise BadImageError(
-            f"{error}, or leave such images out with skip_bad=True (glem train, adapt, eval and preview: --skip-bad)"
+            f"{error}, or leave such images out with skip_bad=True (on the command line: --skip-bad)"
         ) from error
+    _warn_enlarged(source.name, sizes, shape[1:])
     return ImageData(source, shape, rows, pixels, list(bad.values()))
+
+
+def _warn_enlarged(name: str, sizes: np.ndarray, size: tuple[int, int]) -> None:
+    """Warn once if images with stored sizes [N, 2] are enlarged a lot; sizes of 0 are not known."""
+    scale = (np.asarray(size) / np.maximum(sizes, 1)).max(1)
+    count = int(((scale >= ENLARGED) & (sizes > 0).all(1)).sum())
+    if count:
+        height, width = sizes[np.where((sizes > 0).all(1), scale, 0).argmax()]
+        warnings.warn(
+            f"{count} of {len(sizes)} images of {_printable(name)} are enlarged {ENLARGED} times or more, to "
+            f"{size[0]}x{size[1]} (one is {height}x{width}): give a smaller image size, or leave them out",
+            stacklevel=3,
+        )
 
 
 def as_image_data(
@@ -303,8 +320,10 @@ def _bad_images(source: Source, progress: bool) -> dict[int, tuple[str, str]]:
     return dict(sorted(found.items()))
 
 
-def _look_at_headers(source: Source, rows: np.ndarray, same_size: bool, progress: bool) -> tuple[int, int, int]:
-    """(C, H, W) of the first image; C = 1 only if all images at `rows` are grey.
+def _look_at_headers(
+    source: Source, rows: np.ndarray, same_size: bool, sizes: np.ndarray, progress: bool
+) -> tuple[int, int, int]:
+    """(C, H, W) of the first image; C = 1 only if all images at `rows` are grey. `sizes` [N, 2] gets all sizes.
 
     BadImageError: a file that is no image. DataError: different sizes, with `same_size`.
     """
@@ -317,6 +336,7 @@ def _look_at_headers(source: Source, rows: np.ndarray, same_size: bool, progress
     def one(index: int) -> None:
         row = int(rows[index])
         grey[index], *size = source.header(row)
+        sizes[index] = size
         if same_size and size != first:
             raise DataError(
                 f"{source.name} holds images of different sizes: {source.where(int(rows[0]))} is "
@@ -332,12 +352,17 @@ def _decoded(source: Source, row: int, shape: tuple[int, int, int]) -> torch.Ten
     return fit(source.pixels(row, shape[0]), *shape[1:])
 
 
-def _decode(source: Source, rows: np.ndarray, shape: tuple[int, int, int], progress: bool) -> torch.Tensor:
-    """The images at `rows` of a source as uint8 [N,C,H,W]."""
+def _decode(
+    source: Source, rows: np.ndarray, shape: tuple[int, int, int], progress: bool, sizes: np.ndarray | None = None
+) -> torch.Tensor:
+    """The images at `rows` of a source as uint8 [N,C,H,W]. `sizes` [N, 2] gets their stored sizes."""
     out = torch.empty(len(rows), *shape, dtype=torch.uint8)
 
     def one(index: int) -> None:
-        out[index] = _decoded(source, int(rows[index]), shape)
+        pixels = source.pixels(int(rows[index]), shape[0])
+        if sizes is not None:
+            sizes[index] = pixels.shape[-2:]
+        out[index] = fit(pixels, *shape[1:])
 
     in_threads(one, len(rows), f"decoding {source.name}", progress, source.threads)
     return out

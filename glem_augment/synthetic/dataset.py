@@ -1,7 +1,8 @@
-"""SyntheticDataset and SyntheticStream: images drawn from the classes of a GLEM, by index or new in every epoch.
+"""SyntheticDataset: images drawn from the classes of a GLEM, by index.
 
-Images are decoded in fixed blocks, because the last bits of convolutions and matrix products depend on the batch size.
-So item i is the same image for any batch, order and worker.
+Images are decoded in blocks of one size, because the last bits of convolutions and matrix products depend on the batch
+size. So an image depends on model, seed, class and place in the class alone: not on batches, order, workers, or on how
+many images there are.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from glem_augment.checks import FORMATS, DrawSource, Format, check_choice, check_number, check_whole
-from glem_augment.distributed import rank, world_size
+from glem_augment.checks import FORMATS, DrawSource, Format, check_choice, check_whole
 from glem_augment.images.dataset import check_indices
 from glem_augment.images.matching import ClassMap
 from glem_augment.io import expand
@@ -33,7 +33,6 @@ from glem_augment.synthetic.sampler import (
     Plan,
     Sampler,
     class_counts,
-    class_values,
     label_order,
     open_real,
     rows_by_block,
@@ -57,7 +56,8 @@ class SyntheticDataset(Dataset):
             change afterwards.
         per_class: images of each class: a number for all, K numbers, a mapping from class names, ids or indices, or
             "balance", which fills up each class of `real` to its largest class. Classes without a number get no images.
-        temperature: factor on the standard deviation.
+        temperature: factor on the standard deviation. None: 0.9, or 1.0 for a private model, for whose sets lower
+            temperatures were worse.
         seed: int >= 0; seed, class and place within the class fix an item's latent.
         transform: PIL image -> anything; target_transform: int -> anything.
         source: "gaussian": the diagonal Gaussian of the class. "rfcm": mean and full covariance of its real latents.
@@ -68,13 +68,17 @@ class SyntheticDataset(Dataset):
         real: real images, see `open_data`, for "balance" and "mixup". Exports take the class numbers of `real`.
         modes, alpha: settings of source "mixup", as in GLEMAugment (64 modes, or as many as there are).
         class_map: how the classes of `real` map to the flow's, see `match_classes`.
+
+    Raises:
+        ValueError: "balance" or "mixup" with a private model, since real images would decide the set; or arguments that
+            make no sense.
     """
 
     def __init__(
         self,
         model: GLEM | str | os.PathLike[str],
         per_class: PerClass = 100,
-        temperature: float = 0.9,
+        temperature: float | None = None,
         seed: int = 0,
         transform: Callable[[Image.Image], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
@@ -166,9 +170,12 @@ class SyntheticDataset(Dataset):
     def draw(self, cls: int, number: int) -> Drawn:
         """Draw block `number` of a class, without the cache. RuntimeError: the model has changed."""
         self._check_model()
-        within = np.arange(number * self.plan.block, min(self.counts[cls], (number + 1) * self.plan.block))
-        drawn = self.sampler.draw(np.full_like(within, cls), within)
-        self._implausible.update((self._starts[cls] + within[drawn.implausible]).tolist())
+        within = number * self.plan.block + np.arange(self.plan.block)
+        count = min(self.counts[cls] - within[0], self.plan.block)
+        # The last block is drawn whole too: in a smaller batch its images would have other last bits.
+        whole = self.sampler.draw(np.full_like(within, cls), within)
+        drawn = Drawn(whole.latents[:count], whole.images[:count], whole.implausible[:count])
+        self._implausible.update((self._starts[cls] + within[:count][drawn.implausible]).tolist())
         return drawn
 
     def export(
@@ -242,95 +249,3 @@ class SyntheticDataset(Dataset):
     def __getstate__(self) -> dict[str, Any]:
         # A copy gets a new cache, and its weights are other tensors.
         return {key: value for key, value in self.__dict__.items() if key != "_cached"} | {"_weights_key": None}
-
-
-class SyntheticStream(IterableDataset):
-    """An iterable data set of (PIL image, int): every epoch, worker and rank gives other images.
-
-    Images are made in blocks. Block number b is a function of seed, epoch and b alone. The workers of all ranks share
-    the blocks. So another number of workers changes the order of an epoch's images, but not the images. Every rank has
-    equally many images. Nothing is kept in memory.
-
-    As with torch's `DistributedSampler`, call `set_epoch` before each epoch; otherwise every epoch has the same images.
-    timm's train.py calls it. Without `length` an epoch has no end.
-
-    Args:
-        model: a GLEM or its name.
-        length: images per epoch, over all ranks and workers (rounded up to a multiple of the ranks); None: no end.
-        weights: relative frequencies of the classes: K numbers >= 0, or a mapping from class names, ids or indices
-            (other classes get no image). None: all the same.
-        temperature, seed, transform, target_transform, source, device, real, modes, alpha: as for `SyntheticDataset`.
-    """
-
-    def __init__(
-        self,
-        model: GLEM | str | os.PathLike[str],
-        length: int | None = None,
-        weights: Sequence[float] | Mapping[Any, float] | None = None,
-        temperature: float = 0.9,
-        seed: int = 0,
-        transform: Callable[[Image.Image], Any] | None = None,
-        target_transform: Callable[[int], Any] | None = None,
-        source: DrawSource | None = None,
-        device: torch.device | str | None = None,
-        real: Any = None,
-        modes: int | None = None,
-        alpha: float = 1.0,
-    ) -> None:
-        model = as_model(model).on(device)
-        self.length = None if length is None else check_whole("length", length, 1)
-        given = [1.0] * model.num_classes if weights is None else class_values(model, weights, "weights", 0.0)
-        frequencies = np.array([check_number(f"weights[{i}]", w, 0.0, math.inf) for i, w in enumerate(given)])
-        if frequencies.sum() <= 0:
-            raise ValueError("weights must not all be 0")
-        self.probabilities = frequencies / frequencies.sum()
-        self.transform, self.target_transform = transform, target_transform
-        matched = None if real is None else open_real(model, real)
-        self.sampler = Sampler(model, matched, self.probabilities > 0, source, seed, temperature, modes, alpha)
-        self.block = BLOCK
-        self.classes, self.class_to_idx = list(model.classes), dict(model.class_to_idx)
-        self._sender = (0, 1)  # rank and number of ranks of the process that sent this copy
-        # In shared memory, so that persistent DataLoader workers see it change.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, before its iterator is made, also for the workers of a DataLoader."""
-        self._epoch.fill_(check_whole("epoch", epoch, 0))
-
-    def __len__(self) -> int:
-        """Images per epoch on this rank. Every worker of a DataLoader may end with a short batch."""
-        if self.length is None:
-            raise TypeError("this SyntheticStream has no end: give length=")
-        return -(-self.length // self._ranks()[1])
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        info = get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        own, ranks = self._ranks()
-        epoch, share = int(self._epoch), None if self.length is None else len(self)
-        local = worker  # number among the blocks of this rank
-        while share is None or local * self.block < share:
-            count = self.block if share is None else min(self.block, share - local * self.block)
-            yield from self._block(epoch, local * ranks + own, count)
-            local += workers
-
-    def _block(self, epoch: int, number: int, count: int) -> Iterator[tuple[Any, Any]]:
-        """The first `count` items of a block."""
-        sequence = np.random.SeedSequence([self.sampler.seed, epoch, number])
-        y = np.random.default_rng(sequence).choice(len(self.probabilities), size=self.block, p=self.probabilities)
-        # Each place is used once over all blocks and epochs. An epoch has at most 2^40 images.
-        within = epoch * 2**40 + number * self.block + np.arange(self.block)
-        images = self.sampler.draw(y[:count], within[:count]).images
-        for image, label in zip(images, y[:count].tolist(), strict=True):
-            picture = to_pil_image(image)
-            yield (
-                picture if self.transform is None else self.transform(picture),
-                label if self.target_transform is None else self.target_transform(label),
-            )
-
-    def _ranks(self) -> tuple[int, int]:
-        return (rank(), world_size()) if world_size() > 1 else self._sender
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A worker that is spawned, rather than forked, is not part of the process group.
-        return self.__dict__ | {"_sender": self._ranks()}

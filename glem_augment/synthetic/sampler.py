@@ -28,6 +28,7 @@ from glem_augment.model.glem import GLEM
 from glem_augment.tensors import evaluating
 
 NOISE_BLOCK = 16  # items of a class that share a generator; another number would change the draws
+TEMPERATURE, PRIVATE_TEMPERATURE = 0.9, 1.0  # by default; less than 1 was worse for sets of private models
 MAX_ATTEMPTS = 5  # draws of an item at most; the last draw is kept
 REAL_IMAGES = "real_images_sha256"  # the key in an export's settings that identifies the real images of a mixup
 PerClass = int | Literal["balance"] | Sequence[int] | Mapping[Any, int]
@@ -90,6 +91,7 @@ def class_counts(model: GLEM, per_class: PerClass, real: Real | None) -> list[in
             raise ValueError(f"per_class must be a number, K numbers, a mapping or 'balance', got {per_class!r}")
         if real is None:
             raise ValueError("per_class='balance' fills up a real data set: give real=")
+        model.refuse_if_private("per_class='balance'")  # the counts would tell how many images each class has
         present = np.bincount(real.targets, minlength=k)
         counts = np.where(np.isin(np.arange(k), real.classes), present.max() - present, 0).tolist()
         if not any(counts):
@@ -141,7 +143,7 @@ class RealLatents:
         if empty:
             raise ValueError(
                 f"source='mixup' has no real image of {', '.join(empty[:10])}: leave these classes out (per_class as a "
-                "mapping, or weight 0), or take another source"
+                "mapping), or take another source"
             )
         if single:
             warnings.warn(
@@ -187,19 +189,22 @@ class Sampler:
         wanted: np.ndarray,
         source: DrawSource | None,
         seed: int,
-        temperature: float,
+        temperature: float | None,
         modes: int | None,
         alpha: float,
     ) -> None:
         source = source or ("gaussian" if model.modes is None else "rfcm")
         check_choice("source", source, SOURCES)
         self.model, self.source, self.seed = model, source, check_whole("seed", seed, 0)
+        if temperature is None:
+            temperature = TEMPERATURE if model.config.privacy is None else PRIVATE_TEMPERATURE
         self.temperature = check_number("temperature", temperature, 0.0, math.inf)
         self.alpha = check_number("alpha", alpha, 0.0, math.inf, open_low=True)
         self.real: RealLatents | None = None
         if source != "gaussian" and model.modes is None:
             raise ValueError(f"source={source!r} needs model.modes: fit them first with model.fit_modes(data)")
         if source == "mixup":
+            model.refuse_if_private("source='mixup'")
             if real is None:
                 raise ValueError("source='mixup' mixes real images: give real=")
             self.modes = model.checked_modes(modes)

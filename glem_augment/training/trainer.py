@@ -23,7 +23,8 @@ from torch import Tensor
 from glem_augment.distributed import add_up, is_primary, wait
 from glem_augment.errors import TrainingError
 from glem_augment.evaluation.metrics import calibrate
-from glem_augment.evaluation.preview import class_samples, compose
+from glem_augment.evaluation.pictures import compose
+from glem_augment.evaluation.preview import class_samples
 from glem_augment.images.dataset import ImageData
 from glem_augment.io import expand, lock_folder, save_png
 from glem_augment.model.glem import GLEM

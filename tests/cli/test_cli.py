@@ -137,6 +137,30 @@ def test_adapt_leaves_out_what_cannot_be_read(trained: Path, tmp_path: Path, out
     assert "left out: " in err and "broken.png" in err
 
 
+def test_generate_and_compare_leave_out_what_cannot_be_read(trained: Path, tmp_path: Path, output: Output) -> None:
+    write_images(tmp_path / "photos", ("cat", "dog"), (8, 8), 3)
+    (tmp_path / "photos" / "cat" / "broken.png").write_bytes(b"no image")
+    data = str(tmp_path / "photos")
+    argv = ["generate", str(trained), "--per-class", "cat=2", "--source", "mixup", "--real", data]
+    argv += ["--out", str(tmp_path / "out")]
+    fails(argv, output, "broken.png", "--skip-bad")
+    assert main([*argv, "--skip-bad"]) == 0 and "broken.png" in output()[1]
+    fails([*argv[:4], "--out", str(tmp_path / "x"), "--skip-bad"], output, "--skip-bad has no effect", "--real")
+    compare = ["compare", data, "--out", str(tmp_path / "compare")]
+    fails(compare, output, "broken.png", "--skip-bad")
+    assert main([*compare, "--skip-bad", "--image-size", "8"]) == 2  # after it was read
+    _, err = output()
+    assert err.count("left out: ") == 1 and "at least 5 training images" in err
+
+
+def test_a_model_that_does_not_fit_its_images_is_remarked(
+    trained: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glem_augment.evaluation.metrics.evaluate", lambda *_, **__: {"bits_per_dim": 9.5})
+    assert main(["eval", str(trained), images_of(trained)]) == 0
+    assert "9.50 bits/dim is more than 8" in output()[1]
+
+
 def test_adapt_makes_a_model_of_pixels(trained: Path, tmp_path: Path, output: Output) -> None:
     write_images(tmp_path / "photos", ("cat", "dog"), (20, 12), 4)
     argv = ["adapt", "identity", str(tmp_path / "photos"), "--rank", "2", "--quiet", "--out"]
@@ -173,22 +197,19 @@ def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Outp
     assert result["rejected_moves"] == json.loads(json.dumps(rejected_moves(model, data)))
 
 
-def test_adapt_and_eval_say_how_many_moves_would_be_rejected(
-    trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+def test_eval_says_how_many_moves_would_be_rejected(
+    trained: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {"images": 18, "mixup": 0.02, "noise": {0.5: 0.54, 0.25: 0.12, 0.125: 0.0}}
-    monkeypatch.setattr("glem_augment.evaluation.rejected_moves", lambda model, data: found)
-    for argv in (["adapt", "--out", str(tmp_path / "a"), "--rank", "2"], ["eval"]):
-        output()
-        assert main([argv[0], str(trained), images_of(trained), *argv[1:], "--quiet"]) == 0
-        out, err = output()
-        assert json.loads(out)["rejected_moves"]["noise"] == {"0.5": 0.54, "0.25": 0.12, "0.125": 0.0}
-        assert "2 % of the moves by mixup; by noise 54 % at strength 0.5, 12 % at strength 0.25, 0 % at" in err
-    found["mixup"] = 0.3
-    assert main(["adapt", str(trained), images_of(trained), "--out", str(tmp_path / "b"), "--rank", "2"]) == 0
-    assert "glem fit DATA --autoencoder taef2" in output()[1]
-    found |= {"mixup": 0.02, "noise": {0.5: 0.01}}
-    assert main(["eval", str(trained), images_of(trained)]) == 0 and "reject" not in output()[1]
+    monkeypatch.setattr("glem_augment.evaluation.rejected_moves", lambda *_: found)
+    argv = ["eval", str(trained), images_of(trained)]
+    output()
+    assert main([*argv, "--quiet"]) == 0
+    out, err = output()
+    assert json.loads(out)["rejected_moves"]["noise"] == {"0.5": 0.54, "0.25": 0.12, "0.125": 0.0}
+    assert "2 % of the moves by mixup; by noise 54 % at strength 0.5, 12 % at strength 0.25, 0 % at" in err
+    found["noise"] = {0.5: 0.01}
+    assert main(argv) == 0 and "reject" not in output()[1]
 
 
 def test_quiet_silences_every_bar(trained: Path, tmp_path: Path, output: Output) -> None:

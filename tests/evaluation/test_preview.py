@@ -11,10 +11,11 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity, cross_entropy
 from torchvision.transforms.functional import to_pil_image
 
-from glem_augment import GLEM, DataError, ImageData, open_data
+from glem_augment import GLEM, DataError, GLEMAugment, ImageData, open_data
 from glem_augment.cli import main
 from glem_augment.evaluation import preview as preview_module
-from glem_augment.evaluation.preview import LARGEST, SMALLEST, FlowClassifier, Section, compose, preview
+from glem_augment.evaluation.pictures import LARGEST, SMALLEST, Section, compose
+from glem_augment.evaluation.preview import ModelClassifier, preview
 
 
 def small(
@@ -77,6 +78,23 @@ def test_narrow_sections_fill_the_page_and_many_rows_are_moved_in_parts() -> Non
     assert (tall.cells[:, 1] != tall.cells[:, 0]).flatten(1).any(1).all()
 
 
+def test_a_preview_moves_no_partners_and_is_titled_by_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = small()
+    moved, titles = [], []
+    replay, draw = GLEMAugment.replay, preview_module.compose
+    monkeypatch.setattr(GLEMAugment, "replay", lambda aug, x, y, p: moved.append(len(p.rows)) or replay(aug, x, y, p))
+    monkeypatch.setattr(preview_module, "compose", lambda title, *rest: titles.append(title) or draw(title, *rest))
+    preview(model, data, rows=4, name="photos")
+    assert set(moved) == {4} and titles == ["photos: 3x8x8 at 8 bits, 3 classes"]
+    moved.clear()
+    x, y = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8), torch.arange(16) % 8
+    latents = GLEM.create("identity", (3, 16, 16), list("abcdefgh"), autoencoder="taef2")
+    own = ImageData.from_tensors(x, y, list("abcdefgh"))
+    latents = latents.adapt(own, rank=1, progress=False)
+    preview(latents, own, rows=2)
+    assert len(moved) == 3 + 2 + 2 and preview_module.class_samples(latents, 0).cells.shape[0] == 6
+
+
 def test_images_are_moved_at_their_own_size(tmp_path: Path) -> None:
     """The change is made at the flow's size; the photographs' detail stays."""
     x = torch.randint(0, 256, (8, 3, 40, 60), dtype=torch.uint8)
@@ -101,7 +119,7 @@ def test_images_are_moved_at_their_own_size(tmp_path: Path) -> None:
     command = ["preview", str(tmp_path / "flow"), str(tmp_path / "photos"), "--out", str(tmp_path / "p.png")]
     assert main([*command, "--rows", "1", "--policy", "noise", "--quiet"]) == 0
     photos = open_data(str(tmp_path / "photos"), image_size=8)
-    wanted = preview(model, photos.at_own_size(), 1, ("noise",))
+    wanted = preview(model, photos.at_own_size(), 1, ("noise",), name=str(tmp_path / "flow"))
     assert (pixels(Image.open(tmp_path / "p.png")) == pixels(wanted)).all()
 
 
@@ -143,7 +161,7 @@ def test_the_flows_own_classifier_has_gradients_in_float32(bundled_test: ImageDa
 
     def gradient(dtype: torch.dtype) -> torch.Tensor:
         images = (x.to(dtype) / 255).requires_grad_()
-        logits = FlowClassifier(model.to(dtype))(images)
+        logits = ModelClassifier(model.to(dtype))(images)
         torch.testing.assert_close(logits.softmax(1), model.posterior(images))
         return torch.autograd.grad(cross_entropy(logits, y), images)[0].flatten(1).double()
 

@@ -20,15 +20,16 @@ from glem_augment.cli import main
 from glem_augment.codec.resize import resized
 from glem_augment.errors import DataError
 from glem_augment.evaluation import (
+    classifier,
     coverage,
     feature_fid,
     features_and_logits,
     label_reliability,
     latent_features,
     memorisation_ratio,
-    quality,
     quality_report,
 )
+from glem_augment.evaluation import report as report_module
 
 
 def features(n: int, m: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> Tensor:
@@ -118,7 +119,7 @@ def test_the_report_tells_copies_and_wrong_labels_from_new_images(
 ) -> None:
     before = torch.get_rng_state()
     real = train, _ = [data.subset(range(0, 1000, 2)) for data in (bundled_train, bundled_test)]
-    network = quality.train_network(quality.random_batches(train), 60, 1, 10)
+    network = classifier.train_network(classifier.random_batches(train), 60, 1, 10)
     copies = train.subset(range(0, 500, 3))
     wrong = copies.with_targets((copies.targets + 1) % 10, copies.classes)
     flow = GLEM.from_pretrained("bundled:fashion-mnist")
@@ -171,19 +172,19 @@ def test_a_weak_judge_is_named(tmp_path: Path) -> None:
     x = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8)
     data = ImageData.from_tensors(x, [0, 1, 2] * 20, ["a", "b", "c"])
     parts = [data.subset(range(start, 60, 2)) for start in (0, 1)]
-    network = quality.train_network([], 1, 1, 3)
+    network = classifier.train_network([], 1, 1, 3)
     found = quality_report(parts[0], parts[0], parts[1], tmp_path, network, progress=False)
     accuracy = found["judge_accuracy"]
     assert accuracy < 0.6 and f"right about {100 * accuracy:.0f} %" in found["warning"]
     assert "coverage" in found["warning"] and f"{100 * accuracy:.0f} %" in found["features"]
-    assert quality._warning(0.61, 10, True) is None and "coverage" not in quality._warning(0.59, 10, True)
-    assert quality._warning(0.75, 2, True) and quality._warning(0.81, 2, True) is None
+    assert report_module._warning(0.61, 10, True) is None and "coverage" not in report_module._warning(0.59, 10, True)
+    assert report_module._warning(0.75, 2, True) and report_module._warning(0.81, 2, True) is None
 
 
 def test_a_report_of_colour_images_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(quality, "ORACLE_STEPS", 2)
+    monkeypatch.setattr(report_module, "JUDGE_STEPS", 2)
     for split in ("train", "test"):
         for name in ("bee", "owl"):
             folder = tmp_path / "photos" / split / name

@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCard
 from test_hub import Pushed, tiny_model
 
 from glem_augment import GLEM, SyntheticDataset
-from glem_augment.evaluation.quality import quality_report, train_network
+from glem_augment.evaluation import quality_report, train_network
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.weights import WEIGHTS
 

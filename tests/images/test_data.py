@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,20 @@ def test_broken_images_alone(image_folder: Path) -> None:
         open_data(image_folder, skip_bad=True)
 
 
+def test_images_that_are_enlarged_a_lot_give_one_warning_with_counts(tmp_path: Path) -> None:
+    for i, size in enumerate([(64, 64), (1, 1), (5, 900), (30, 30)]):
+        png(tmp_path / "a" / f"{i}.png", size)
+    for options in ({}, {"cache_bytes": 0}):
+        with pytest.warns(
+            UserWarning, match=r"^2 of 4 images of .* 3 times or more, to 64x64 \(one is 1x1\)"
+        ) as caught:
+            open_data(tmp_path, image_size=64, channels=3, **options)
+        assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_data(tmp_path, image_size=2)
+
+
 def test_large_jpegs_are_decoded_at_a_quarter_and_other_large_images_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,6 +359,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert int(done.stdout) * 1024 < 600 * 2**20 / 5 * 1.1
 
 
+@pytest.mark.filterwarnings("ignore:2 of 2 images")
 def test_very_long_images_are_cut_before_they_are_resized(tmp_path: Path) -> None:
     png(tmp_path / "a" / "thin.png", (60_000, 1))
     png(tmp_path / "a" / "tall.png", (2, 40_000))

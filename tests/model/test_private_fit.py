@@ -149,8 +149,10 @@ def test_what_a_private_model_refuses(model: GLEM, data: ImageData) -> None:
         model.fit_modes(data)
     with pytest.raises(ValueError, match="privacy"):
         calibrate(model, data, progress=False)
-    with pytest.raises(ValueError, match="private"):
+    with pytest.raises(ValueError, match="privac"):
         SyntheticDataset(model, 3, source="mixup", real=data)
+    with pytest.raises(ValueError, match="privac"):
+        SyntheticDataset(model, "balance", real=data)
 
 
 def test_too_few_images_and_too_large_a_delta_are_one_clear_error(data: ImageData) -> None:

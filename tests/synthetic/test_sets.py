@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from glem_augment import (
     ImageData,
     RealAndSynthetic,
     SyntheticDataset,
-    SyntheticStream,
     open_data,
 )
 from glem_augment.synthetic.sampler import class_counts, open_real
@@ -236,88 +234,18 @@ def test_class_maps(model: GLEM, tail: ImageData) -> None:
     assert felix.targets[19:] == [1, 1] and felix.classes == more.classes
 
 
-def as_rows(items: Any) -> set[tuple[int, bytes]]:
-    return {(label, image.tobytes()) for image, label in items}
-
-
-def test_the_images_of_an_epoch_are_the_same_for_any_number_of_workers(model: GLEM) -> None:
-    def epochs(workers: int, persistent: bool = False) -> list[set[tuple[int, bytes]]]:
-        stream = SyntheticStream(model, length=50, seed=2)
-        loader = DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=persistent)
-        found = []
-        for epoch in range(3):
-            stream.set_epoch(epoch)
-            found.append(as_rows(loader))
-        return found
-
-    alone = epochs(0)
-    assert [len(e) for e in alone] == [50] * 3 and len(set.union(*alone)) == 150
-    assert epochs(2) == alone and epochs(2, persistent=True) == alone
-    again = pickle.loads(pickle.dumps(SyntheticStream(model, length=50, seed=2)))  # as to workers that are spawned
-    assert as_rows(again) == as_rows(again) == alone[0] and len(again) == 50
-    assert not as_rows(SyntheticStream(model, length=50, seed=3)) & alone[0]
-
-
-def test_every_epoch_of_a_stream_has_classes_in_an_order_of_its_own(model: GLEM) -> None:
-    stream = SyntheticStream(model, length=40)
-    orders = set()
-    for epoch in range(3):
-        stream.set_epoch(epoch)
-        orders.add(tuple(label for _, label in stream))
-    assert len(orders) == 3
-    # A long epoch does not run into the next one.
-    alone = SyntheticStream(model, weights=[1.0, 0.0, 0.0])
-    late = as_rows(item for power in range(3, 36) for item in alone._block(0, 2**power // 8, 8))
-    assert len(late) > 100 and not late & as_rows(item for item in alone._block(1, 0, 8))
-
-
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_share_a_stream_and_a_data_set_out(model: GLEM, ranks: int) -> None:
-    """50 and 26 images, which neither number of ranks divides."""
-    whole = as_rows(SyntheticStream(model, length=48))  # six blocks
+def test_ranks_share_a_data_set_out(model: GLEM, ranks: int) -> None:
+    """26 images, which neither number of ranks divides."""
     data = SyntheticDataset(model, per_class=[9, 9, 8])
     items = [(label, image.tobytes()) for image, label in data]
-    sent = pickle.dumps(SyntheticStream(model, length=50))  # as to processes that form a group later
 
     def seen() -> Any:
-        stream, again = SyntheticStream(model, length=50), pickle.loads(sent)
-        parts = [as_rows(s) for s in (stream, again, DataLoader(stream, batch_size=None, num_workers=3))]
         sampler = DistributedSampler(data, shuffle=True, seed=1)
         drawn = [item for batch in DataLoader(data, 4, sampler=sampler, collate_fn=list) for item in batch]
-        return parts, len(stream), pickle.dumps(stream), [(label, image.tobytes()) for image, label in drawn]
+        return [(label, image.tobytes()) for image, label in drawn]
 
     found = on_ranks(ranks, seen)
-    share = -(-50 // ranks)  # equally many, or the rank with fewer would leave the other ranks waiting
-    streamed: set[tuple[int, bytes]] = set()
-    for rank, (parts, length, to_worker, drawn) in enumerate(found):
-        # A worker that is spawned knows its rank, but is not part of the process group.
-        assert parts == 3 * [as_rows(pickle.loads(to_worker))] and len(parts[0]) == length == share
-        assert not streamed & parts[0]
-        streamed |= parts[0]
-        sampler = DistributedSampler(data, ranks, rank, shuffle=True, seed=1)
-        assert drawn == [items[i] for i in sampler]
-    assert whole <= streamed
-    assert {item for *_, drawn in found for item in drawn} == set(items)
-
-
-def test_weights_of_a_stream(model: GLEM, tail: ImageData) -> None:
-    stream = SyntheticStream(model, weights=[0, 3, 1], transform=np.asarray, target_transform=lambda y: y + 10)
-    items = [item for item, _ in zip(stream, range(400), strict=False)]
-    counts = np.bincount([y - 10 for _, y in items], minlength=3)
-    assert counts[0] == 0 and abs(counts[1] / 400 - 0.75) < 0.08 and isinstance(items[0][0], np.ndarray)
-    with pytest.raises(TypeError, match="no end"):
-        len(stream)
-    for weights in ({"cat": 3, "bird": 1}, {2: 1, 1: 3}, np.array([0, 3, 1]), torch.tensor([0, 3, 1])):
-        assert SyntheticStream(model, weights=weights).probabilities.tolist() == [0, 0.75, 0.25]
-    mixed = SyntheticStream(model, length=9, source="mixup", real=tail, modes=8)
-    assert len(as_rows(mixed)) == 9
-    missing = tail.subset(range(17))
-    SyntheticStream(model, source="mixup", real=missing, modes=8, weights=[0, 1, 1])
-    for settings, error, message in (
-        ({"weights": [1, 2]}, ValueError, "weights must be 3 values"),
-        ({"weights": [0, 0, 0]}, ValueError, "not all be 0"),
-        ({"weights": [1.0, -1.0, 1.0]}, ValueError, r"weights\[1\]"),
-        ({"source": "mixup", "real": missing, "modes": 8}, ValueError, "no real image of dog.*weight 0"),
-    ):
-        with pytest.raises(error, match=message):
-            SyntheticStream(model, **settings)
+    for rank, drawn in enumerate(found):
+        assert drawn == [items[i] for i in DistributedSampler(data, ranks, rank, shuffle=True, seed=1)]
+    assert {item for drawn in found for item in drawn} == set(items)

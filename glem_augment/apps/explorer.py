@@ -1,4 +1,4 @@
-"""The answers of `glem explore`, without its page.
+"""What the explorer shows, without its page.
 
 Samples come from `SyntheticDataset`, and moves from `GLEMAugment`.
 """
@@ -16,19 +16,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from glem_augment.augment.policies import Adversarial, Mixup, Noise
-from glem_augment.augment.transform import GLEMAugment
-from glem_augment.checks import DrawSource, PolicyName
-from glem_augment.codec.plausible import to_uint8
-from glem_augment.codec.resize import PixelAdapter
-from glem_augment.errors import BadImageError
-from glem_augment.evaluation.metrics import spread
-from glem_augment.evaluation.preview import FlowClassifier, Section, compose
-from glem_augment.evaluation.quality import memorisation_ratio, nearest
-from glem_augment.images.dataset import ImageData, images_for
-from glem_augment.images.readers import FolderSource, to_tensor
-from glem_augment.model.glem import GLEM
-from glem_augment.synthetic.dataset import SyntheticDataset
+from glem_augment import GLEM, Adversarial, BadImageError, GLEMAugment, ImageData, Mixup, Noise, SyntheticDataset
+from glem_augment.codec import PixelAdapter, to_uint8
+from glem_augment.evaluation import ModelClassifier, Section, compose, memorisation_ratio, nearest, spread
+from glem_augment.images import FolderSource, images_for, to_tensor
 
 # Uploads with more pixels than cameras take are refused. Longer sides than a screen shows are reduced.
 MOST_PIXELS, LONGEST = 50_000_000, 768
@@ -37,7 +28,7 @@ NEIGHBOURS = 12  # samples that are compared with real images
 
 class Moved(NamedTuple):
     """A moved image, uint8 [C, H, W]; posterior [2, K] and likelihood [2] given the class, before and after the move;
-    whether `GLEMAugment` would reject the move."""
+    whether `GLEMAugment` rejects the move."""
 
     image: Tensor
     posterior: Tensor
@@ -67,17 +58,17 @@ class Explorer:
         self.model, self.sets, self.data, self.progress = model, sets, sets[0], progress
         self.shown, self.pixels = sets[0].at_own_size(), PixelAdapter(model.image_shape)
 
-    def samples(self, cls: int, temperature: float, source: DrawSource, seed: int, count: int = 32) -> Tensor:
+    def samples(self, cls: int, temperature: float, source: Any, seed: int, count: int = 32) -> Tensor:
         """The first samples [count, C, H, W] that `glem generate` draws of a class."""
         return SyntheticDataset(self.model, {cls: count}, temperature, seed, source=source).images(range(count))
 
-    def sample_sheet(self, cls: int, temperature: float, source: DrawSource, seed: int) -> Image.Image:
+    def sample_sheet(self, cls: int, temperature: float, source: Any, seed: int) -> Image.Image:
         """A picture of samples with class, source, temperature and seed."""
         cells = self.samples(cls, temperature, source, seed).unflatten(0, (-1, 8))
         note = f"source {source}, temperature {temperature:g}, seed {seed}"
         return compose(f"Samples: {self.model.classes[cls]}", note, [Section("", cells)])
 
-    def neighbours(self, cls: int, temperature: float, source: DrawSource, seed: int) -> tuple[Image.Image, str]:
+    def neighbours(self, cls: int, temperature: float, source: Any, seed: int) -> tuple[Image.Image, str]:
         """Samples above their nearest real images in pixels, and a sentence on memorisation."""
         samples = self.samples(cls, temperature, source, seed, NEIGHBOURS)
         flat, sections = samples.flatten(1), [Section("Samples", samples[None])]
@@ -115,7 +106,7 @@ class Explorer:
         self,
         image: Tensor,
         cls: int,
-        policy: PolicyName,
+        policy: Any,
         strength: float,
         seed: int = 0,
         coefficients: Sequence[float] | None = None,
@@ -128,10 +119,10 @@ class Explorer:
             coefficients: of the top modes, in place of the draws of policy "noise".
         """
         modes = None if coefficients is None else len(coefficients)
-        chosen = {"mixup": Mixup(), "noise": Noise(strength), "adversarial": Adversarial(strength)}[policy]
-        aug = _Shown(self.model, chosen, p=1.0, modes=modes, seed=seed)
+        policies = {"mixup": Mixup(), "noise": Noise(strength), "adversarial": Adversarial(strength)}
+        aug = _Shown(self.model, policies[policy], p=1.0, modes=modes, seed=seed)
         if policy == "adversarial":
-            aug.attach(FlowClassifier(self.model))
+            aug.attach(ModelClassifier(self.model))
         x, y = image[None].to(self.model.device), torch.tensor([cls])
         drawn = aug.draw(x, y)
         if coefficients is not None:
@@ -149,15 +140,15 @@ class Explorer:
         return (-self.model.log_prob(x, y) / self.model.likelihood[2]).cpu()
 
     @torch.no_grad()
-    def between(self, first: Tensor, second: Tensor, share: float, points: int = 41) -> tuple[Tensor, Tensor, Tensor]:
+    def between(self, first: Tensor, second: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
         """The straight line in latent space between two images.
 
         Returns:
-            The image with that share of the second image, in the flow's size; `points` shares from 0 to 1; their
-            posteriors [points, K].
+            The image with that share of the second image, in the flow's size; 41 shares from 0 to 1; their
+            posteriors [41, K].
         """
         start, end = self.model.encode(self._small(first, second))[0]
-        shares = torch.linspace(0, 1, points)
+        shares = torch.linspace(0, 1, 41)
         line = torch.lerp(start, end, torch.cat([shares, torch.tensor([share])])[:, None].to(start))
         image = to_uint8(self.model.decode(line[-1:]))[0].cpu()
         return image, shares, self.model.posterior_from_latents(line[:-1]).cpu()

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from glem_augment import open_data
+from glem_augment.apps.demo import sentence
 from glem_augment.cli import main
-from glem_augment.cli.demo import sentence
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import torch
 from PIL import ExifTags, Image
 
 from glem_augment import GLEM, BadImageError, GLEMAugment, ImageData, Noise, SyntheticDataset
+from glem_augment.apps.explorer import LONGEST, Explorer, read_upload
 from glem_augment.evaluation import evaluate
-from glem_augment.evaluation.explorer import LONGEST, Explorer, read_upload
 from glem_augment.evaluation.metrics import calibration_error
 from glem_augment.images.dataset import images_for
 

@@ -87,7 +87,7 @@ def test_every_tab_answers(
         upload = client_module.handle_file(photos["photo"])
         original, moved, _, facts, *bars = ask(0, upload, 2, "noise", 0.1, 0, *[0] * 5, name="move")
         assert Image.open(original).size == Image.open(moved).size
-        assert "modes of dog, which would be kept" in facts and len(bars) == 2
+        assert "modes of dog, which GLEMAugment uses" in facts and len(bars) == 2
         assert sum(entry["confidence"] for entry in bars[0]["confidences"]) == pytest.approx(1, abs=1e-4)
         slid = (ask(0, None, -1, "sliders", s, 0, c, *[0] * 4, name="move")[1] for s, c in ((1, 1), (0.5, 2), (1, 2)))
         once, same, twice = (Image.open(path).tobytes() for path in slid)
@@ -126,7 +126,7 @@ def test_a_browser_on_every_tab(photos: dict[str, str], tmp_path: Path, monkeypa
             page.goto(url)
             page.get_by_role("img", name="Samples").or_(page.locator("img:visible")).first.wait_for()
             page.get_by_role("tab", name="Move").click()
-            page.get_by_text("which would be kept").wait_for()
+            page.get_by_text("which GLEMAugment uses").wait_for()
             assert page.get_by_text("The largest change of a pixel is 0 of 255.").count() == 0
             page.get_by_role("slider", name="Mode 1").focus()
             for _ in range(30):

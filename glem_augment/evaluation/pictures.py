@@ -1,0 +1,129 @@
+"""Labelled pictures: a column of sections, each a grid of equal cells with a title, and labels beside its cells."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from glem_augment.codec.plausible import in_range
+
+__all__ = ["LARGEST", "SMALLEST", "Section", "compose", "short", "unit", "visible"]
+
+# Smaller cells are enlarged by a whole factor, larger ones shrunk.
+SMALLEST, LARGEST = 56, 224
+_PAGE, _ENLARGED = 1600, 128  # pixels of a page's width, and of a cell that is enlarged to fill it
+_PADDING, _MARGIN, _GAP = 2, 18, 26
+_TITLE, _LABEL, _NOTE = 20, 14, 13
+_INK, _GREY, _PAPER, _RED = (20, 20, 20), (105, 105, 105), (255, 255, 255), (215, 0, 0)
+
+
+@dataclass
+class Section:
+    """One grid of cells.
+
+    Attributes:
+        cells: images [R, N, C, H, W], uint8 or float in [0, 1]: R rows of N columns.
+        columns: a label above each column, "" for none. rows: a label beside each row.
+        note: a line of small text below the title.
+        marked: bool [R, N], cells that get a red frame.
+    """
+
+    title: str
+    cells: Tensor
+    columns: Sequence[str] = ()
+    rows: Sequence[str] = ()
+    note: str = ""
+    marked: Tensor | None = None
+
+
+def compose(title: str, note: str, sections: Sequence[Section]) -> Image.Image:
+    """The sections below one another, under a title; cells of narrow sections are enlarged to fill the page."""
+    head = _heading((title, _TITLE + 4, _INK), (note, _NOTE, _GREY))
+    # The widest grid, without the text.
+    page = max(_draw(Section("", section.cells[:1], rows=section.rows)).width for section in sections)
+    return ImageOps.expand(_stack([*head, *(_draw(section, page) for section in sections)], _GAP), _MARGIN, _PAPER)
+
+
+def _draw(section: Section, page: int = 0) -> Image.Image:
+    """One section, at most about `_PAGE` pixels wide. Cells grow by whole factors to fill `page` pixels."""
+    labels = [short(text) for text in section.rows]
+    left = max([_width(text, _LABEL) + 10 for text in labels], default=0)
+    columns, longest = section.cells.shape[1], max(section.cells.shape[-2:])
+    wanted = (page - left - _PADDING) // columns - _PADDING
+    whole = min(wanted // section.cells.shape[-1], _ENLARGED // longest)
+    largest = min(LARGEST, max(SMALLEST, (_PAGE - left) // columns - _PADDING))
+    cells = visible(section.cells.flatten(0, 1), max(SMALLEST, whole * longest), largest)
+    picture = to_pil_image(make_grid(cells, section.cells.shape[1], _PADDING, pad_value=1.0))
+    height, width = (side + _PADDING for side in cells.shape[-2:])
+    top = _LABEL + 8 if section.columns else 0
+    grid = Image.new("RGB", (left + picture.width, top + picture.height), _PAPER)
+    grid.paste(picture, (left, top))
+    draw = ImageDraw.Draw(grid)
+    for row, text in enumerate(labels):
+        draw.text((left - 8, top + row * height + height / 2), text, _INK, ImageFont.load_default(_LABEL), anchor="rm")
+    for column, text in enumerate(section.columns):
+        draw.text((left + _PADDING + column * width, top - 4), text, _INK, ImageFont.load_default(_LABEL), anchor="ls")
+    for row, column in [] if section.marked is None else section.marked.nonzero().tolist():
+        x, y = left + column * width, top + row * height
+        draw.rectangle((x, y, x + width + 1, y + height + 1), outline=_RED, width=4)
+    return _stack([*_heading((section.title, _TITLE, _INK), (section.note, _NOTE, _GREY)), grid])
+
+
+def _heading(*lines: tuple[str, int, tuple[int, int, int]]) -> list[Image.Image]:
+    """One picture for each line (text, size, colour) that is not empty."""
+    pictures = []
+    for text, size, colour in lines:
+        if text:
+            pictures.append(Image.new("RGB", (_width(text, size), size + 4), _PAPER))
+            ImageDraw.Draw(pictures[-1]).text((0, 0), text, colour, ImageFont.load_default(size))
+    return pictures
+
+
+def _stack(pictures: Sequence[Image.Image], gap: int = 4) -> Image.Image:
+    """Pictures below one another."""
+    height = sum(picture.height + gap for picture in pictures) - gap
+    sheet = Image.new("RGB", (max(picture.width for picture in pictures), height), _PAPER)
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height + gap
+    return sheet
+
+
+def visible(images: Tensor, smallest: int = SMALLEST, largest: int = LARGEST) -> Tensor:
+    """RGB cells of a size that people can see: float [N,3,h,w] in [0, 1]."""
+    images = unit(images)
+    images = images if images.shape[1] == 3 else images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    longest = max(images.shape[-2:])
+    if longest < smallest:
+        return F.interpolate(images, scale_factor=-(-smallest // longest), mode="nearest")
+    if longest > largest:
+        size = [max(1, round(side * largest / longest)) for side in images.shape[-2:]]
+        return F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
+    return images
+
+
+def unit(images: Tensor) -> Tensor:
+    """float32 in [0, 1] on the CPU; values that are not finite become grey."""
+    images = images.detach().cpu()
+    return in_range(images.float() / 255 if images.dtype == torch.uint8 else images.float())
+
+
+def _width(text: str, size: int) -> int:
+    return math.ceil(ImageFont.load_default(size).getlength(text))
+
+
+def short(text: str, longest: int = 22) -> str:
+    """The text in ASCII, since Pillow's font has no other letters, cut to a length."""
+    text = unicodedata.normalize("NFKD", text.replace("\u00df", "ss"))
+    text = "".join(c if c.isascii() else "?" for c in text if not unicodedata.combining(c))
+    return text if len(text) <= longest else text[: longest - 3] + "..."

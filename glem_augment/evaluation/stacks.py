@@ -1,0 +1,67 @@
+"""Stacks of augmentation that `compare` tries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from glem_augment.augment.policies import Adversarial, Mixup, Noise, Policy
+
+__all__ = ["ADVISED", "JITTER", "ORDINARY", "PLAIN", "POLICIES", "Stack", "moves"]
+
+BASE = "crop + flip"
+MAGNITUDES = (0.2, 0.4, 0.8)  # of ColorJitter
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Operations on training images, beside crop and flip.
+
+    Attributes:
+        name: for people.
+        kind: "plain", "ordinary", "jitter", "pixels", "autoencoder" or "flow": stacks compete within a kind.
+        image: names of torchvision v2 transforms of single images. batch: "MixUp", "CutMix" or "".
+        policy: of `GLEMAugment`, which moves half of the images; None: none.
+        jitter: magnitude of ColorJitter: of brightness, contrast and saturation; a quarter of it for hue. 0: none.
+    """
+
+    name: str
+    kind: str
+    image: tuple[str, ...] = ()
+    batch: str = ""
+    policy: Policy | None = None
+    jitter: float = 0.0
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether moves raise the loss of the network in training. All other moves are made before the training."""
+        return self.policy is not None and self.policy.wants_classifier
+
+
+PLAIN = Stack(BASE, "plain")
+ORDINARY = (
+    Stack("TrivialAugment", "ordinary", ("TrivialAugmentWide",)),
+    Stack("TrivialAugment, RandomErasing", "ordinary", ("TrivialAugmentWide", "RandomErasing")),
+    Stack("RandAugment, RandomErasing, Mixup", "ordinary", ("RandAugment", "RandomErasing"), "MixUp"),
+    Stack("CutMix", "ordinary", (), "CutMix"),
+    Stack("TrivialAugment, CutMix", "ordinary", ("TrivialAugmentWide",), "CutMix"),
+    Stack("TrivialAugment, RandomErasing, Mixup", "ordinary", ("TrivialAugmentWide", "RandomErasing"), "MixUp"),
+)
+# At least as many trials as moves have: the strongest single operation on small colour images.
+JITTER = tuple(
+    Stack(", ".join([f"ColorJitter {size:g}", *([shown] if shown else [])]), "jitter", (), batch, jitter=size)
+    for size in sorted(MAGNITUDES, key=lambda size: abs(size - 0.4))  # the usual magnitude first
+    for shown, batch in (("", ""), ("CutMix", "CutMix"), ("Mixup", "MixUp"))
+)
+ADVISED = Noise(strength=0.5)  # what the README advises
+POLICIES: tuple[Policy, ...] = (ADVISED, Noise(strength=1.0), Mixup())
+ADVERSARIAL = Adversarial()
+
+
+def moves(kind: str, shown: str, policies: Sequence[Policy] = POLICIES) -> tuple[Stack, ...]:
+    """A stack of moves along the modes of a model for each policy."""
+    stacks = []
+    for policy in policies:
+        words = f"{policy.name} {policy.strength:g}" if isinstance(policy, Noise) else policy.name
+        stacks.append(Stack(f"{shown}: {words}", kind, policy=policy))
+    return tuple(stacks)
