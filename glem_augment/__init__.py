@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # type checkers do not follow `__getattr__`
     from glem_augment.augment.policies import Adversarial, Mixup, Noise, Policy
     from glem_augment.augment.transform import GLEMAugment
     from glem_augment.classes.gaussians import ClassGaussians
+    from glem_augment.classes.privacy import Privacy
     from glem_augment.errors import (
         BadImageError,
         ClassMismatchError,
@@ -49,6 +50,7 @@ __all__ = [
     "ModelFileError",
     "Noise",
     "Policy",
+    "Privacy",
     "RealAndSynthetic",
     "SyntheticDataset",
     "TrainingError",
@@ -64,6 +66,7 @@ _MODULES = {
     "errors": "BadImageError ClassMismatchError DataError GLEMError HubError ModelFileError TrainingError",
     "flows": "create_flow",
     "classes.gaussians": "ClassGaussians",
+    "classes.privacy": "Privacy",
     "model.glem": "GLEM",
     "synthetic.combined": "RealAndSynthetic",
     "synthetic.dataset": "SyntheticDataset",

@@ -24,7 +24,18 @@ from torch.utils.data import Subset
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from glem_augment import GLEM, GLEMAugment, ImageData, Mixup, Noise, Policy, SyntheticDataset, __version__, open_data
+from glem_augment import (
+    GLEM,
+    GLEMAugment,
+    ImageData,
+    Mixup,
+    Noise,
+    Policy,
+    Privacy,
+    SyntheticDataset,
+    __version__,
+    open_data,
+)
 from glem_augment.evaluation import (
     Section,
     classifier,
@@ -50,11 +61,13 @@ class Size:
     per_class: int = 10  # images of each class in the synthetic set
     images: int = 1000  # of Fashion-MNIST in each split, evenly over the classes; at most 1000
     round_trip: int = 250  # of the test images
+    epsilon: float = 10.0  # of the private model
     seeds: int = 3  # networks for each kind of training images
     steps: int = 150  # of each training
 
 
-QUICK = Size(photographs=2, per_class=2, images=100, round_trip=20, seeds=2, steps=3)
+QUICK = Size(photographs=2, per_class=2, images=200, round_trip=20, epsilon=50.0, seeds=2, steps=3)
+DELTA = 1e-4
 
 
 @dataclass
@@ -85,9 +98,9 @@ def make_page(out: Path, photos: str = PHOTOGRAPHS, quick: bool = False, progres
     size = QUICK if quick else Size()
     say("glem demo: four parts, about a minute" if not quick else "glem demo, quick: the numbers mean little")
     makers: dict[str, Callable[[Size, bool], tuple[Part, dict[str, Any]]]] = {
+        "private": private,
         "photographs": partial(photographs, photos),
         "synthetic": partial(synthetic, out),
-        "classifiers": classifiers,
         "flow": measured_flow,
     }
     report: dict[str, Any] = {"quick": quick, "size": vars(size)}
@@ -156,49 +169,46 @@ def synthetic(out: Path, size: Size, progress: bool) -> tuple[Part, dict[str, An
     return part, found | {"per_class": size.per_class, "temperature": data.temperature, "seed": data.seed}
 
 
-def classifiers(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
-    """Accuracies of networks that are trained on real images, on samples of the flow, or on samples of Gaussians."""
-
+def private(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
+    """Samples of a private model, and networks that are trained on them, on the real images, or on a control."""
     flow = GLEM.from_pretrained(FASHION)
     train, test = (fashion(flow, split, size) for split in ("train", "test"))
-    classes, rank = len(train.classes), flow.checked_modes(None)
-    pixels = GLEM.fit(train, rank=rank, progress=False)
-    models = {"real images": None, "samples of the flow": flow, "samples of the pixels' Gaussians": pixels}
-    accuracies: dict[str, list[float]] = {name: [] for name in models}
-    first: dict[str, Tensor] = {}
+    classes, each = len(train.classes), len(train) // len(flow.classes)
+    shared = GLEM.fit(train, "taef2", privacy=Privacy(size.epsilon, DELTA), progress=progress)
+    pixels = GLEM.fit(train, progress=False)
+    sets = {"real images": train}
+    for name, model in (("private samples", shared), ("samples of the pixels' Gaussians", pixels)):
+        drawn = SyntheticDataset(model, per_class=each, seed=0)
+        sets[name] = ImageData.from_tensors(drawn.images(range(len(drawn))), drawn.targets, drawn.classes)
+    arms: dict[str, dict[str, Any]] = {}
     normal = classifier.MEAN, classifier.STD
-    for seed in range(size.seeds):
-        for name, model in models.items():
-            data = train
-            if model is not None:  # as many samples of each class
-                drawn = SyntheticDataset(model, per_class=len(train) // classes, seed=seed)
-                data = ImageData.from_tensors(drawn.images(range(len(drawn))), drawn.targets, drawn.classes)
-            first.setdefault(name, data.tensor()[:: len(data) // classes])
+    for name, data in sets.items():
+        accuracies = []
+        for seed in range(size.seeds):
             bar = {"total": size.steps, "unit": "step", "desc": f"{name} {seed + 1}", "disable": not progress}
             batches = tqdm(islice(classifier.random_batches(data, seed), size.steps), **bar)
             network = classifier.train_network(batches, size.steps, 1, classes, seed)
             logits = features_and_logits(network, test.tensor(), *normal)[1]
-            accuracies[name].append(100 * label_reliability(logits, torch.from_numpy(test.targets)))
-    arms: dict[str, dict[str, Any]] = {
-        name: {"accuracies": values, "mean": statistics.mean(values), "interval": interval(values)}
-        for name, values in accuracies.items()
-    }
-    real, ours, control = models
+            accuracies.append(100 * label_reliability(logits, torch.from_numpy(test.targets)))
+        arms[name] = {"accuracies": accuracies, "mean": statistics.mean(accuracies), "interval": interval(accuracies)}
+    real, ours, control = arms
     gains = {f"{a} over {b}": difference(arms[a], arms[b]) for a, b in ((real, ours), (ours, control))}
-    batch = min(classifier.BATCH, len(train))
-    words: dict[str, Any] = {"train": f"{len(train):,}", "test": f"{len(test):,}", "seeds": size.seeds, "batch": batch}
-    words |= {"network": classifier.NETWORK, "steps": size.steps, "rank": rank, "each": len(train) // classes}
+    facts = shared.config.privacy
+    assert facts is not None
+    words: dict[str, Any] = {"train": f"{len(train):,}", "test": f"{len(test):,}", "seeds": size.seeds, "each": each}
+    words |= {"network": classifier.NETWORK, "steps": size.steps, "batch": min(classifier.BATCH, len(train))}
     part = Part(
-        words | {"learned": f"{flow.config.training['images']:,}"},
+        words | {"epsilon": f"{size.epsilon:g}", "delta": f"{DELTA:g}", "modes": facts["expect"]["pooled_modes"]},
         [sentence(what, *gain) for what, gain in gains.items()],
-        Section("", torch.stack(list(first.values())), rows=["real", "flow", "pixels"]),
+        Section("", torch.stack([data.tensor()[::each] for data in sets.values()]), rows=["real", "private", "pixels"]),
         [("trained on", "accuracy in %, 95 % interval", "each network")],
     )
     for name, arm in arms.items():
-        each = ", ".join(f"{value:.1f}" for value in arm["accuracies"])
-        part.table.append((name, f"{arm['mean']:.1f} ± {arm['interval']:.1f}", each))
+        single = ", ".join(f"{value:.1f}" for value in arm["accuracies"])
+        part.table.append((name, f"{arm['mean']:.1f} ± {arm['interval']:.1f}", single))
     differences = {what: {"mean": gain, "interval": half} for what, (gain, half) in gains.items()}
-    return part, {"train": len(train), "test": len(test), "arms": arms, "differences": differences}
+    found = {"train": len(train), "test": len(test), "privacy": facts, "arms": arms, "differences": differences}
+    return part, found
 
 
 def measured_flow(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:

@@ -32,16 +32,21 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_has_every_part_and_the_numbers_of_the_report(demo: Path) -> None:
     page = html.unescape((demo / "index.html").read_text(encoding="utf-8"))
     report = json.loads((demo / "report.json").read_text(encoding="utf-8"))
-    titles = ["Move photographs", "Draw a balanced data set", "Train on samples alone", "One flow, both ways"]
+    titles = [
+        "Share images that you cannot share",
+        "Move photographs",
+        "Draw a balanced data set",
+        "One flow, both ways",
+    ]
     assert [page.index(title) for title in titles] == sorted(page.index(title) for title in titles)
     assert report["quick"] is True and "A quick run" in page
     assert report["photographs"]["images"] == 1
     for move in report["photographs"]["moves"].values():
         assert f"<td>{move['mean_change']:.1f}</td>" in page and move["mean_change"] > 0.5
-    for arm in report["classifiers"]["arms"].values():
+    for arm in report["private"]["arms"].values():
         assert len(arm["accuracies"]) == 2 and arm["mean"] == pytest.approx(sum(arm["accuracies"]) / 2)
         assert f"{arm['mean']:.1f} ± {arm['interval']:.1f}" in page
-    for what, gain in report["classifiers"]["differences"].items():
+    for what, gain in report["private"]["differences"].items():
         assert sentence(what, gain["mean"], gain["interval"]) in page
     flow = report["flow"]
     assert f"{100 * flow['accuracy']:.1f} ± {100 * flow['accuracy_interval']:.1f}" in page
@@ -62,7 +67,7 @@ def test_the_page_is_one_file(demo: Path) -> None:
 def test_the_set_and_the_pictures_lie_beside_the_page(demo: Path) -> None:
     made = open_data(demo / "synthetic")
     assert len(made) == 20 and len(made.classes) == 10
-    for name in ("photographs", "synthetic", "classifiers"):
+    for name in ("private", "photographs", "synthetic"):
         assert Image.open(demo / f"{name}.png").width > 150
 
 
