@@ -95,6 +95,7 @@ def make_page(out: Path, photos: str = PHOTOGRAPHS, quick: bool = False, progres
     # The networks are small. Beside other busy processes a second thread would make them slower by far.
     torch.set_num_threads(1)
     began, say = time.monotonic(), partial(print, flush=True)
+    open_source(photos, unlabelled=True)  # an error now, before anything is written
     size = QUICK if quick else Size()
     say("glem demo: four parts, about a minute" if not quick else "glem demo, quick: the numbers mean little")
     makers: dict[str, Callable[[Size, bool], tuple[Part, dict[str, Any]]]] = {
