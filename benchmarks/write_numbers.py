@@ -22,8 +22,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
 
 from benchmarks.common import RESULTS, ROOT, Interval, holm, interval
-from benchmarks.proof.augmentation_plan import Store
-from benchmarks.proof.augmentation_report import (
+from benchmarks.proof.augmentation.plan import Store
+from benchmarks.proof.augmentation.report import (
     Arm,
     Result,
     against_controls,
@@ -32,7 +32,8 @@ from benchmarks.proof.augmentation_report import (
     results_of,
     signed,
 )
-from benchmarks.proof.augmentation_settings import METHODS, PLAIN, SETTINGS, TUNING_SEED
+from benchmarks.proof.augmentation.settings import METHODS, PLAIN, SETTINGS, TUNING_SEED
+from benchmarks.proof.private import summary as private_rows
 from benchmarks.proof.samples_alone import as_long
 from benchmarks.speed.speed import OURS, REVERSIBLE
 from glem_augment.io import atomic_write
@@ -247,6 +248,29 @@ def samples() -> Named:
                 [data, method.replace("identity", "pixels"), setting, f"{mean.text()} %", share, str(mean.seeds)]
             )
     yield "samples alone", table("data | trained on | setting | test accuracy | of real | seeds", lines)
+
+
+def private() -> Named:
+    """Classifiers trained on samples of private models."""
+    lines = private_rows(stored("private"))
+    for line in lines:
+        values = f"{line['accuracy']:.1f} ± {line['+/-']:.1f}" if line["+/-"] else f"{line['accuracy']:.1f}"
+        yield f"private, {line['data']}, {line['method']}, {line['judged']}: epsilon {line['epsilon']:g}", values
+    columns = sorted({line["epsilon"] for line in lines if line["epsilon"]})
+    real = by_seed(stored("samples_alone"), "data", "method", "setting", "metric")
+    rows = []
+    for data, shown in (("fashion-mnist", "Fashion-MNIST"), ("cifar10", "CIFAR-10")):
+        own = {n["epsilon"]: n for n in lines if (n["data"], n["method"], n["judged"]) == (data, "taef2", "test")}
+        cells = [
+            ""
+            if e not in own
+            else f"{own[e]['accuracy']:.1f}" + (f" ± {own[e]['+/-']:.1f}" if own[e]["+/-"] else " (one release)")
+            for e in columns
+        ]
+        if own:
+            rows.append([shown, *cells, f"{statistics.mean(real[data, 'real', '', 'CNN-A'].values()):.1f}"])
+    head = " | ".join(["", *(f"ε = {epsilon:g}" for epsilon in columns), "real images"])
+    yield "private sets", table(head, rows)
 
 
 KINDS = {
@@ -550,6 +574,7 @@ def paper() -> Named:
 SOURCES = (
     augmentation,
     samples,
+    private,
     photographs,
     latents,
     long_tails,

@@ -27,10 +27,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import ROOT, interval, parser, write_results
-from benchmarks.proof.augmentation_data import Task, make_task
-from benchmarks.proof.augmentation_ops import Component
-from benchmarks.proof.augmentation_settings import Setting
-from benchmarks.proof.augmentation_train import accuracy, train
+from benchmarks.proof.augmentation.data import Task, make_task
+from benchmarks.proof.augmentation.ops import Component
+from benchmarks.proof.augmentation.settings import Setting
+from benchmarks.proof.augmentation.train import accuracy, train
 from glem_augment import GLEM, ImageData, SyntheticDataset
 from glem_augment.io import write_json
 from glem_augment.training import TrainConfig, Trainer
@@ -38,7 +38,7 @@ from glem_augment.training import TrainConfig, Trainer
 NAME, LARGEST, TUNING_SEED = "long_tails", 500, 1000
 SHAPES = {"fashion-mnist": (28, 1), "cifar10": (32, 3), "imagenette": (32, 3)}
 PLAIN = "crop + flip"
-# The best single stacks of `augmentation.py` on such data, at their best values, and pairs of these stacks.
+# The best single stacks of `augmentation/run.py` on such data, at their best values, and pairs of these stacks.
 JITTER, MIXUP, CUTMIX = ("jitter", {"strength": 0.4}), ("mixup", {"alpha": 1.0}), ("cutmix", {"alpha": 1.0, "p": 0.5})
 TRIVIAL = ("trivial", {"p": 0.75})
 STACKS: dict[str, tuple[Component, ...]] = {

@@ -3,8 +3,8 @@
     python benchmarks/proof/no_network.py
     python benchmarks/proof/no_network.py --settings fashion-10 --seeds 0 1 2
 
-Settings, labelled images, validation images, test images and seeds are the same as in `augmentation.py`. The ridge is
-fitted to the labelled images and their mirror images alone. Label spreading (Zhou et al. 2004, scikit-learn) also uses
+Settings, labelled images, validation images, test images and seeds are the same as in `augmentation/run.py`. The ridge
+is fitted to the labelled images and their mirror images alone. Label spreading (Zhou et al. 2004, scikit-learn) uses
 the other training images without their labels, like the flows called `...-unlabelled`. The prediction for a test image
 is the mean of its neighbours. Both methods are tuned on validation images with the tuning seeds, and tested once. In a
 long tail, classes are weighted equally.
@@ -36,8 +36,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import interval, machine, parser, write_results
-from benchmarks.proof.augmentation_data import images_of, split_rows, train_rows
-from benchmarks.proof.augmentation_settings import FINAL_SEEDS, SETTINGS, TUNING_SEEDS, Setting
+from benchmarks.proof.augmentation.data import images_of, split_rows, train_rows
+from benchmarks.proof.augmentation.settings import FINAL_SEEDS, SETTINGS, TUNING_SEEDS, Setting
 
 NAMES = (
     "fashion-5", "fashion-10", "fashion-20", "fashion-50", "fashion-100", "fashion-long-tail-10", "fashion-5of10-10",

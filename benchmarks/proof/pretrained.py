@@ -5,7 +5,7 @@
     python benchmarks/proof/pretrained.py --fine-tune --per-class 10 50 --seeds 0 1 2
 
 The images are CIFAR-10, enlarged to 128x128. Labelled images, validation images, test images and seeds are the same as
-in `augmentation.py`. Features are computed once for every image and view. The probe is a linear ridge; validation
+in `augmentation/run.py`. Features are computed once for every image and view. The probe is a linear ridge; validation
 images choose its strength. The views of a labelled image are
 
     none      the image
@@ -14,7 +14,7 @@ images choose its strength. The views of a labelled image are
     modes     flip, and two views moved by noise along the modes of the class's pixels (strength 0.5, no flow)
     taef2     the same along modes of TAEF2's latents
     flow      the same through a flow in TAEF2's latents, which saw the unlabelled images
-              (`augmentation.py --train-flow cifar10-latents`)
+              (`augmentation/run.py --train-flow cifar10-latents`)
 
 One network on one thread takes about twenty minutes.
 
@@ -44,9 +44,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import interval, machine, parser, write_results
-from benchmarks.proof.augmentation_data import Flows, make_task
-from benchmarks.proof.augmentation_settings import CIFAR_LATENTS, FINAL_SEEDS, TUNING_SEED, TUNING_SEEDS, Setting
-from benchmarks.proof.augmentation_train import order_of
+from benchmarks.proof.augmentation.data import Flows, make_task
+from benchmarks.proof.augmentation.settings import CIFAR_LATENTS, FINAL_SEEDS, TUNING_SEED, TUNING_SEEDS, Setting
+from benchmarks.proof.augmentation.train import order_of
 from benchmarks.proof.sharpness import OFFLINE, make_classifier
 from glem_augment import GLEMAugment, Noise
 from glem_augment.io import write_json

@@ -4,9 +4,9 @@
     GLEM_DATA=... python benchmarks/proof/unlabelled.py --settings fashion-10 --methods fixmatch --seeds 0 1
 
 Settings, labelled images, validation images, test images, seeds, small CNN, optimizer and number of steps are the same
-as in `augmentation.py`. All other training images that are not for validation are used without their labels.
+as in `augmentation/run.py`. All other training images that are not for validation are used without their labels.
 
-    labelled       the best other stack of `augmentation.py` on the labelled images alone
+    labelled       the best other stack of `augmentation/run.py` on the labelled images alone
     pseudo-labels  the same stack; half of a batch has the confident labels of that network (Lee 2013). A class has at
                    most as many labels as are drawn, and the classes are drawn equally often
     mean-teacher   two views by crop + flip, and a mean of the weights as the teacher (Tarvainen & Valpola 2017)
@@ -23,7 +23,7 @@ has a fourth value, because the lowest of three was best. Mean Teacher has a sec
 because 0.99 was worse. A method that is then more than `HOPELESS` points below the best method is dropped. Of the rest,
 the best value is tried with two kinds of moves (`MOVES`), so moves have two trials more than the method alone. The
 choice holds for all settings. Further seeds are measured on test images, each method with its chosen value, with and
-without moves. Rows are stored at once, and are not measured again. The test results of `augmentation.py` were known
+without moves. Rows are stored at once, and are not measured again. The test results of `augmentation/run.py` were known
 before.
 """
 
@@ -48,12 +48,12 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import RESULTS, interval, machine, parser, write_results
-from benchmarks.proof.augmentation_data import Task, images_of, make_task, split_rows
-from benchmarks.proof.augmentation_ops import Component, as_float
-from benchmarks.proof.augmentation_plan import Store
-from benchmarks.proof.augmentation_report import results_of
-from benchmarks.proof.augmentation_settings import FINAL_SEEDS, PLAIN, SETTINGS, TUNING_SEED
-from benchmarks.proof.augmentation_train import (
+from benchmarks.proof.augmentation.data import Task, images_of, make_task, split_rows
+from benchmarks.proof.augmentation.ops import Component, as_float
+from benchmarks.proof.augmentation.plan import Store
+from benchmarks.proof.augmentation.report import results_of
+from benchmarks.proof.augmentation.settings import FINAL_SEEDS, PLAIN, SETTINGS, TUNING_SEED
+from benchmarks.proof.augmentation.train import (
     LR,
     WARM_UP,
     WEIGHT_DECAY,
@@ -101,7 +101,7 @@ def modes_of(images: tuple[Tensor, Tensor], classes: list[str]) -> GLEM:
 
 
 def best_stack(name: str) -> list[Component]:
-    """The opponent that was best on the validation images of `augmentation.py`."""
+    """The opponent that was best on the validation images of `augmentation/run.py`."""
     (result,) = (r for r in results_of(Store(RESULTS)) if (r.setting, r.classifier) == (name, "cnn"))
     return [(method, params) for method, params in result.base]
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.proof import augmentation_data as data
-from benchmarks.proof import augmentation_plan as planning
-from benchmarks.proof import augmentation_report as reporting
-from benchmarks.proof import augmentation_settings as settings
-from benchmarks.proof.augmentation_plan import Store
+from benchmarks.proof.augmentation import data as data
+from benchmarks.proof.augmentation import plan as planning
+from benchmarks.proof.augmentation import report as reporting
+from benchmarks.proof.augmentation import settings as settings
+from benchmarks.proof.augmentation.plan import Store
 
 CIFAR = replace(settings.SETTINGS["cifar10-50"], proof=("imagenette32", "own"))
 

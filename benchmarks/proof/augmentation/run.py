@@ -1,10 +1,10 @@
 """Does augmentation through a flow help a classifier? The best tuned opponent with and without ours, and the control.
 
-    python benchmarks/proof/augmentation.py --plan                            # cells, progress, estimated time
-    python benchmarks/proof/augmentation.py --settings imagenette32-50 --seconds 3600
-    python benchmarks/proof/augmentation.py --report                          # tables and plot from the stored JSON
-    python benchmarks/proof/augmentation.py --train-flow cifar10 --seconds 600    # a flow that settings need, in pieces
-    python benchmarks/proof/augmentation.py --task flowers=data/flowers --flow user/flow --per-class 50
+    python benchmarks/proof/augmentation/run.py --plan                            # cells, progress, estimated time
+    python benchmarks/proof/augmentation/run.py --settings imagenette32-50 --seconds 3600
+    python benchmarks/proof/augmentation/run.py --report  # tables and plot from the stored JSON
+    python benchmarks/proof/augmentation/run.py --train-flow cifar10 --seconds 600  # a flow, in pieces
+    python benchmarks/proof/augmentation/run.py --task flowers=data/flowers --flow user/flow --per-class 50
 
 A cell is one classifier trained with one stack of augmentations. For every setting and classifier, in this order:
 
@@ -32,13 +32,13 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository
 
 from benchmarks.common import RESULTS, machine, parser
-from benchmarks.proof.augmentation_data import Flows, Task, make_task, own_setting
-from benchmarks.proof.augmentation_plan import Cell, Plan, Store
-from benchmarks.proof.augmentation_report import report
-from benchmarks.proof.augmentation_settings import (
+from benchmarks.proof.augmentation.data import Flows, Task, make_task, own_setting
+from benchmarks.proof.augmentation.plan import Cell, Plan, Store
+from benchmarks.proof.augmentation.report import report
+from benchmarks.proof.augmentation.settings import (
     DEFAULT_OURS,
     FINAL_SEEDS,
     FINALISTS,
@@ -50,7 +50,7 @@ from benchmarks.proof.augmentation_settings import (
     SMOKE,
     TUNING_SEEDS,
 )
-from benchmarks.proof.augmentation_train import CLASSIFIERS, accuracy, train
+from benchmarks.proof.augmentation.train import CLASSIFIERS, accuracy, train
 from glem_augment import GLEM
 from glem_augment.errors import GLEMError
 

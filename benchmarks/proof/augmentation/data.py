@@ -1,4 +1,4 @@
-"""Images and flows of `augmentation.py`: the images of each seed and split, and flows by name."""
+"""Images and flows of `augmentation/run.py`: the images of each seed and split, and flows by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.common import find_images
 from benchmarks.paper.research import ResearchTrainer, split_settings
-from benchmarks.proof.augmentation_settings import (
+from benchmarks.proof.augmentation.settings import (
     BUNDLED,
     FLOW_SETTINGS,
     FLOWS,
@@ -178,7 +178,7 @@ class Flows:
         where = self.path(name, setting, 0)
         if name == "own" or not isinstance(where, Path) or (where / "model.safetensors").is_file():
             return None
-        return f"there is no flow {where}: python benchmarks/proof/augmentation.py --train-flow {name}"
+        return f"there is no flow {where}: python benchmarks/proof/augmentation/run.py --train-flow {name}"
 
     def adapted(self, name: str, setting: Setting, seed: int, task: Task) -> GLEM:
         """The flow with the Gaussians and modes of the task's labelled images alone."""

@@ -1,4 +1,4 @@
-"""Batch augmentations of `augmentation.py`, with separate parameters for every image, and stacks of them.
+"""Batch augmentations of `augmentation/run.py`, with separate parameters for every image, and stacks of them.
 
 torchvision's transforms draw once per call, so transforms of single images are called image by image. Transforms of
 batches are the library's training operations (crop, flip), and Mixup, CutMix and RandomErasing of torchvision and timm.
@@ -16,7 +16,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from benchmarks.proof.augmentation_settings import METHODS, PLAIN, REUSE
+from benchmarks.proof.augmentation.settings import METHODS, PLAIN, REUSE
 from glem_augment import GLEM, GLEMAugment, SyntheticDataset
 from glem_augment.augment.policies import as_policy
 from glem_augment.tensors import evaluating

@@ -1,4 +1,4 @@
-"""The classifiers of `augmentation.py` and their training: the same steps, batches and start for every method."""
+"""The classifiers of `augmentation/run.py` and their training: the same steps, batches and start for every method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.proof.augmentation_ops import Component, Stack, as_float
+from benchmarks.proof.augmentation.ops import Component, Stack, as_float
 from glem_augment import GLEM
 
 CLASSIFIERS = ("cnn", "resnet")

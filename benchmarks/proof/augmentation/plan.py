@@ -1,4 +1,4 @@
-"""The plan of `augmentation.py`: tuning cells, the final cells that follow, and the rows of finished cells."""
+"""The plan of `augmentation/run.py`: tuning cells, the final cells that follow, and the rows of finished cells."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.proof.augmentation_data import Flows
-from benchmarks.proof.augmentation_settings import (
+from benchmarks.proof.augmentation.data import Flows
+from benchmarks.proof.augmentation.settings import (
     FINALISTS,
     METHODS,
     PLAIN,

@@ -1,4 +1,4 @@
-"""Tables and plot of `augmentation.py`, made from the stored rows alone."""
+"""Tables and plot of `augmentation/run.py`, made from the stored rows alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Interval, interval
-from benchmarks.proof.augmentation_plan import FINAL, TUNING, Store, params_text
-from benchmarks.proof.augmentation_settings import PLAIN, REUSE, SETTINGS, SMOKE, TUNING_SEED
+from benchmarks.proof.augmentation.plan import FINAL, TUNING, Store, params_text
+from benchmarks.proof.augmentation.settings import PLAIN, REUSE, SETTINGS, SMOKE, TUNING_SEED
 from glem_augment.io import atomic_write
 
 NAMES = {"pairs": "best single + ", "triples": "best pair + "}
@@ -175,7 +175,7 @@ def markdown(results: list[Result]) -> list[str]:
     lines = [
         "# Augmentation through a flow: what it adds to the best tuned opponent",
         "",
-        "`python benchmarks/proof/augmentation.py --report`, from "
+        "`python benchmarks/proof/augmentation/run.py --report`, from "
         f"`{FINAL}` (test images, read once, after all settings were fixed) and `{TUNING}` (validation images). "
         "The protocol is in docs/protocol.md. Gains are paired over seeds, in points, with 95 % intervals "
         f"(Student's t), as are accuracies; a row counts with at least {LEAST_SEEDS} seeds. Gains are over the "

@@ -1,4 +1,4 @@
-"""The settings, flows and methods that `augmentation.py` compares, and the values over which each method is tuned."""
+"""The settings, flows and methods that `run.py` compares, and the values over which each method is tuned."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Setting:
     """A task for a classifier.
 
     Attributes:
-        data: a key of `augmentation_data.PLACES`; classes: indices of the used classes, None for all.
+        data: a key of `augmentation.data.PLACES`; classes: indices of the used classes, None for all.
         per_class: labelled images of a class. With `imbalance`, the ratio of the largest to the smallest class, it is
             the size of the largest class, and sizes fall geometrically. All classes are then drawn equally often
             (oversampling), except for the opponent "natural".
