@@ -146,6 +146,8 @@ def push_dataset(
         HubError: no network, no permission, ...; nothing has been committed then.
         OSError: no space for temporary files, which take twice the space of the images.
     """
+    if report is not None:
+        plan.model.refuse_if_private("a report on the card")
     facts = CardFacts(license, license_name, license_link, report=report)
 
     def write(name: str, folder: Path) -> None:

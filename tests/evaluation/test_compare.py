@@ -139,7 +139,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_the_advised_move_is_measured_and_all_fits_into_the_time(clock: Clock) -> None:
     found = compare(images(60), images(60), minutes=10, seeds=4, progress=False)
     assert clock.now <= 600 and not found["cut"] and found["seeds"] == 4 and found["steps"] > 200
-    assert dict(moves("pixels", "pixel modes")[0].moves) == ADVISED
+    assert moves("pixels", "pixel modes")[0].policy == ADVISED
     names = [row["name"] for row in found["rows"]]
     assert names[0] == "crop + flip" and "pixel modes: noise 0.5" in names and len(found["tuning"]) == 6 + 9 + 4 + 3
     assert {row["kind"] for row in found["rows"]} == {"plain", "ordinary", "jitter", "pixels", "autoencoder"}

@@ -153,6 +153,30 @@ def test_what_a_private_model_refuses(model: GLEM, data: ImageData) -> None:
         SyntheticDataset(model, 3, source="mixup", real=data)
     with pytest.raises(ValueError, match="privac"):
         SyntheticDataset(model, "balance", real=data)
+    with pytest.raises(ValueError, match="privac"):
+        SyntheticDataset(model, 1).push_to_hub("org/images", report="report")
+
+
+def test_samples_of_a_private_model_are_drawn_at_temperature_1(model: GLEM) -> None:
+    assert SyntheticDataset(model, 1).temperature == 1.0 and SyntheticDataset(model, 1, 0.5).temperature == 0.5
+    assert SyntheticDataset("bundled:fashion-mnist", 1).temperature == 0.9
+
+
+def test_a_report_on_a_private_model_warns_and_stays_out_of_the_export(
+    model: GLEM, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glem_augment.evaluation.quality_report", lambda *_, **__: {"warning": None})
+    model.save(tmp_path / "model")
+    for index, (x, y) in enumerate(zip(images(3).tensor(), images(3).targets, strict=True)):
+        (tmp_path / "real" / f"class {y}").mkdir(parents=True, exist_ok=True)
+        write_grey(x, tmp_path / "real" / f"class {y}" / f"{index}.png")
+    argv = ["generate", str(tmp_path / "model"), "--per-class", "2", "--real", str(tmp_path / "real"), "--quiet"]
+    argv += ["--out", str(tmp_path / "out"), "--report"]
+    assert main([*argv, str(tmp_path / "out" / "report")]) == 2 and "outside --out" in capsys.readouterr().err
+    assert main([*argv, str(tmp_path / "report")]) == 0
+    out, err = capsys.readouterr()
+    words = "the report looks at real images and is not covered by the model's privacy: do not share it"
+    assert err.count(words) == 1 and json.loads(out)["temperature"] == 1.0
 
 
 def test_too_few_images_and_too_large_a_delta_are_one_clear_error(data: ImageData) -> None:
