@@ -22,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import find_images, parser, write_results
 from glem_augment import GLEM, open_data
-from glem_augment.classes import adapt, modes
+from glem_augment.classes import modes
+from glem_augment.classes.fit import fit_classes
+from glem_augment.classes.statistics import class_statistics
 
 NAME, SHARES = "covariances", (0.0, 0.2, 0.5, 0.8, 0.9, 1.0)
 # Folder: (held-out images, training images per dimension).
@@ -35,13 +37,13 @@ def measure(z: Tensor, y: Tensor, held: int, count: int) -> dict[str, Any]:
     others, truth = z[-held:], y[-held:]
 
     def accuracy(full: bool) -> float:
-        found = adapt.adapt_classes(lambda k: train[labels == k], classes, dim, 64, 10.0, None, full=full)
-        right = found[1 if full else 0].log_prob(others).argmax(1) == truth
+        statistics = class_statistics(lambda k: train[labels == k], classes, dim, 64)
+        right = fit_classes(statistics, 64, full=full).log_prob(others).argmax(1) == truth
         return round(100 * float(right.double().mean()), 2)
 
     row: dict[str, Any] = {"variances": accuracy(False)}
     for share in SHARES:
-        with mock.patch.object(modes, "SHRUNK", share), mock.patch.object(adapt, "SHRUNK", share):
+        with mock.patch.object(modes, "SHRUNK", share):
             try:
                 row[f"shrunk by {share:g}"] = accuracy(True)
             except torch.linalg.LinAlgError:
@@ -59,7 +61,7 @@ def main() -> None:
         data = open_data(find_images(NAME, folder, folder), "train", image_size=32, channels=3, progress=False)
         order = np.random.default_rng(0).permutation(len(data))
         model = GLEM.create("identity", data.image_shape, data.classes, autoencoder="taef2")
-        model.standardise(data.some(2048))
+        model.codec.fit(data.some(2048))
         with torch.no_grad():
             z = torch.cat([model.numbers(x.float() / 255).flatten(1) for x in data.tensor()[order].split(500)])
         y = torch.from_numpy(data.targets[order])

@@ -2,7 +2,7 @@
 
 from glem_augment.codec.autoencoder import Autoencoder
 from glem_augment.codec.codec import Codec, to_unit
-from glem_augment.codec.pixels import Levels
+from glem_augment.codec.levels import Levels
 from glem_augment.codec.plausible import to_uint8
 from glem_augment.codec.resize import PixelAdapter
 

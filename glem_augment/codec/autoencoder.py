@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glem_augment.codec.codec import Codec, check_images, to_unit
-from glem_augment.codec.levels import Dequantisation
+from glem_augment.codec.codec import Codec, Dequantisation, check_images, to_unit
 from glem_augment.tensors import evaluating
 
 _MIN_STD = 1e-3  # a channel that never varies would otherwise become infinite

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from glem_augment.codec.levels import Dequantisation
-
+# Where dequantisation noise comes from, see `levels.to_levels`.
+Dequantisation: TypeAlias = torch.Generator | int | Tensor | None
 _RANGE_TOLERANCE = 1e-3  # resizing with antialias leaves [0, 1] by rounding only
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights with which PIL turns RGB into "L"
 

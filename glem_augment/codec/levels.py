@@ -1,12 +1,13 @@
-"""Pixels as the levels of a flow: uniform dequantisation noise, and the way back."""
+"""The codec of a flow on pixels: the levels of uint8 images, with uniform dequantisation noise."""
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import math
 
 import torch
 from torch import Tensor
 
+from glem_augment.codec.codec import Codec, Dequantisation
 from glem_augment.distributed import Share
 from glem_augment.tensors import send
 
@@ -14,9 +15,35 @@ from glem_augment.tensors import send
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _SPLITMIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
 
-Dequantisation: TypeAlias = (
-    torch.Generator | int | Tensor | None
-)  # where dequantisation noise comes from, see `to_levels`
+
+class Levels(Codec):
+    """Pixels as levels, `(level + u) / 2^bits - 1/2` with dequantisation noise u. Densities are over levels.
+
+    Args:
+        image_shape: (C, H, W).
+        bits: the top bits of each channel that are modelled, 1 to 8.
+    """
+
+    levels = exact = True
+    key, unit = "bits_per_dim", "bits/dim"
+
+    def __init__(self, image_shape: tuple[int, int, int], bits: int = 8) -> None:
+        super().__init__(image_shape, image_shape)
+        self.bits = bits
+
+    def encode(self, x: Tensor, noise: Dequantisation = None) -> Tensor:
+        return to_levels(x, self.bits, self.dtype, noise)
+
+    def decode(self, h: Tensor) -> Tensor:
+        return from_levels(h, self.bits)
+
+    def logdet(self) -> float:
+        return -math.prod(self.shape) * self.bits * math.log(2)
+
+    @property
+    def divisor(self) -> float:
+        """The number of dimensions times ln 2."""
+        return math.prod(self.shape) * math.log(2)
 
 
 def to_levels(x: Tensor, bits: int, dtype: torch.dtype, noise: Dequantisation = None) -> Tensor:

@@ -17,8 +17,8 @@ from glem_augment.classes.classes import Classes
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import ClassModes
 from glem_augment.codec.autoencoder import StandardisedAutoencoder
-from glem_augment.codec.codec import Codec, to_unit
-from glem_augment.codec.levels import Dequantisation, draw_noise
+from glem_augment.codec.codec import Codec, Dequantisation, to_unit
+from glem_augment.codec.levels import draw_noise
 from glem_augment.distributed import gather
 from glem_augment.errors import ClassMismatchError
 from glem_augment.flows import Flow

@@ -26,7 +26,7 @@ from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.statistics import ClassStatistics, class_statistics
 from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
 from glem_augment.codec.codec import Codec
-from glem_augment.codec.pixels import Levels
+from glem_augment.codec.levels import Levels
 from glem_augment.errors import ModelFileError
 from glem_augment.flows import Flow, build_flow, check_flow, resolve_preset
 from glem_augment.images.dataset import ImageData, LabelledImages, as_image_data, images_for, open_data

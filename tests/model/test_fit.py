@@ -14,8 +14,7 @@ from walk import files_passed, returns
 
 from glem_augment import GLEM, GLEMAugment, ImageData, open_data
 from glem_augment.cli import main
-from glem_augment.codec.codec import Codec, to_unit
-from glem_augment.codec.levels import Dequantisation
+from glem_augment.codec.codec import Codec, Dequantisation, to_unit
 from glem_augment.errors import DataError
 
 
