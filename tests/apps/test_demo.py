@@ -79,7 +79,7 @@ def test_the_lines_of_python_on_the_page_run(demo: Path) -> None:
     for text in lines:
         names: dict = {}
         exec(text, names)
-    assert names["theirs"].counts == names["ours"].counts
+    assert len(names["shared"]) == 10 * 20 and names["shared"].temperature == 1.0
 
 
 def test_photographs_ship_with_their_terms() -> None:

@@ -90,7 +90,7 @@ OPTIONS = {
 }
 
 PYTHON_AND_COMMANDS = {
-    "README.md": 6,
+    "README.md": 4,
     "docs/fit.md": 5,
     "docs/flows.md": 3,
     "docs/hub.md": 10,
