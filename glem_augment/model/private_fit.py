@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.private import PrivateClasses, Tensors, private_classes
 from glem_augment.codec.published import coordinates_file
-from glem_augment.distributed import share, world_size
+from glem_augment.distributed import is_primary, share, world_size
 from glem_augment.errors import GLEMError, ModelFileError
 from glem_augment.images.dataset import ImageData
 from glem_augment.io import atomic_write
@@ -70,15 +70,10 @@ class Journal:
             return own
         made = make()
         self.found.update({f"{name}/{key}": value.contiguous() for key, value in made.items()})
-        if self.path is not None:
+        if self.path is not None and is_primary():
             with atomic_write(self.path) as file:
                 file.write(save(self.found, metadata={"facts": self.facts}))
         return made
-
-    def close(self) -> None:
-        """Remove the file: the model holds what was made of it."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
 
 
 @torch.no_grad()
