@@ -412,7 +412,8 @@ class GLEM(ConditionalFlow):
         check_whole("rank", rank, 1)
         seed, images = check_whole("seed", seed, 0), images_for(self, data, class_map)
         rows = images.rows_of_classes(max_per_class)
-        statistics = self._statistics(images, rows, rank, self.modes.parts if self.adapted and self.modes else 1, seed)
+        parts = self.modes.parts if self.adapted and self.modes else 1
+        statistics = self._statistics(images, rows, rank, parts, seed, count)
         if self.adapted:  # the Gaussians come from images, too
             found = self._fit_classes(statistics, rank, self.config.training["adapt"]["shrinkage"])
         else:
@@ -442,14 +443,11 @@ class GLEM(ConditionalFlow):
         rank: int,
         parts: int,
         seed: int,
-        progress: bool = False,
-        title: str = "modes",
+        count: Callable[[int], object] | None,
     ) -> ClassStatistics:
         """One pass over the images `rows` of every class."""
-        total = sum(map(len, rows))
-        with tqdm(total=total, unit="image", desc=title, disable=not progress, dynamic_ncols=True) as bar:
-            latents = self.latents_of_classes(images, rows, seed, bar.update)
-            return class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
+        latents = self.latents_of_classes(images, rows, seed, count)
+        return class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
 
     def _fit_classes(self, statistics: ClassStatistics, rank: int, shrinkage: float) -> Classes:
         # A flow leaves the dimensions of a class nearly independent. Pixels and latents of an autoencoder are not.
@@ -507,7 +505,8 @@ class GLEM(ConditionalFlow):
             self = copy.deepcopy(self)
             self.codec.fit(images.some(STANDARDISED_BY))
         counts = [len(found) for found in rows]
-        statistics = self._statistics(images, rows, rank, parts, seed, progress, "adapt")
+        with tqdm(total=sum(counts), unit="image", desc="fit", disable=not progress, dynamic_ncols=True) as bar:
+            statistics = self._statistics(images, rows, rank, parts, seed, bar.update)
         if pooled:
             statistics = statistics.as_one_class()
         found = self._fit_classes(statistics, rank, shrinkage)

@@ -68,7 +68,7 @@ def test_other_labels_names_or_pixels_are_other_data() -> None:
 
 CHANGES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "a fact is missing": lambda facts, tensors: facts.pop("lr_scale"),
-    "a tensor is missing": lambda facts, tensors: tensors.pop("model/gaussians.mu"),
+    "a tensor is missing": lambda facts, tensors: tensors.pop("model/latent_classes.gaussians.mu"),
     "a tensor is unknown": lambda facts, tensors: tensors.update({"model/x": torch.zeros(3)}),
     "a parameter is unknown": lambda facts, tensors: tensors.update({"m_optimizer/7/exp_avg": torch.zeros(3)}),
     "a moment has another shape": lambda facts, tensors: tensors.update({"m_optimizer/0/exp_avg": torch.zeros(7, 3)}),
