@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from glem_augment import (
     GLEM,
+    DataError,
     GLEMAugment,
     ImageData,
     Mixup,
@@ -95,7 +96,8 @@ def make_page(out: Path, photos: str = PHOTOGRAPHS, quick: bool = False, progres
     # The networks are small. Beside other busy processes a second thread would make them slower by far.
     torch.set_num_threads(1)
     began, say = time.monotonic(), partial(print, flush=True)
-    open_source(photos, unlabelled=True)  # an error now, before anything is written
+    if not len(open_source(photos, unlabelled=True)):  # an error now, before anything is written
+        raise DataError(f"{photos} holds no images")
     size = QUICK if quick else Size()
     say("glem demo: four parts, about a minute" if not quick else "glem demo, quick: the numbers mean little")
     makers: dict[str, Callable[[Size, bool], tuple[Part, dict[str, Any]]]] = {

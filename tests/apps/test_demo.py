@@ -76,8 +76,8 @@ def test_the_lines_of_python_on_the_page_run(demo: Path) -> None:
     blocks = [html.unescape(text) for text in re.findall("<pre>(.*?)</pre>", page, re.DOTALL)]
     lines = [text for text in blocks if "import" in text]
     assert len(lines) == 2
+    names: dict = {}
     for text in lines:
-        names: dict = {}
         exec(text, names)
     assert len(names["shared"]) == 10 * 20 and names["shared"].temperature == 1.0
 
