@@ -55,10 +55,10 @@ def _make_exact() -> None:
         if switch.fp32_precision not in _EXACT:
             switch.fp32_precision = "ieee"
     # Put back last, because an older setting overwrites several newer ones.
-    _undo.extend(partial(_put_back, *entry) for entry in newer)
+    _undo.extend(partial(_restore, *entry) for entry in newer)
 
 
-def _put_back(switch: Any, value: str) -> None:
+def _restore(switch: Any, value: str) -> None:
     if switch.fp32_precision != value:
         switch.fp32_precision = value
 
