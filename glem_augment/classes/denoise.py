@@ -54,7 +54,7 @@ def denoise(counts: Tensor, seconds: Tensor, sd_second: float, prior: Tensor) ->
     """Covariances of classes from noisy second moments about their means.
 
     The pooled covariance is its diagonal, shrunk to a multiple of `prior`, and its correlations beyond the noise. A
-    class's covariance is the pooled one and its own difference, shrunk in the same way.
+    class's covariance is the pooled one plus its difference from it, shrunk in the same way.
 
     Args:
         counts: [K], at least 1.

@@ -291,7 +291,7 @@ def promise(facts: dict[str, Any]) -> str:
 
 
 def _shapes(classes: int, dim: int, leading: int, shares: Sequence[float]) -> tuple[tuple[int, ...], ...]:
-    """Of counts, sums, seconds and squares. What is not released is empty, but for the counts."""
+    """Of counts, sums, seconds and squares. A statistic that is not released is empty, but for the counts."""
     first, second = (dim if shares[1] else 0), (dim if shares[2] else 0)
     leading = min(leading, second)
     return (classes,), (classes, first), (classes, leading, leading), (classes, second - leading)
