@@ -167,10 +167,6 @@ class ClassModes(ClassSampler):
             q = [((z - m) @ w).square().sum(1) for m, w in zip(means, whiteners, strict=True)]
         return -0.5 * (torch.stack(q, 1) + logdets + self.dim * math.log(2 * math.pi))
 
-    def log_determinants(self) -> Tensor:
-        """log det C_y of the covariances in `log_prob`, [K]."""
-        return self._discriminant()[2]
-
     @torch.no_grad()
     def _discriminant(self) -> tuple[Tensor, Tensor, Tensor]:
         """Means [K, d], U_y [K, d, d] with U_y U_y^T = C_y^-1, and log det C_y [K]; kept while the modes stay."""
