@@ -297,7 +297,7 @@ class GLEM(ConditionalFlow):
             flow: a trained model, or its name: model its flow's latents. Images are converted to its size.
             privacy: make the model differentially private, so that it and its samples can be shared; see
                 `classes.privacy` and docs/privacy.md. It has all modes, and ignores rank, shrinkage and seed.
-            public: public images like `data`, for the coordinates of a private model. None: the autoencoder's coordinates.
+            public: public images like `data`, for a private model's coordinates. None: the autoencoder's coordinates.
             journal: a file for the releases of a private model: an interrupted call goes on from it. Remove it with the
                 model saved.
             image_size: see `open_data`; by default the size that the images share.
