@@ -36,7 +36,7 @@ FIRST, NORMS, CELLS = 0.20, 0.01, 0.30
 _FIRST_SHARES, _SECOND_SHARES, _CELL_SHARES = (0.18, 0.82, 0), (0, 0, 1), (0.1, 0.9, 0)
 _CLIP = 0.9  # the second clip, in roots of the mean squared norm
 _BINS = 64  # of the histogram of norms, up to twice the public norm
-_CELL_COUNTS, _CELL_NOISE = (32, 16, 8, 4), 0.06
+_CELL_COUNTS, _CELL_NOISE = (32, 16, 8, 4), 0.04
 _DRAWS = 4000  # samples of a class on which k-means finds its cells
 
 Tensors = dict[str, Tensor]

@@ -93,15 +93,15 @@ def test_an_interrupted_fit_goes_on_and_releases_nothing_twice(
     monkeypatch.setattr(private_module.PrivateSums, "release", counted)
     journal, privacy = tmp_path / "journal", Privacy(10, 1e-4)
     with pytest.raises(KeyboardInterrupt):
-        GLEM.fit(data, "taef2", privacy=privacy, journal=journal, progress=False)
+        GLEM.fit(data, "taef2", privacy=privacy, parts=1, journal=journal, progress=False)
     before = journal.read_bytes()
-    GLEM.fit(data, "taef2", privacy=privacy, journal=journal, progress=False)
+    GLEM.fit(data, "taef2", privacy=privacy, parts=1, journal=journal, progress=False)
     rounds = len(made)
     assert before != journal.read_bytes() and rounds == 3  # one before, one that was interrupted, one after
-    GLEM.fit(data, "taef2", privacy=privacy, journal=journal, progress=False)
+    GLEM.fit(data, "taef2", privacy=privacy, parts=1, journal=journal, progress=False)
     assert len(made) == rounds
     with pytest.raises(GLEMError, match="spent"):
-        GLEM.fit(data, "taef2", privacy=Privacy(5, 1e-4), journal=journal, progress=False)
+        GLEM.fit(data, "taef2", privacy=Privacy(5, 1e-4), parts=1, journal=journal, progress=False)
 
 
 def test_parts_of_a_class_share_its_covariance(data: ImageData, tmp_path: Path) -> None:
