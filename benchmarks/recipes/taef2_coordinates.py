@@ -3,7 +3,7 @@
     python benchmarks/recipes/taef2_coordinates.py
 
 Private sets measure their latents in coordinates that no private image has touched: `flows.stationary`, 1,120 numbers
-for a grid of any size. Grey images, which use TAEF2's channels differently, have numbers of their own.
+for a grid of any size. Grey images, which use TAEF2's channels differently, have other numbers.
 """
 
 from __future__ import annotations

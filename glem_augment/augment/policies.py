@@ -225,7 +225,7 @@ class Policy(ABC):
 def as_policy(policy: Policy | str | Mapping[str, Any]) -> Policy:
     """A policy itself, from its name, or from {"name": its name, **its arguments}.
 
-    ValueError: an unknown name. TypeError: neither of these, or arguments that the policy does not have.
+    ValueError: an unknown name. TypeError: neither a name nor a policy, or arguments that the policy does not have.
     """
     if isinstance(policy, Policy):
         return policy

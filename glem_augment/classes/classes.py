@@ -1,4 +1,4 @@
-"""The classes of a model as one object: Gaussians, modes, the kind of covariance, and the posterior's temperature."""
+"""The classes of a model as one object, which is replaced as a whole."""
 
 from __future__ import annotations
 
