@@ -7,11 +7,15 @@ components and the clip. Private images are drawn from the test images.
 
 An attack decides from a release whether a canary is among the images of a class. There are four canaries: an image far
 from the class, zeros, the class mean, and a real image. To "all others", the real image is a second copy of an image
-that is there. The score is the logarithm of the likelihood ratio. Two kinds of attackers are measured:
+that is there. The score is the logarithm of the likelihood ratio. Three kinds of attackers are measured:
 
 - "all others": knows every image but the canary, as the definition of differential privacy assumes.
+- "all others, of a model": the same, but sees only the mean and covariance of a class in a model that
+  `private_classes` made of two classes, with all releases and all steps after them.
 - "similar images": knows what releases of other images with and without the canary look like. The images of a class are
-  drawn anew for each release. Half of the releases train the attack, the other half count.
+  drawn anew for each release.
+
+Of the last two kinds, half of the releases train the attack, and the other half count.
 
 Two lower bounds of epsilon hold for the worst canary with 95 % confidence (Bonferroni over the canaries):
 
@@ -44,9 +48,10 @@ from benchmarks.common import parser, write_results
 from glem_augment import open_data
 from glem_augment.classes import privacy as mechanism
 from glem_augment.classes.privacy import Privacy, PrivateSums, Release, epsilon_of
+from glem_augment.classes.private import private_classes
 
 NAME, CONFIDENCE, REAL = "private_audit", 0.95, "real image"
-DIM, IMAGES, CLASSES = 32, 100, 20
+DIM, IMAGES, MODEL_IMAGES, CLASSES = 32, 100, 400, 20
 EPSILONS, SIZES = (0.2, 1.0, 3.0, 10.0), (20, 50, 100, 200, 500)
 
 
@@ -151,33 +156,78 @@ def private_scores(
     return {name: (torch.cat(without[name])[:trials], torch.cat(having[name])[:trials]) for name in marks}
 
 
+class Leaning:
+    """Four numbers that show whether a canary is in a class, from the mean and covariance of the class.
+
+    They are how far mean and covariance lean towards the canary, and the canary's distance and log-density under the
+    Gaussian. Linear discriminant analysis of them is the attack.
+    """
+
+    def __init__(self, pool: Tensor, mark: Tensor) -> None:
+        self.mark, self.centre, self.eye = mark, pool.mean(0), torch.eye(DIM, dtype=torch.float64)
+        self.lean = torch.linalg.solve(pool.T.cov() + 1e-6 * self.eye, mark - self.centre)
+
+    def features(self, mean: Tensor, covariance: Tensor) -> Tensor:
+        covariance = covariance + 1e-6 * self.eye
+        distance = (self.mark - mean) @ torch.linalg.solve(covariance, self.mark - mean)
+        spread = (self.lean @ covariance @ self.lean).clamp_min(1e-300).log()
+        return torch.stack([(mean - self.centre) @ self.lean, spread, distance.log1p(), covariance.logdet() + distance])
+
+
+def trained_attack(without: Tensor, having: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the second half of features [2n, 4], by the discriminant of the first half."""
+    (a, b), rest = (found[: len(found) // 2] for found in (without, having)), len(without) // 2
+    scale = torch.cat([a, b]).std(0).clamp_min(1e-12)
+    scatter = ((a / scale).T.cov() + (b / scale).T.cov()) / 2 + 1e-6 * torch.eye(4, dtype=torch.float64)
+    direction = torch.linalg.solve(scatter, (b.mean(0) - a.mean(0)) / scale) / scale
+    return without[rest:] @ direction, having[rest:] @ direction
+
+
 def bare_scores(
     pool: Tensor, count: int, mark: Tensor, trials: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Scores of "similar images" on exact means and covariances of `count` images, without and with the canary.
 
-    Linear discriminant analysis of four numbers is the attack: how far the mean and the covariance lean towards the
-    canary, and distance and log-density of the canary under the Gaussian. A class with the canary has count - 1 other
-    images, so that the count tells nothing.
+    A class with the canary has count - 1 other images, so that the count tells nothing.
     """
-    centre, eye = pool.mean(0), torch.eye(DIM, dtype=torch.float64)
-    lean = torch.linalg.solve(pool.T.cov() + 1e-6 * eye, mark - centre)
+    attack = Leaning(pool, mark)
 
     def features(has: bool) -> Tensor:
         rows = pool[torch.randperm(len(pool), generator=generator)[:count]]
         if has:
             rows = torch.cat([rows[1:], mark[None]])
-        mean, covariance = rows.mean(0), rows.T.cov() + 1e-6 * eye
-        distance = (mark - mean) @ torch.linalg.solve(covariance, mark - mean)
-        spread = (lean @ covariance @ lean).clamp_min(1e-300).log()
-        return torch.stack([(mean - centre) @ lean, spread, distance.log1p(), covariance.logdet() + distance])
+        return attack.features(rows.mean(0), rows.T.cov())
 
-    found = [torch.stack([features(has) for _ in range(2 * trials)]) for has in (False, True)]
-    (a, b), (without, having) = (f[:trials] for f in found), (f[trials:] for f in found)
-    scale = torch.cat([a, b]).std(0).clamp_min(1e-12)
-    scatter = ((a / scale).T.cov() + (b / scale).T.cov()) / 2 + 1e-6 * torch.eye(4, dtype=torch.float64)
-    direction = torch.linalg.solve(scatter, (b.mean(0) - a.mean(0)) / scale) / scale
-    return without @ direction, having @ direction
+    without, having = (torch.stack([features(has) for _ in range(2 * trials)]) for has in (False, True))
+    return trained_attack(without, having)
+
+
+def model_scores(
+    pool: Tensor, images: int, marks: dict[str, Tensor], privacy: Privacy, clip: float, trials: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """By canary: scores of "all others, of a model", without and with the canary in the first of two classes."""
+    z, y = pool[: 2 * images], torch.arange(2).repeat_interleave(images)
+    prior = torch.ones(DIM, dtype=torch.float64)
+
+    def gaussians(extra: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        rows, labels = (z, y) if extra is None else (torch.cat([z, extra[None]]), torch.cat([y, y[:1]]))
+        found = []
+        for _ in trange(2 * trials, desc=f"models, epsilon {privacy.epsilon:g}"):
+            modes = private_classes(rows, labels, 2, prior, clip, privacy, None, lambda _, make: make()).classes.modes
+            assert modes is not None
+            cells, weight = modes.mean[: modes.parts].double(), modes.counts[: modes.parts].double()
+            mean = weight @ cells / weight.sum()
+            within = modes.directions[0].double() * modes.scales[0].double()[:, None]
+            between = (cells - mean) * (weight / weight.sum()).sqrt()[:, None]
+            found.append((mean, within.T @ within + between.T @ between + modes.rest[0].double().diag()))
+        return found
+
+    blank, scores = gaussians(None), {}
+    for name, mark in marks.items():
+        attack = Leaning(pool, mark)
+        pairs = (torch.stack([attack.features(*each) for each in models]) for models in (blank, gaussians(mark)))
+        scores[name] = trained_attack(*pairs)
+    return scores
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -213,6 +263,7 @@ def main() -> None:
     args.set_defaults(threads=1)
     args.add_argument("--trials", type=int, default=10_000, help="with and without each canary (%(default)s)")
     args.add_argument("--bare-trials", type=int, default=2000, help="the same, without protection (%(default)s)")
+    args.add_argument("--model-trials", type=int, default=500, help="the same, of fitted models (%(default)s)")
     args.add_argument("--delta", type=float, default=1e-6)
     args = args.parse_args()
     torch.set_num_threads(args.threads)
@@ -230,6 +281,10 @@ def main() -> None:
             kind = "ours, noise halved: a deliberate mistake" if halved else "ours"
             rows.append(row(kind, IMAGES, "all others", scores, args.delta, epsilon))
             print(*rows[-1].values(), flush=True)
+    for epsilon in EPSILONS[1:]:  # at 0.2, classes of this size are drowned in noise
+        scores = model_scores(private, MODEL_IMAGES, marks, Privacy(epsilon, args.delta), clip, args.model_trials)
+        rows.append(row("ours, a fitted model", MODEL_IMAGES, "all others, of a model", scores, args.delta, epsilon))
+        print(*rows[-1].values(), flush=True)
     # The exact statistics of known images differ in every release with the canary, at any size.
     certain = torch.zeros(args.bare_trials).double(), torch.ones(args.bare_trials).double()
     rows.append(row("no protection", IMAGES, "all others", {"any": certain}, args.delta, None))
@@ -241,7 +296,7 @@ def main() -> None:
     write_results(
         args.out, NAME, "What releases of class statistics tell about one image: lower bounds of epsilon, 95 %", rows,
         delta=args.delta, dimension=DIM, trials=args.trials, bare_trials=args.bare_trials,
-        cpu_seconds=round(time.process_time() - began),
+        model_trials=args.model_trials, cpu_seconds=round(time.process_time() - began),
     )  # fmt: skip
 
 

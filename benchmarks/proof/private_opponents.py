@@ -1,0 +1,185 @@
+"""What a user would pick in place of a private set: a classifier that is trained privately on the real images.
+
+    pip install opacus
+    GLEM_DATA=... python benchmarks/proof/private_opponents.py --data fashion-mnist cifar10 --epsilon 1 10 --seeds 0 1 2
+
+Each method makes one classifier with the promise (epsilon, delta). Nothing else may be made from the images afterwards,
+whereas a private set can be given away and serves every network.
+
+    dp-sgd      the small network with tanh of Papernot et al. 2021, trained by Opacus
+    probe       a linear classifier on the latents of private.py, trained by Opacus
+    resnet      the network of samples_alone.py with group normalisation, trained by Opacus
+
+Trials are judged on every tenth training image, which then is no private image; the best trial is measured on all real
+test images. The choice costs no privacy here, which favours these methods. Stored rows are not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
+
+from benchmarks.common import ROOT, interval, machine, parser, write_results
+from benchmarks.paper.classifier import Classifier
+from benchmarks.proof.private import Images
+from glem_augment.io import write_json
+
+NAME = "private_opponents"
+# Learning rate, epochs, and images of a step; gradients are clipped to the norm 0.1 (Tramèr & Boneh 2021) or 1 (probe).
+TRIALS = {
+    "dp-sgd": [(lr, epochs, 2048) for lr in (1.0, 2.0, 4.0) for epochs in (10, 20)],
+    "probe": [(lr, epochs, 4096) for lr in (1.0, 4.0, 16.0) for epochs in (5, 20)],
+    "resnet": [(lr, epochs, 2048) for lr in (1.0, 2.0, 4.0) for epochs in (5,)],
+}
+CLIP = {"dp-sgd": 0.1, "probe": 1.0, "resnet": 0.1}
+
+
+def network(method: str, shape: tuple[int, ...]) -> nn.Module:
+    """The network of a method, for images or latents of this shape."""
+    if method == "probe":
+        return nn.Linear(shape[0], 10)
+    if method == "resnet":
+        from opacus.validators import ModuleValidator
+
+        return ModuleValidator.fix(Classifier("resnet18_quarter_half", shape, 10).net)
+    layers: list[nn.Module] = [
+        nn.Conv2d(shape[0], 16, 8, 2, padding=3), nn.Tanh(), nn.MaxPool2d(2, 1),
+        nn.Conv2d(16, 32, 4, 2), nn.Tanh(), nn.MaxPool2d(2, 1), nn.Flatten(), nn.LazyLinear(32), nn.Tanh(),
+        nn.Linear(32, 10),
+    ]  # fmt: skip
+    net = nn.Sequential(*layers)
+    net(torch.zeros(2, *shape))
+    return net
+
+
+def train(
+    method: str, x: Tensor, y: Tensor, trial: tuple[float, int, int], promise: tuple[float, float], seed: int
+) -> Callable[[Tensor], Tensor]:
+    """Train with the promise; the result gives the classes of images or latents."""
+    from opacus import PrivacyEngine
+
+    torch.manual_seed(seed)
+    lr, epochs, batch = trial
+    net = network(method, tuple(x.shape[1:]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Opacus: noise without a secure generator
+        engine = PrivacyEngine(accountant="prv")
+        net, optimizer, loader = engine.make_private_with_epsilon(
+            module=net, optimizer=torch.optim.SGD(net.parameters(), lr, momentum=0.9),
+            data_loader=DataLoader(TensorDataset(x, y), batch), target_epsilon=promise[0], target_delta=promise[1],
+            epochs=epochs, max_grad_norm=CLIP[method], poisson_sampling=True,
+        )  # fmt: skip
+        for _ in range(epochs):
+            for images, labels in loader:
+                optimizer.zero_grad()
+                if len(images):
+                    F.cross_entropy(net(images), labels).backward()
+                    optimizer.step()
+    net = net.eval()
+
+    @torch.no_grad()
+    def classes(x: Tensor) -> Tensor:
+        return torch.cat([net(part).argmax(1) for part in x.split(1000)])
+
+    return classes
+
+
+class Task:
+    """The private and the judged examples of one data set for one method."""
+
+    def __init__(self, data: str, method: str, work: Path) -> None:
+        self.images = Images(data, "taef2", work, validation=False)
+        self.method = method
+        y = torch.from_numpy(self.images.train.targets)
+        if method == "probe":
+            x, y = self.images.latents()
+            test, _ = latents_of_test(self.images)
+        else:
+            x, test = self.images.train.tensor(), self.images.judged.tensor()
+        self.x, self.y = self._prepared(x), y
+        self.test, self.test_y = self._prepared(test), torch.from_numpy(self.images.judged.targets)
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        if self.method == "probe":  # public coordinates with public variance 1, of norm 1
+            return F.normalize(x.float() / self.images.prior.sqrt().float())
+        return (x.float() / 255 - 0.5) / 0.5 if self.images.name == "cifar10" else (x.float() / 255 - 0.3) / 0.35
+
+    def accuracy(self, trial: Any, promise: tuple[float, float], seed: int, validation: bool) -> float:
+        held = torch.arange(len(self.y)) % 10 == 9
+        if not validation:
+            classes = train(self.method, self.x, self.y, trial, promise, seed)
+            return 100 * float((classes(self.test) == self.test_y).float().mean())
+        classes = train(self.method, self.x[~held], self.y[~held], trial, promise, seed)
+        return 100 * float((classes(self.x[held]) == self.y[held]).float().mean())
+
+
+def latents_of_test(images: Images) -> tuple[Tensor, Tensor]:
+    """Latents of the test images, in the coordinates of `images.latents`."""
+    x = images.judged.tensor()
+    with torch.no_grad():
+        z = torch.cat([images.base.encode(part)[0] for part in x.split(256)])
+    return z, torch.from_numpy(images.judged.targets)
+
+
+def main() -> None:
+    args = parser(__doc__)
+    args.set_defaults(threads=1)
+    args.add_argument("--data", nargs="+", default=["fashion-mnist", "cifar10"], help="of ten classes (%(default)s)")
+    args.add_argument("--method", nargs="+", default=["dp-sgd", "probe"], choices=tuple(TRIALS))
+    args.add_argument("--epsilon", nargs="+", type=float, default=[0.2, 1, 10])
+    args.add_argument("--delta", type=float, default=1e-5)
+    args.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="test seeds; trials have seed 100")
+    args.add_argument("--work", type=Path, default=ROOT / "runs" / "private", help="folder for latents (%(default)s)")
+    args = args.parse_args()
+    torch.set_num_threads(args.threads)
+    path = args.out / f"{NAME}.json"
+
+    def stored() -> list[dict[str, Any]]:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+    def measured(task: Task, trial: tuple[float, int, int], validation: bool, seed: int, **known: Any) -> float:
+        known |= {"judged": "validation" if validation else "test", "seed": seed, "trial": list(trial)}
+        for row in stored():
+            if known.items() <= row.items():
+                return float(row["accuracy"])
+        value = task.accuracy(trial, (known["epsilon"], known["delta"]), seed, validation)
+        row = known | {"accuracy": value, "processor": machine()["processor"]}
+        write_json(path, [*stored(), row])  # Another process may have added rows.
+        print(*row.values(), flush=True)
+        return value
+
+    for data in args.data:
+        for method in args.method:
+            task = Task(data, method, args.work)
+            for epsilon in args.epsilon:
+                known = {"data": data, "method": method, "epsilon": epsilon, "delta": args.delta}
+                best = max(TRIALS[method], key=lambda trial: measured(task, trial, True, 100, **known))
+                for seed in args.seeds:
+                    measured(task, best, False, seed, **known)
+    table = []
+    rows = [row for row in stored() if row["judged"] == "test"]
+    for key in dict.fromkeys((row["data"], row["method"], row["epsilon"], row["delta"]) for row in rows):
+        own = [row for row in rows if (row["data"], row["method"], row["epsilon"], row["delta"]) == key]
+        values = [row["accuracy"] for row in own]
+        line = dict(zip(("data", "method", "epsilon", "delta"), key, strict=True)) | {"seeds": len(values)}
+        line["accuracy"] = statistics.mean(values)
+        line["+/-"] = interval(values).half if len(values) > 1 else None
+        lr, epochs, batch = own[0]["trial"]
+        table.append(line | {"learning rate": lr, "epochs": epochs, "batch": batch})
+    write_results(args.out, NAME, "Classifiers trained privately on real images", table, record=stored())
+
+
+if __name__ == "__main__":
+    main()
