@@ -161,23 +161,47 @@ def write_results(
         facts: further entries of the JSON.
     """
     script = Path(sys.argv[0]).resolve()
-    shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    command = "python " + " ".join(shlex.quote(a) for a in [str(shown), *sys.argv[1:]])
-    tables = tables or {}
-    info = machine()
-    whole = {"title": title, "command": command, "machine": info, **facts, "rows": rows, **tables}
+    shown = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
+    whole = {"title": title, "command": command(shown, *sys.argv[1:]), "machine": machine()}
+    publish(folder, name, {**whole, **facts, "rows": rows, **(tables or {})}, record, show)
+
+
+def command(script: str, *words: object) -> str:
+    """The line that runs a script of this repository."""
+    return "python " + shlex.join([script, *map(str, words)])
+
+
+def processors(rows: list[dict[str, Any]]) -> str:
+    """The processors that measured these rows, as far as they are stored."""
+    names = dict.fromkeys(row.get("processor", "a processor that is not stored") for row in rows)
+    return " and ".join(names)
+
+
+def publish(folder: Path, name: str, whole: dict[str, Any], record: Any = None, show: bool = True) -> None:
+    """Write `record` (`whole` by default) to `name.json`, and `markdown(whole)` to `name.md`; print the latter."""
     write_json(folder / f"{name}.json", whole if record is None else record)
-    lines = [f"# {title}", "", f"`{command}`", "", *_table(rows)]
-    lines += ["", f"{info['processor']}, {info['cores']} cores, {info['threads']} threads; "]
-    lines[-1] += ", ".join(f"{key} {value}" for key, value in info["versions"].items()) + "."
-    lines += [f"{key}: {value}" for key, value in facts.items()]
-    for heading, more in tables.items():
-        lines += ["", f"## {heading}", "", *_table(more)]
-    text = "\n".join(lines) + "\n"
     with atomic_write(folder / f"{name}.md", "w") as file:
-        file.write(text)
+        file.write(markdown(whole))
     if show:
-        print(text)
+        print(markdown(whole))
+
+
+def markdown(whole: dict[str, Any]) -> str:
+    """A page of results: `title`, `command` (one a line), `machine` if known, facts, `rows`, and further tables."""
+    known = ("title", "command", "machine")
+    names = list(whole)
+    facts, tables = (names[: names.index("rows")], names[names.index("rows") + 1 :])
+    lines = [f"# {whole['title']}"]
+    for line in whole["command"].splitlines():
+        lines += ["", f"`{line}`"]
+    lines += ["", *_table(whole["rows"]), ""]
+    if info := whole.get("machine"):
+        versions = ", ".join(f"{key} {value}" for key, value in info["versions"].items())
+        lines.append(f"{info['processor']}, {info['cores']} cores, {info['threads']} threads; {versions}.")
+    lines += [f"{name}: {whole[name]}" for name in facts if name not in known]
+    for name in tables:
+        lines += ["", f"## {name}", "", *_table(whole[name])]
+    return "\n".join(lines) + "\n"
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:

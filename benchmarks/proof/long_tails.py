@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import ROOT, interval, parser, write_results
+from benchmarks.common import ROOT, command, interval, machine, parser, processors, publish
 from benchmarks.proof.augmentation.data import Task, make_task
 from benchmarks.proof.augmentation.ops import Component
 from benchmarks.proof.augmentation.settings import Setting
@@ -115,6 +115,20 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
+def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The page of the rows, with the command that measures them."""
+    data, imbalance = zip(*(row["setting"].split("-long-tail-") for row in rows), strict=True)
+    seeds = sorted({row["seed"] for row in rows} - {TUNING_SEED})
+    words = ["--data", *dict.fromkeys(data), "--imbalance", *dict.fromkeys(imbalance), "--seeds", *seeds]
+    return {
+        "title": "Long tails, filled up or re-sampled",
+        "command": command(f"benchmarks/proof/{NAME}.py", *words),
+        "measured on": processors(rows),
+        "rows": summary(rows),
+        "Choices, on validation images": [row for row in rows if row["seed"] == TUNING_SEED],
+    }
+
+
 def main() -> None:
     args = parser(__doc__)
     args.set_defaults(threads=1)
@@ -136,6 +150,7 @@ def main() -> None:
                 found = next((row for row in rows if known.items() <= row.items()), None)
                 if found is None:
                     found = known | {"value": task.measure(source, fill, stack, seed)}
+                    found["processor"] = machine()["processor"]
                     rows.append(found)
                     print(*found.values(), flush=True)
                     write_json(path, rows)
@@ -149,9 +164,7 @@ def main() -> None:
                 for source, fill in fills.items():
                     for stack in dict.fromkeys((PLAIN, best)):
                         value(source, fill, stack, seed)
-    validation = [row for row in rows if row["seed"] == TUNING_SEED]
-    tables = {"Choices, on validation images": validation}
-    write_results(args.out, NAME, "Long tails, filled up or re-sampled", summary(rows), tables, record=rows)
+    publish(args.out, NAME, report(rows), rows)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import interval, machine, parser, write_results
+from benchmarks.common import command, interval, machine, parser, processors, publish, write_results
 from benchmarks.proof.augmentation.data import Flows, make_task
 from benchmarks.proof.augmentation.settings import CIFAR_LATENTS, FINAL_SEEDS, TUNING_SEED, TUNING_SEEDS, Setting
 from benchmarks.proof.augmentation.train import order_of
@@ -184,18 +184,26 @@ def fine_tune(args: Any) -> None:
         for seed in args.seeds:
             for arm, value in chosen.items():
                 measure(setting, arm, value, steps, seed)
+    publish(args.out, "fine_tuned", report(rows), rows)
+
+
+def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The page of the fine-tuned rows on test images, with the command that measures all of them."""
     found: dict[tuple[Any, ...], list[float]] = {}
-    for row in rows:
-        if "accuracy" in row:
-            key = tuple(row[name] for name in ("setting", "arm", "value", "steps"))
-            found.setdefault(key, []).append(100 * row["accuracy"])
-    table = [
-        dict(zip(("setting", "arm", "value", "steps"), key, strict=True))
-        | {"test accuracy %": str(interval(values)), "seeds": len(values)}
-        for key, values in found.items()
-    ]
-    title = "EfficientNet-Lite0 fine-tuned on few labels, CIFAR-10 at 128x128"
-    write_results(args.out, "fine_tuned", title, table, record=rows)
+    tested, names = [row for row in rows if row["seed"] != TUNING_SEED], ("setting", "arm", "value", "steps")
+    for row in tested:
+        found.setdefault(tuple(row[name] for name in names), []).append(100 * row["accuracy"])
+    counts = dict.fromkeys(row["setting"].removeprefix("cifar10-") for row in tested)
+    words = ["--fine-tune", "--per-class", *counts, "--seeds", *sorted({row["seed"] for row in tested})]
+    return {
+        "title": "EfficientNet-Lite0 fine-tuned on few labels, CIFAR-10 at 128x128",
+        "command": command("benchmarks/proof/pretrained.py", *words),
+        "measured on": processors(rows),
+        "rows": [
+            dict(zip(names, key, strict=True)) | {"test accuracy %": str(interval(values)), "seeds": len(values)}
+            for key, values in found.items()
+        ],
+    }
 
 
 def main() -> None:
