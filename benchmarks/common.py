@@ -218,3 +218,30 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# ---- numbers of the documentation ------------------------------------------------------------------------------------
+
+Named = Iterator[tuple[str, str]]  # name and text
+
+
+def table(head: str, rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; `head` has the columns, with | between them."""
+    columns = head.count("|") + 1
+    lines = [f"| {head} |", "|" + "---|" * columns, *("| " + " | ".join(row) + " |" for row in rows)]
+    return "\n\n" + "\n".join(lines) + "\n\n"
+
+
+def by_seed(rows: list[dict[str, Any]], *names: str) -> dict[tuple[str, ...], dict[int, Any]]:
+    """Values by seed, for every combination of the values of these columns.
+
+    Raises:
+        ValueError: two rows have one combination and seed.
+    """
+    found: dict[tuple[str, ...], dict[int, Any]] = {}
+    for row in rows:
+        values = found.setdefault(key := tuple(row[name] for name in names), {})
+        if row["seed"] in values:
+            raise ValueError(f"two rows have {', '.join(map(str, key))} and seed {row['seed']}: remove one of them")
+        values[row["seed"]] = row.get("value", row.get("accuracy"))
+    return found

@@ -120,14 +120,14 @@ def command_of(what: str, scale: str, seeds: int, data: Sequence[str] = ()) -> s
     return f"python benchmarks/paper/paper.py {what} --scale {scale} --seeds {seeds}{more}"
 
 
-def stored_markdown(folder: Path, what: str, name: str = "cpu") -> str:
-    """The page of a table (by its number), of trust or of pareto, made from the stored rows of the default images."""
-    rows = json.loads((folder / f"{f'table{what}' if what in _TABLES else what}.{name}.json").read_text("utf-8"))
-    command = command_of(what, name, 1 + max(row["seed"] for row in rows))
-    if what not in _TABLES:
-        return rows_markdown(what, rows, command)
-    scale = SCALES[name]
-    return markdown(int(what), name, scale, cells_of(int(what), scale.sizes), rows, command)
+def stored_markdown(folder: Path, name: str, scale: str = "cpu") -> str:
+    """The page of table1 to table8, trust or pareto, from the stored rows of the default images."""
+    rows = json.loads((folder / f"{name}.{scale}.json").read_text(encoding="utf-8"))
+    what, sizes = name.removeprefix("table"), SCALES[scale].sizes
+    command = command_of(what, scale, 1 + max(row["seed"] for row in rows))
+    if what == name:
+        return rows_markdown(name, rows, command)
+    return markdown(int(what), scale, SCALES[scale], cells_of(int(what), sizes), rows, command)
 
 
 def main() -> int:
