@@ -9,7 +9,7 @@ In a page, a number stands between `<!-- number: NAME -->` and `<!-- /number -->
 
 Tables in `benchmarks/results` that follow from stored rows are made again as well. `digests.json` there has the SHA-256
 of every other result, and the names in every page, in order. So `--check` finds a row that was changed by hand, and a
-name that was removed or exchanged. After a benchmark has written rows, `make numbers` prints and stores the new digests.
+name that was removed or exchanged. When a benchmark has written rows, `make numbers` stores and prints the changes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
 from benchmarks.common import RESULTS, ROOT, Interval, Named, by_seed, interval, markdown, table
 from benchmarks.paper.claims import verdicts
 from benchmarks.paper.paper import stored_markdown
+from benchmarks.proof import long_tails, pretrained
 from benchmarks.proof.augmentation.numbers import GROUPS, bold, naturally
 from benchmarks.proof.augmentation.numbers import numbers as augmentation
 from benchmarks.proof.augmentation.plan import IDENTITY, Store
 from benchmarks.proof.augmentation.report import markdown as augmentation_lines
 from benchmarks.proof.augmentation.report import paired_gain, results_of, signed
 from benchmarks.proof.augmentation.settings import SETTINGS
-from benchmarks.proof.long_tails import report as long_tails_page
-from benchmarks.proof.pretrained import report as fine_tuned_page
 from benchmarks.proof.private import report as private_page
 from benchmarks.proof.private import summary as private_rows
 from benchmarks.proof.samples_alone import as_long, commands
@@ -48,8 +47,8 @@ from glem_augment.io import atomic_write, file_sha256, json_text
 LOCK = "digests.json"
 PAPER = (*(f"table{n}" for n in range(1, 9)), "pareto", "trust")
 REPORTS: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
-    "fine_tuned": fine_tuned_page,
-    "long_tails": long_tails_page,
+    "fine_tuned": pretrained.report,
+    "long_tails": long_tails.report,
     "private": private_page,
     "samples_alone": samples_page,
     "unlabelled": unlabelled_page,
@@ -136,6 +135,12 @@ def samples() -> Named:
             lines.append(
                 [data, method.replace("identity", "pixels"), setting, f"{mean.text()} %", share, str(mean.seeds)]
             )
+    deep, flat = (
+        found["fashion-mnist", method, setting, "CNN-A"]
+        for method, setting in (("bundled", "rfcm T=0.85 parts=32"), ("identity", "rfcm T=1 parts=64"))
+    )
+    more = interval(deep[seed] - flat[seed] for seed in deep)
+    yield "samples, fashion-mnist: 32 parts of the flow over 64 of the pixels", more.text(sign=True)
     yield "samples alone", table("data | trained on | setting | test accuracy | of real | seeds", lines)
 
 
@@ -217,63 +222,6 @@ def latents() -> Named:
     yield "covariances", table(" | ".join(columns).replace("per dimension", "images per number"), cells)
 
 
-def long_tails() -> Named:
-    rows = [row for row in stored("long_tails") if row["seed"] != 1000]
-    found, lines = by_seed(rows, "setting", "source", "stack"), []
-    for setting in dict.fromkeys(setting for setting, *_ in found):
-        line = [setting.replace("-long-tail-", ", ") + " to 1"]
-        for source in ("re-sampled", "identity", "flow"):
-            own = [v for (s, o, _), v in found.items() if (s, o) == (setting, source)]
-            line.append(f"{max((interval(v.values()) for v in own), key=lambda i: i.mean).text()} %")
-        lines.append(line)
-    yield (
-        "long tails",
-        table("data | drawn equally often | filled up by the pixels' modes | filled up by a flow", lines),
-    )
-
-
-BACKBONE_MOVES = {"modes": "pixels' modes", "taef2": "TAEF2's modes", "flow": "flow"}
-
-
-def pretrained() -> Named:
-    found = by_seed(stored("pretrained")["measured"], "setting", "views")
-    lines = []
-    for setting in dict.fromkeys(setting for setting, _ in found):
-        lines.append([f"`{setting}`"])
-        for arm in ("none", "flip", "ordinary", *BACKBONE_MOVES):
-            mean = interval(100 * value for value in found[setting, arm].values())
-            yield f"{setting}: probe, {arm}", mean.text()
-            if arm not in BACKBONE_MOVES:
-                lines[-1].append(f"{mean.text()} %")
-                continue
-            gain = paired_gain(found[setting, arm], found[setting, "ordinary"])
-            yield f"{setting}: probe, {arm} over ordinary", signed(gain, 1)
-            lines[-1].append(bold(gain))
-    head = "setting | the image | + mirror image | + ordinary views"
-    yield "pretrained", table(" | ".join([head, *(f"{text} over ordinary" for text in BACKBONE_MOVES.values())]), lines)
-
-
-def fine_tuned() -> Named:
-    found: dict[str, dict[str, dict[int, float]]] = {}
-    for row in stored("fine_tuned"):
-        if "accuracy" in row:
-            found.setdefault(row["setting"], {}).setdefault(row["arm"], {})[row["seed"]] = row["accuracy"]
-    lines = []
-    for setting, arms in found.items():
-        means = {arm: interval(100 * share for share in values.values()) for arm, values in arms.items()}
-        yield from ((f"{setting}: fine-tuned, {arm}", mean.text()) for arm, mean in means.items())
-        better = max(arms["cropflip"], arms["ordinary"], key=lambda v: statistics.mean(v.values()))
-        gains = {arm: paired_gain(arms.get(arm, {}), better) for arm in BACKBONE_MOVES}
-        yield from ((f"{setting}: fine-tuned, {arm} over the better", signed(gain, 1)) for arm, gain in gains.items())
-        lines.append(
-            [f"`{setting}`", *(f"{means[arm].text()} %" for arm in ("cropflip", "ordinary")),
-             *(bold(gain) or "not measured" for gain in gains.values()), str(len(better))]
-        )  # fmt: skip
-    head = "setting | crop + flip | + RandAugment"
-    over = [f"{text} over the better" for text in BACKBONE_MOVES.values()]
-    yield "fine-tuned", table(" | ".join([head, *over, "seeds"]), lines)
-
-
 def unlabelled() -> Named:
     """Pseudo-labels, Mean Teacher and FixMatch, alone and with our moves."""
     rows, best = stored("unlabelled"), {}
@@ -339,8 +287,10 @@ def single_files() -> Named:
     record = stored("trained_flow")["measured"]
     yield "trained_flow: accuracy", f"{100 * record['accuracy']:.1f}"
     yield "trained_flow: bits_per_dim", f"{record['bits_per_dim']:.3f}"
-    for row in stored("overhead")["rows"][1:]:
-        yield f"overhead: {row['policy']}", f"{row['longer by %']:.0f}"
+    plain, *rows = stored("overhead")["rows"]
+    for row in rows:
+        longer = sorted({round(row["longer by %"]), round(100 * (row["ms per step"] / plain["ms per step"] - 1))})
+        yield f"overhead: {row['policy']}", " to ".join(map(str, longer))
     for row in stored("kld")["rows"]:
         yield f"kld: {row['pass']}, seconds", f"{row['median s']:.1f}"
         yield f"kld: {row['pass']}, memory", f"{row['peak extra memory / mu']:.1f}"
@@ -389,6 +339,7 @@ def counts() -> Named:
     calm = stored("training_is_calm")["cells"]
     yield "training_is_calm: runs", str(len(calm))
     yield "training_is_calm: kinds", WORDS[len({row["kind"] for row in calm})]
+    yield "private_audit: trials", f"{stored('private_audit')['trials']:,}"
     yield "trust: methods", WORDS[len({row["method"] for row in stored("paper/trust.cpu")})]
     yield "paper: seeds", WORDS[len({row["seed"] for row in stored("paper/table1.cpu")})]
     for name, report in reports().items():
@@ -487,9 +438,6 @@ SOURCES = (
     private,
     photographs,
     latents,
-    long_tails,
-    pretrained,
-    fine_tuned,
     unlabelled,
     single_files,
     counts,
@@ -501,8 +449,14 @@ SOURCES = (
 def names() -> dict[str, str]:
     """Every name and its text."""
     found: dict[str, str] = {}
-    for source in (lambda: augmentation(Store(RESULTS), stored("no_network")["measured"]), *SOURCES):
-        for name, text in source():
+    own = (
+        augmentation(Store(RESULTS), stored("no_network")["measured"]),
+        long_tails.numbers(stored("long_tails")),
+        pretrained.numbers(stored("pretrained")["measured"]),
+        pretrained.fine_tuned_numbers(stored("fine_tuned")),
+    )
+    for source in (*own, *(source() for source in SOURCES)):
+        for name, text in source:
             assert found.setdefault(name, text) == text, f"two numbers are called {name!r}"
     return found
 
@@ -524,7 +478,9 @@ def written(text: str, known: dict[str, str]) -> str:
 
 def lock(made: Iterable[str]) -> dict[str, dict[str, Any]]:
     """The content of `digests.json`: digests of the results that are not `made` from other results, names of pages."""
-    files = {path.relative_to(RESULTS).as_posix(): path for path in sorted(RESULTS.rglob("*.*")) if path.suffix != ".png"}
+    files = {
+        path.relative_to(RESULTS).as_posix(): path for path in sorted(RESULTS.rglob("*.*")) if path.suffix != ".png"
+    }
     shown = {page.relative_to(ROOT).as_posix(): MARK.findall(page.read_text(encoding="utf-8")) for page in pages()}
     return {
         "results": {name: file_sha256(path) for name, path in files.items() if name not in {LOCK, *made}},

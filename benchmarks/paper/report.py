@@ -146,7 +146,8 @@ def rows_markdown(what: str, rows: list[dict[str, Any]], command: str) -> str:
     seeds = sorted({r["seed"] for r in rows})
     once = " A number without ± is of one seed." if len(seeds) > 1 else ""
     lines += [
-        f"Measured on {processors(rows)}. Seeds {', '.join(map(str, seeds))}.{once} Data and flows as in the tables of this scale.",
+        f"Measured on {processors(rows)}. Seeds {', '.join(map(str, seeds))}.{once} Data and flows as in the tables of "
+        "this scale.",
         "",
     ]
     return "\n".join(lines)

@@ -25,6 +25,11 @@ GROUPS: dict[str, Callable[[str], bool]] = {
     "unlabelled images": lambda flow: flow.endswith("-unlabelled"),
     "other images": lambda flow: flow != "own" and not flow.endswith("-unlabelled"),
 }
+BRIEF = {
+    "notmnist-10": "notMNIST, 10 labels per class",
+    "cifar10-5of10-50": "CIFAR-10, five classes, 50",
+    "fashion-10": "Fashion-MNIST, 10",
+}
 OVER = ("over that stack", "over the control", "over the control's best")
 
 
@@ -57,7 +62,9 @@ def check_choices(results: list[Result]) -> None:
         ValueError: an arm has no such row, or an accuracy of 0.
     """
     for result in results:
-        judged = [(row["flow"], row["base"], row["method"], row["params"]) for row in result.tuning if row["val_accuracy"]]
+        judged = [
+            (row["flow"], row["base"], row["method"], row["params"]) for row in result.tuning if row["val_accuracy"]
+        ]
         stacks = [(flow, base + [[method, params]] * (method != "opponent")) for flow, base, method, params in judged]
         for arm in result.arms:
             if (arm.flow, arm.stack) not in stacks:
@@ -71,6 +78,7 @@ def numbers(store: Store, no_network: list[dict[str, Any]]) -> Named:
     check_choices(results)
     others = by_seed(no_network, "setting", "method")
     gains: dict[str, list[Interval]] = {}
+    over_stack: dict[tuple[str, str], dict[str, Interval]] = {}  # of settings and classifiers, by the kind of moves
     lowest: list[bool] = []  # whether a row's strength is the lowest that was tried
     for group, chosen in GROUPS.items():
         lines = []
@@ -82,6 +90,8 @@ def numbers(store: Store, no_network: list[dict[str, Any]]) -> Named:
                     continue
                 over = (paired_gain(arm.accuracies, strongest.accuracies), *against_controls(result, arm))
                 name = f"{result.setting}, {result.classifier}, {flow}"
+                if over[0] is not None:
+                    over_stack.setdefault((result.setting, result.classifier), {})[group] = over[0]
                 yield f"{name}: accuracy", arm.mean.text()
                 lowest.append(arm.params["strength"] == METHODS[arm.method].trials[0]["strength"])
                 for what, gain in zip(OVER, over, strict=True):
@@ -110,7 +120,7 @@ def numbers(store: Store, no_network: list[dict[str, Any]]) -> Named:
     once = [result for result in results if all(row["seed"] == TUNING_SEED for row in result.tuning)]
     yield "tuned on one seed", f"{len(once)} of {len(results)}"
     yield "flows: at the lowest strength", f"{sum(lowest)} of {len(lowest)}"
-    yield from pixel_modes(results, gains)
+    yield from pixel_modes(results, gains, over_stack)
     yield from without_network(results, others)
     lines = []
     for name, found in gains.items():
@@ -123,11 +133,28 @@ def numbers(store: Store, no_network: list[dict[str, Any]]) -> Named:
             yield f"{name}: {what}", str(count)
         yield f"{name}: mean", mean.text(2, sign=True)
         lines.append([name, *map(str, counts.values()), mean.text(2, sign=True)])
+        if name == "pixels' modes: over that stack":
+            brief = [f"mean of all {len(found)} comparisons", mean.text(2, sign=True)]
+            rows = [brief, ["comparisons clear of zero", str(clear)], ["clear after Holm's correction", str(corrected)]]
+            rows += [[shown, over_stack[setting, "cnn"]["pixels"].text(sign=True)] for setting, shown in BRIEF.items()]
+            yield "moves in brief", table("comparison | gain in points", rows)
     head = "comparison | rows | mean above zero | interval above zero | after Holm's correction | mean over rows"
     yield "verdicts", table(head, lines)
+    kinds = ("unlabelled images", "other images", "pixels")
+    lines = [
+        [f"`{setting}`", classifier, *(bold(over.get(kind)) or "not measured" for kind in kinds)]
+        for (setting, classifier), over in over_stack.items()
+        if any(over[kind].clear for kind in kinds if kind in over)
+    ]
+    head = "setting | classifier | flow of unlabelled images | flow of other images | pixels' modes"
+    yield "clear gains", table(head, sorted(lines, key=naturally))
 
 
-def pixel_modes(results: list[Result], gains: dict[str, list[Interval]]) -> Named:
+def pixel_modes(
+    results: list[Result],
+    gains: dict[str, list[Interval]],
+    over_stack: dict[tuple[str, str], dict[str, Interval]],
+) -> Named:
     """The adversarial policy along the modes of the pixels, and the rows with the settings that the pages advise."""
     lines, matching, strengths, shorter = [], [], [], []
     steps: dict[str, list[tuple[float, float]]] = {"pixels": [], "flow": []}
@@ -150,6 +177,7 @@ def pixel_modes(results: list[Result], gains: dict[str, list[Interval]]) -> Name
         gain = paired_gain(arm.accuracies, strongest.accuracies)
         assert gain is not None
         gains.setdefault("pixels' modes: over that stack", []).append(gain)
+        over_stack.setdefault((result.setting, result.classifier), {})["pixels"] = gain
         through = any(name == "latent-noise" for name, _ in result.base)
         strengths.append(arm.params["strength"])
         matches = arm.params["strength"] == RECIPE and not through
@@ -193,8 +221,8 @@ def without_network(results: list[Result], others: dict[tuple[str, ...], dict[in
         gain = [bold(paired_gain(arm.accuracies, values)) if arm else "" for values in (hog, spread)]
         means = [interval(100 * v for v in values.values()).text() for values in (hog, spread)]
         sides = [f"{side.over(hog).text()} %" if side else "" for side in (strongest, control, arm)]
-        lines.append([f"`{result.setting}`", *(f"{mean} %" for mean in means), *sides, *gain])
+        seeds = str(len(hog))
+        lines.append([f"`{result.setting}`", *(f"{mean} %" for mean in means), *sides, *gain, seeds])
     head = "setting | HOG + ridge | label spreading | cnn, best other stack | cnn, pixels' modes | cnn, flow"
     lines.sort(key=naturally)
-    yield "no network", table(f"{head} | flow over HOG + ridge | flow over label spreading", lines)
-    yield "few labels", table(head, [line[:6] for line in lines if re.fullmatch(r"`(fashion|cifar10)-\d+`", line[0])])
+    yield "no network", table(f"{head} | flow over HOG + ridge | flow over label spreading | seeds", lines)
