@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
+@cache
+def student(freedom: int) -> float:
+    """The 97.5 % point of Student's t."""
+    return float(stats.t.ppf(0.975, freedom))
+
+
 @dataclass(frozen=True)
 class Interval:
     """Mean of a few seeds, and half the 95 % interval of that mean (Student's t; NaN for one seed)."""
@@ -68,7 +75,7 @@ class Interval:
     @property
     def chance(self) -> float:
         """Two-sided p value of the t-test against zero."""
-        t = self.mean / self.half * float(stats.t.ppf(0.975, self.seeds - 1))
+        t = self.mean / self.half * student(self.seeds - 1)
         return 2 * float(stats.t.sf(abs(t), self.seeds - 1))
 
     def text(self, digits: int = 1, sign: bool = False) -> str:
@@ -86,7 +93,7 @@ def interval(values: Iterable[float]) -> Interval:
     count = len(values)
     if count == 1:
         return Interval(values[0], math.nan, 1)
-    half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    half = student(count - 1) * statistics.stdev(values) / math.sqrt(count)
     return Interval(statistics.mean(values), half, count)
 
 

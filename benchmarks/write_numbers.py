@@ -20,7 +20,8 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +102,14 @@ def check_rows(name: str) -> None:
             raise SystemExit(f"{place} has {count} rows of one cell and seed, {cell}: remove all but one")
 
 
-def derived() -> dict[str, str]:
-    """The files in `benchmarks/results` that follow from stored rows, and their texts."""
-    made = {"paper/claims.json": json_text(verdicts(RESULTS / "paper", "cpu")) + "\n"}
-    made["augmentation.md"] = "\n".join(augmentation_lines(results_of(Store(RESULTS)))) + "\n"
-    made |= {f"paper/{name}.cpu.md": stored_markdown(RESULTS / "paper", name) for name in PAPER}
-    return made | {f"{name}.md": markdown(report) for name, report in reports().items()}
+def derived() -> dict[str, Callable[[], str]]:
+    """The files in `benchmarks/results` that follow from stored rows, each with a function that makes its text."""
+    folder = RESULTS / "paper"
+    made: dict[str, Callable[[], str]] = {}
+    made |= {f"paper/{name}.cpu.md": partial(stored_markdown, folder, name) for name in PAPER}
+    made["paper/claims.json"] = lambda: json_text(verdicts(folder, "cpu")) + "\n"
+    made["augmentation.md"] = lambda: "\n".join(augmentation_lines(results_of(Store(RESULTS)))) + "\n"
+    return made | {f"{name}.md": partial(markdown, report) for name, report in reports().items()}
 
 
 def reports() -> dict[str, dict[str, Any]]:
@@ -476,18 +479,6 @@ def written(text: str, known: dict[str, str]) -> str:
     return MARK.sub(lambda m: f"<!-- {m[1]}: {m[2]} -->{known[m[2]]}<!-- /{m[1]} -->", text)
 
 
-def lock(made: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The content of `digests.json`: digests of the results that are not `made` from other results, names of pages."""
-    files = {
-        path.relative_to(RESULTS).as_posix(): path for path in sorted(RESULTS.rglob("*.*")) if path.suffix != ".png"
-    }
-    shown = {page.relative_to(ROOT).as_posix(): MARK.findall(page.read_text(encoding="utf-8")) for page in pages()}
-    return {
-        "results": {name: file_sha256(path) for name, path in files.items() if name not in {LOCK, *made}},
-        "pages": {page: [name for _, name, _ in marks] for page, marks in shown.items() if marks},
-    }
-
-
 def differences(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[str]:
     """What `digests.json` does not say of the results and pages of today: a sentence for each file."""
     found = []
@@ -540,20 +531,26 @@ def update(check: bool) -> None:
 
     Raises:
         SystemExit: a stored result is damaged; with `check`, a file differs.
+        ValueError: rows are missing or contradict each other, or a page has an unknown name.
     """
     path = RESULTS / LOCK
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"results": {}, "pages": {}}
-    found = (file.relative_to(RESULTS).as_posix() for file in RESULTS.rglob("*.json"))
-    for name in sorted({*found, *before["results"]} - {LOCK}):
-        if name.endswith(".json"):
+    files = {file.relative_to(RESULTS).as_posix(): file for file in sorted(RESULTS.rglob("*.*")) if file != path}
+    digests = {name: file_sha256(file) for name, file in files.items() if not name.endswith(".png")}
+    for name in sorted({*before["results"], *digests}):
+        if name.endswith(".json") and before["results"].get(name) != digests.get(name):
             check_rows(name)
     made = derived()
-    now = lock(made)
+    marks = {page.relative_to(ROOT).as_posix(): MARK.findall(page.read_text(encoding="utf-8")) for page in pages()}
+    now = {
+        "results": {name: digest for name, digest in digests.items() if name not in made},
+        "pages": {page: [name for _, name, _ in found] for page, found in marks.items() if found},
+    }
     changed = differences(before, now)
     if check and changed:
         raise SystemExit(f"numbers: {changed[0]}; restore it with git, or after a benchmark or an edit `make numbers`")
     for name, text in made.items():
-        agree(RESULTS / name, text, check)
+        agree(RESULTS / name, text(), check)
     known = names()
     for page in pages():
         agree(page, written(page.read_text(encoding="utf-8"), known), check)

@@ -59,17 +59,23 @@ def zeros(rows: list[dict[str, Any]]) -> None:
 
 CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bare number": (
-        lambda root: edit(root / "docs/train.md", r"<!-- number: trained_flow: accuracy -->(.*?)<!-- /number -->", r"\1"),
+        lambda root: edit(
+            root / "docs/train.md", r"<!-- number: trained_flow: accuracy -->(.*?)<!-- /number -->", r"\1"
+        ),
         r"docs/train.md has other names .* without 'trained_flow: accuracy'; restore it",
     ),
     "another name": (
-        lambda root: edit(root / "docs/train.md", "number: trained_flow: accuracy", "number: bundled_cifar10: accuracy"),
+        lambda root: edit(
+            root / "docs/train.md", "number: trained_flow: accuracy", "number: bundled_cifar10: accuracy"
+        ),
         r"docs/train.md has other names .* new 'bundled_cifar10: accuracy'",
     ),
     "exchanged names": (
         lambda root: (
             edit(root / "docs/synthetic.md", "number: bundled_flow: rfcm T=0.8", "number: X"),
-            edit(root / "docs/synthetic.md", "number: bundled_flow: gaussian T=0.8", "number: bundled_flow: rfcm T=0.8"),
+            edit(
+                root / "docs/synthetic.md", "number: bundled_flow: gaussian T=0.8", "number: bundled_flow: rfcm T=0.8"
+            ),
             edit(root / "docs/synthetic.md", "number: X", "number: bundled_flow: gaussian T=0.8"),
         ),
         r"docs/synthetic.md has other names .* in another order",
