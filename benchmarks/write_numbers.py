@@ -76,6 +76,12 @@ def stored(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def in_words(found: set[Any]) -> str:
+    """The size of a set, as a word up to twelve."""
+    words = "no one two three four five six seven eight nine ten eleven twelve".split()
+    return words[len(found)] if len(found) < len(words) else str(len(found))
+
+
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +212,8 @@ def photographs() -> Named:
             lines.append([str(count), shown, f"{mean.text()} %", *over, str(mean.seeds)])
     head = "images per class | stack | test accuracy | over crop + flip | over the best other stack | seeds"
     yield "photographs", table(head, lines)
+    for kind, name in (("ordinary", "other stacks"), ("pixels", "moves of a kind")):
+        yield f"photographs: {name}", in_words({row["stack"] for row in judged if row["kind"] == kind})
 
 
 def latents() -> Named:
@@ -328,23 +336,17 @@ def single_files() -> Named:
         yield f"training_is_calm: {key}", str(count)
 
 
-WORDS = "no one two three four five six seven eight nine ten eleven twelve".split()
-
-
 def counts() -> Named:
     """Counts that sentences have as words."""
-    judged = [row for row in stored("photographs") if row["metric"] == "validation"]
-    for kind, name in (("ordinary", "other stacks"), ("pixels", "moves of a kind")):
-        yield f"photographs: {name}", WORDS[len({row["stack"] for row in judged if row["kind"] == kind})]
     cells = stored("backbones")["cells"]
-    yield "backbones: flows", WORDS[len({row["variant"] for row in cells})]
-    yield "backbones: seeds", WORDS[len({row["seed"] for row in cells})]
+    yield "backbones: flows", in_words({row["variant"] for row in cells})
+    yield "backbones: seeds", in_words({row["seed"] for row in cells})
     calm = stored("training_is_calm")["cells"]
     yield "training_is_calm: runs", str(len(calm))
-    yield "training_is_calm: kinds", WORDS[len({row["kind"] for row in calm})]
+    yield "training_is_calm: kinds", in_words({row["kind"] for row in calm})
     yield "private_audit: trials", f"{stored('private_audit')['trials']:,}"
-    yield "trust: methods", WORDS[len({row["method"] for row in stored("paper/trust.cpu")})]
-    yield "paper: seeds", WORDS[len({row["seed"] for row in stored("paper/table1.cpu")})]
+    yield "trust: methods", in_words({row["method"] for row in stored("paper/trust.cpu")})
+    yield "paper: seeds", in_words({row["seed"] for row in stored("paper/table1.cpu")})
     for name, report in reports().items():
         yield f"{name}: command", ", ".join(f"`{line}`" for line in report["command"].splitlines())
     longer = commands(stored("samples_alone"), "epochs=30")

@@ -143,8 +143,11 @@ def test_a_change_by_hand_is_found(name: str, copy: Path) -> None:
 def test_pages_have_the_numbers_of_the_stored_results() -> None:
     """`make numbers` writes them."""
     numbers.update(check=True)
+    scripts = {report["command"].split()[1] for report in numbers.reports().values()}
     for page in numbers.pages():
         text = page.read_text(encoding="utf-8")
+        typed = scripts.intersection(re.findall(r"`python (benchmarks/\S+\.py)", numbers.MARK.sub("", text)))
+        assert not typed, f"{page.name}: mark the stored command, <!-- number: RESULT: command -->, of {typed}"
         at_start = re.findall(r"^ *<!-- number: .+? -->", text, flags=re.M)
         assert not at_start, f"{page.name}: a comment at the start of a line is a block of HTML: {at_start}"
         by_hand = re.findall(r"[^|.\n]*\d ± \d[^|.\n]*", numbers.MARK.sub("", text))
