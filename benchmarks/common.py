@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
+@cache
+def student(freedom: int) -> float:
+    """The 97.5 % point of Student's t."""
+    return float(stats.t.ppf(0.975, freedom))
+
+
 @dataclass(frozen=True)
 class Interval:
     """Mean of a few seeds, and half the 95 % interval of that mean (Student's t; NaN for one seed)."""
@@ -68,7 +75,7 @@ class Interval:
     @property
     def chance(self) -> float:
         """Two-sided p value of the t-test against zero."""
-        t = self.mean / self.half * float(stats.t.ppf(0.975, self.seeds - 1))
+        t = self.mean / self.half * student(self.seeds - 1)
         return 2 * float(stats.t.sf(abs(t), self.seeds - 1))
 
     def text(self, digits: int = 1, sign: bool = False) -> str:
@@ -86,7 +93,7 @@ def interval(values: Iterable[float]) -> Interval:
     count = len(values)
     if count == 1:
         return Interval(values[0], math.nan, 1)
-    half = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    half = student(count - 1) * statistics.stdev(values) / math.sqrt(count)
     return Interval(statistics.mean(values), half, count)
 
 
@@ -161,23 +168,47 @@ def write_results(
         facts: further entries of the JSON.
     """
     script = Path(sys.argv[0]).resolve()
-    shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    command = "python " + " ".join(shlex.quote(a) for a in [str(shown), *sys.argv[1:]])
-    tables = tables or {}
-    info = machine()
-    whole = {"title": title, "command": command, "machine": info, **facts, "rows": rows, **tables}
+    shown = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
+    whole = {"title": title, "command": command(shown, *sys.argv[1:]), "machine": machine()}
+    publish(folder, name, {**whole, **facts, "rows": rows, **(tables or {})}, record, show)
+
+
+def command(script: str, *words: object) -> str:
+    """The line that runs a script of this repository."""
+    return "python " + shlex.join([script, *map(str, words)])
+
+
+def processors(rows: list[dict[str, Any]]) -> str:
+    """The processors that measured these rows, as far as they are stored."""
+    names = dict.fromkeys(row.get("processor", "a processor that is not stored") for row in rows)
+    return " and ".join(names)
+
+
+def publish(folder: Path, name: str, whole: dict[str, Any], record: Any = None, show: bool = True) -> None:
+    """Write `record` (`whole` by default) to `name.json`, and `markdown(whole)` to `name.md`; print the latter."""
     write_json(folder / f"{name}.json", whole if record is None else record)
-    lines = [f"# {title}", "", f"`{command}`", "", *_table(rows)]
-    lines += ["", f"{info['processor']}, {info['cores']} cores, {info['threads']} threads; "]
-    lines[-1] += ", ".join(f"{key} {value}" for key, value in info["versions"].items()) + "."
-    lines += [f"{key}: {value}" for key, value in facts.items()]
-    for heading, more in tables.items():
-        lines += ["", f"## {heading}", "", *_table(more)]
-    text = "\n".join(lines) + "\n"
     with atomic_write(folder / f"{name}.md", "w") as file:
-        file.write(text)
+        file.write(markdown(whole))
     if show:
-        print(text)
+        print(markdown(whole))
+
+
+def markdown(whole: dict[str, Any]) -> str:
+    """A page of results: `title`, `command` (one a line), `machine` if known, facts, `rows`, and further tables."""
+    known = ("title", "command", "machine")
+    names = list(whole)
+    facts, tables = (names[: names.index("rows")], names[names.index("rows") + 1 :])
+    lines = [f"# {whole['title']}"]
+    for line in whole["command"].splitlines():
+        lines += ["", f"`{line}`"]
+    lines += ["", *_table(whole["rows"]), ""]
+    if info := whole.get("machine"):
+        versions = ", ".join(f"{key} {value}" for key, value in info["versions"].items())
+        lines.append(f"{info['processor']}, {info['cores']} cores, {info['threads']} threads; {versions}.")
+    lines += [f"{name}: {whole[name]}" for name in facts if name not in known]
+    for name in tables:
+        lines += ["", f"## {name}", "", *_table(whole[name])]
+    return "\n".join(lines) + "\n"
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
@@ -194,3 +225,30 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# ---- numbers of the documentation ------------------------------------------------------------------------------------
+
+Named = Iterator[tuple[str, str]]  # name and text
+
+
+def table(head: str, rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; `head` has the columns, with | between them."""
+    columns = head.count("|") + 1
+    lines = [f"| {head} |", "|" + "---|" * columns, *("| " + " | ".join(row) + " |" for row in rows)]
+    return "\n\n" + "\n".join(lines) + "\n\n"
+
+
+def by_seed(rows: list[dict[str, Any]], *names: str) -> dict[tuple[str, ...], dict[int, Any]]:
+    """Values by seed, for every combination of the values of these columns.
+
+    Raises:
+        ValueError: two rows have one combination and seed.
+    """
+    found: dict[tuple[str, ...], dict[int, Any]] = {}
+    for row in rows:
+        values = found.setdefault(key := tuple(row[name] for name in names), {})
+        if row["seed"] in values:
+            raise ValueError(f"two rows have {', '.join(map(str, key))} and seed {row['seed']}: remove one of them")
+        values[row["seed"]] = row.get("value", row.get("accuracy"))
+    return found

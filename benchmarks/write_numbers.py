@@ -6,6 +6,10 @@
 
 In a page, a number stands between `<!-- number: NAME -->` and `<!-- /number -->`, and a table between
 `<!-- table: NAME -->` and `<!-- /table -->`. Names come from the stored rows, so every stored number has a name.
+
+Tables in `benchmarks/results` that follow from stored rows are made again as well. `digests.json` there has the SHA-256
+of every other result, and the names in every page, in order. So `--check` finds a row that was changed by hand, and a
+name that was removed or exchanged. When a benchmark has written rows, `make numbers` stores and prints the changes.
 """
 
 from __future__ import annotations
@@ -15,217 +19,110 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
 
-from benchmarks.common import RESULTS, ROOT, Interval, holm, interval
-from benchmarks.proof.augmentation.plan import Store
-from benchmarks.proof.augmentation.report import (
-    Arm,
-    Result,
-    against_controls,
-    base_text,
-    paired_gain,
-    results_of,
-    signed,
-)
-from benchmarks.proof.augmentation.settings import METHODS, PLAIN, SETTINGS, TUNING_SEED
+from benchmarks.common import RESULTS, ROOT, Interval, Named, by_seed, interval, markdown, table
+from benchmarks.paper.claims import verdicts
+from benchmarks.paper.paper import stored_markdown
+from benchmarks.proof import long_tails, pretrained
+from benchmarks.proof.augmentation.numbers import GROUPS, bold, naturally
+from benchmarks.proof.augmentation.numbers import numbers as augmentation
+from benchmarks.proof.augmentation.plan import IDENTITY, Store
+from benchmarks.proof.augmentation.report import markdown as augmentation_lines
+from benchmarks.proof.augmentation.report import paired_gain, results_of, signed
+from benchmarks.proof.augmentation.settings import SETTINGS
+from benchmarks.proof.private import report as private_page
 from benchmarks.proof.private import summary as private_rows
-from benchmarks.proof.samples_alone import as_long
+from benchmarks.proof.samples_alone import as_long, commands
+from benchmarks.proof.samples_alone import report as samples_page
+from benchmarks.proof.unlabelled import report as unlabelled_page
 from benchmarks.speed.speed import OURS, REVERSIBLE
-from glem_augment.io import atomic_write
+from glem_augment.io import atomic_write, file_sha256, json_text
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MARK = re.compile(r"<!-- (number|table): (.+?) -->(.*?)<!-- /\1 -->", re.S)
-Named = Iterator[tuple[str, str]]
+LOCK = "digests.json"
+PAPER = (*(f"table{n}" for n in range(1, 9)), "pareto", "trust")
+REPORTS: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
+    "fine_tuned": pretrained.report,
+    "long_tails": long_tails.report,
+    "private": private_page,
+    "samples_alone": samples_page,
+    "unlabelled": unlabelled_page,
+}
+# The columns that tell the rows of a result apart.
+KEYS = {
+    "augmentation": ",".join(IDENTITY),
+    "augmentation_tuning": ",".join(IDENTITY),
+    "backbones": "variant,data,seed",
+    "fine_tuned": "setting,arm,value,steps,seed",
+    "latent_flows": "numbers,flow,rate,steps",
+    "long_tails": "setting,source,fill,stack,seed",
+    "no_network": "setting,method,seed",
+    "photographs": "metric,per_class,stack,steps,seed",
+    "pretrained": "setting,views,seed",
+    "private": "data,method,judged,epsilon,delta,cells asked,temperature,seed",
+    "samples_alone": "data,method,setting,metric,seed",
+    "training_is_calm": "kind,preset,method",
+    "unlabelled": "setting,method,tuned,moves,seed",
+} | {f"paper/{name}.cpu": "role,method,setting,metric,seed" for name in PAPER}
 
 
 def stored(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def table(head: str, rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table; `head` has the columns, with | between them."""
-    columns = head.count("|") + 1
-    lines = [f"| {head} |", "|" + "---|" * columns, *("| " + " | ".join(row) + " |" for row in rows)]
-    return "\n\n" + "\n".join(lines) + "\n\n"
+def in_words(found: set[Any]) -> str:
+    """The size of a set, as a word up to twelve."""
+    words = "no one two three four five six seven eight nine ten eleven twelve".split()
+    return words[len(found)] if len(found) < len(words) else str(len(found))
 
 
-def naturally(line: list[str]) -> list[Any]:
-    """A key that puts 5 before 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", line[0])] + line[1:2]
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def by_seed(rows: list[dict[str, Any]], *names: str) -> dict[tuple[str, ...], dict[int, Any]]:
-    """Values by seed, for every combination of the values of these columns."""
-    found: dict[tuple[str, ...], dict[int, Any]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[name] for name in names), {})[row["seed"]] = row.get("value", row.get("accuracy"))
-    return found
+def check_rows(name: str) -> None:
+    """Whether a stored result is as its script writes it, with one row for each cell and seed.
+
+    Raises:
+        SystemExit: the file, and the fix.
+    """
+    place = f"numbers: benchmarks/results/{name}"
+    try:
+        text = (RESULTS / name).read_text(encoding="utf-8")
+        record = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{place}: {error}: restore it with git") from None
+    if text != json_text(record) + "\n":
+        raise SystemExit(f"{place} is not as its script writes it: restore it with git, or run the script again")
+    if name.removesuffix(".json") in KEYS:
+        columns, parts = KEYS[name.removesuffix(".json")].split(","), ("measured", "cells", "trials")
+        rows = record if isinstance(record, list) else next(record[part] for part in parts if part in record)
+        counted = Counter(json.dumps([row.get(column) for column in columns]) for row in rows)
+        cell, count = counted.most_common(1)[0]
+        if count > 1:
+            raise SystemExit(f"{place} has {count} rows of one cell and seed, {cell}: remove all but one")
 
 
-# ---- augmentation ----------------------------------------------------------------------------------------------------
-
-RECIPE = 0.25  # strength of the adversarial policy that the pages advise, and the lowest that was tried
-GROUPS: dict[str, Callable[[str], bool]] = {
-    "own images": lambda flow: flow == "own",
-    "unlabelled images": lambda flow: flow.endswith("-unlabelled"),
-    "other images": lambda flow: flow != "own" and not flow.endswith("-unlabelled"),
-}
-OVER = ("over that stack", "over the control", "over the control's best")
-
-
-def bold(gain: Interval | None) -> str:
-    text = signed(gain, 1)
-    return f"**{text}**" if gain and gain.clear else text
+def derived() -> dict[str, Callable[[], str]]:
+    """The files in `benchmarks/results` that follow from stored rows, each with a function that makes its text."""
+    folder = RESULTS / "paper"
+    made: dict[str, Callable[[], str]] = {}
+    made |= {f"paper/{name}.cpu.md": partial(stored_markdown, folder, name) for name in PAPER}
+    made["paper/claims.json"] = lambda: json_text(verdicts(folder, "cpu")) + "\n"
+    made["augmentation.md"] = lambda: "\n".join(augmentation_lines(results_of(Store(RESULTS)))) + "\n"
+    return made | {f"{name}.md": partial(markdown, report) for name, report in reports().items()}
 
 
-def stack_text(result: Result, strongest: Arm, seeds: Iterable[int]) -> str:
-    """Accuracy over these seeds and operations of the opponent, and of the stack that validation chose."""
-
-    def text(arm: Arm) -> str:
-        return base_text([part for part in arm.stack if part[0] not in PLAIN]).replace("nothing", "crop + flip")
-
-    mean, chosen = f"{strongest.over(seeds).mean:.1f} %", result.opponent
-    if chosen is None or text(chosen) == text(strongest):
-        return f"{mean} ({text(strongest)})"
-    return f"{mean} ({text(strongest)}; validation chose {text(chosen)}, {chosen.over(seeds).mean:.1f} %)"
-
-
-def augmentation() -> Named:
-    results = results_of(Store(RESULTS))
-    others = by_seed(stored("no_network")["measured"], "setting", "method")
-    gains: dict[str, list[Interval]] = {}
-    lowest: list[bool] = []  # whether a row's strength is the lowest that was tried
-    for group, chosen in GROUPS.items():
-        lines = []
-        for result in results:
-            for flow in filter(chosen, SETTINGS[result.setting].proof):
-                arm = result.best((flow,))
-                strongest = arm and result.strongest(arm)
-                if arm is None or strongest is None:
-                    continue
-                over = (paired_gain(arm.accuracies, strongest.accuracies), *against_controls(result, arm))
-                name = f"{result.setting}, {result.classifier}, {flow}"
-                yield f"{name}: accuracy", arm.mean.text()
-                lowest.append(arm.params["strength"] == METHODS[arm.method].trials[0]["strength"])
-                for what, gain in zip(OVER, over, strict=True):
-                    if gain is not None:
-                        gains.setdefault(f"{group}: {what}", []).append(gain)
-                        yield f"{name}: {what}", gain.text(sign=True)
-                control = result.control(arm)
-                for first, last in ((0, 9), (5, 9)):
-                    if control and len(arm.accuracies) > last:
-                        seeds = range(first, last + 1)
-                        for what, other in ((OVER[0], strongest), (OVER[1], control)):
-                            gain = paired_gain(arm.accuracies, other.accuracies, seeds)
-                            yield f"{name}: {what}, seeds {first} to {last}", signed(gain, 1)
-                means = [interval(100 * v for v in others[key].values()) for key in others if key[0] == result.setting]
-                lines.append(
-                    [f"`{result.setting}`", result.classifier, *([flow] if group == "other images" else []),
-                     stack_text(result, strongest, arm.accuracies),
-                     f"{arm.mean.mean:.1f} % ({arm.method})", *map(bold, over),
-                     "; ".join(f"{mean.mean:.1f} %" for mean in means) or "not measured", str(len(arm.accuracies))]
-                )  # fmt: skip
-        flow_column = "flow | " if group == "other images" else ""
-        head = f"setting | classifier | {flow_column}best other stack | ours | {' | '.join(OVER)} | no network | seeds"
-        yield f"flow of {group}", table(head, sorted(lines, key=naturally))
-    tried = [result for result in results if any(row["stage"] == "triples" for row in result.tuning)]
-    yield "triples: preferred", f"{sum(len(result.opponents) > 1 for result in tried)} of {len(tried)}"
-    once = [result for result in results if all(row["seed"] == TUNING_SEED for row in result.tuning)]
-    yield "tuned on one seed", f"{len(once)} of {len(results)}"
-    yield "flows: at the lowest strength", f"{sum(lowest)} of {len(lowest)}"
-    yield from pixel_modes(results, gains)
-    yield from without_network(results, others)
-    lines = []
-    for name, found in gains.items():
-        clear, chances = sum(gain.clear for gain in found), holm([gain.chance for gain in found])
-        corrected = sum(p < 0.05 and gain.mean > 0 for p, gain in zip(chances, found, strict=True))
-        mean = interval(gain.mean for gain in found)
-        counts = {"rows": len(found), "positive": sum(gain.mean > 0 for gain in found)}
-        counts |= {"clear": clear, "clear after Holm": corrected}
-        for what, count in counts.items():
-            yield f"{name}: {what}", str(count)
-        yield f"{name}: mean", mean.text(2, sign=True)
-        lines.append([name, *map(str, counts.values()), mean.text(2, sign=True)])
-    head = "comparison | rows | mean above zero | interval above zero | after Holm's correction | mean over rows"
-    yield "verdicts", table(head, lines)
-
-
-def pixel_modes(results: list[Result], gains: dict[str, list[Interval]]) -> Named:
-    """The adversarial policy along the modes of the pixels, and the rows with the settings that the pages advise."""
-    lines, matching, strengths, shorter = [], [], [], []
-    steps: dict[str, list[tuple[float, float]]] = {"pixels": [], "flow": []}
-    for result in results:
-        below = next((a for a in result.arms if a.side == "opponent" and a.stack == result.base), None)
-        for arm in result.arms:
-            if below and arm.side in ("control", "ours") and arm.method.startswith("adversarial"):
-                steps["pixels" if arm.side == "control" else "flow"].append((arm.step, below.step))
-        arm = next((a for a in result.arms if a.side == "control" and a.method == "adversarial"), None)
-        strongest = arm and result.strongest(arm)
-        if arm is None or strongest is None:
-            continue
-        tried = {
-            row["params"]["strength"]: row["val_accuracy"]
-            for row in result.tuning
-            if (row["flow"], row["method"], row["seed"]) == ("identity", "adversarial", TUNING_SEED)
-            and row["base"] == result.base
-        }
-        shorter += [tried.pop(RECIPE / 2) > max(tried.values())] if RECIPE / 2 in tried else []
-        gain = paired_gain(arm.accuracies, strongest.accuracies)
-        assert gain is not None
-        gains.setdefault("pixels' modes: over that stack", []).append(gain)
-        through = any(name == "latent-noise" for name, _ in result.base)
-        strengths.append(arm.params["strength"])
-        matches = arm.params["strength"] == RECIPE and not through
-        matching += [gain] if matches else []
-        why = "" if matches else "stack uses a flow" if through else f"strength {arm.params['strength']:g}"
-        yield f"{result.setting}, {result.classifier}, pixels: over that stack", gain.text(sign=True)
-        lines.append(
-            [f"`{result.setting}`", result.classifier, stack_text(result, strongest, arm.accuracies),
-             f"{arm.mean.mean:.1f} %",
-             bold(gain), why or "yes", str(gain.seeds)]
-        )  # fmt: skip
-    gains["pixels' modes as advised: over that stack"] = matching
-    yield "pixels: a shorter move is better on validation images", f"{sum(shorter)} of {len(shorter)}"
-    yield "pixels: at the lowest strength", f"{strengths.count(RECIPE)} of {len(strengths)}"
-    head = "setting | classifier | best other stack | pixels' modes, adversarial | over that stack | as advised | seeds"
-    yield "modes of the pixels", table(head, sorted(lines, key=naturally))
-    for side, values in steps.items():
-        added, times = [1000 * (a - b) for a, b in values], [a / b for a, b in values]
-        yield f"ms added to a step: {side}", f"{min(added):.0f} to {max(added):.0f}"
-        yield f"times as long: {side}", f"{min(times):.1f} to {max(times):.1f}"
-
-
-def without_network(results: list[Result], others: dict[tuple[str, ...], dict[int, float]]) -> Named:
-    """HOG with a ridge, and label spreading, beside the small CNN's best stack and ours."""
-    lines = []
-    for result in results:
-        hog = others.get((result.setting, "hog-ridge"))
-        if hog is None or result.classifier != "cnn" or (opponent := result.opponent) is None:
-            continue
-        spread, flows = others[result.setting, "label-spreading"], SETTINGS[result.setting].proof
-        arm = result.best(tuple(filter(GROUPS["unlabelled images"], flows))) or result.best(flows)
-        control = result.best_control()
-        strongest = result.strongest(arm or opponent) or opponent
-        for name, values in (("HOG + ridge", hog), ("label spreading", spread)):
-            yield f"{result.setting}: {name}", interval(100 * v for v in values.values()).text()
-            for side, other in (("flow", arm), ("pixels", control), ("stack", strongest)):
-                if other:
-                    yield f"{result.setting}: {side}, same seeds", other.over(hog).text()
-                    gain = paired_gain(other.accuracies, values)
-                    yield f"{result.setting}: {side} over {name}", signed(gain, 1)
-        gain = [bold(paired_gain(arm.accuracies, values)) if arm else "" for values in (hog, spread)]
-        means = [interval(100 * v for v in values.values()).text() for values in (hog, spread)]
-        sides = [f"{side.over(hog).text()} %" if side else "" for side in (strongest, control, arm)]
-        lines.append([f"`{result.setting}`", *(f"{mean} %" for mean in means), *sides, *gain])
-    head = "setting | HOG + ridge | label spreading | cnn, best other stack | cnn, pixels' modes | cnn, flow"
-    lines.sort(key=naturally)
-    yield "no network", table(f"{head} | flow over HOG + ridge | flow over label spreading", lines)
-    yield "few labels", table(head, [line[:6] for line in lines if re.fullmatch(r"`(fashion|cifar10)-\d+`", line[0])])
+def reports() -> dict[str, dict[str, Any]]:
+    """The content of the page of each result that has a command."""
+    names = [path.stem for path in sorted(RESULTS.glob("*.json"))]
+    found = {name: REPORTS.get(name, lambda record: record)(stored(name)) for name in names}
+    return {name: report for name, report in found.items() if "command" in report}
 
 
 # ---- other proofs ----------------------------------------------------------------------------------------------------
@@ -247,6 +144,12 @@ def samples() -> Named:
             lines.append(
                 [data, method.replace("identity", "pixels"), setting, f"{mean.text()} %", share, str(mean.seeds)]
             )
+    deep, flat = (
+        found["fashion-mnist", method, setting, "CNN-A"]
+        for method, setting in (("bundled", "rfcm T=0.85 parts=32"), ("identity", "rfcm T=1 parts=64"))
+    )
+    more = interval(deep[seed] - flat[seed] for seed in deep)
+    yield "samples, fashion-mnist: 32 parts of the flow over 64 of the pixels", more.text(sign=True)
     yield "samples alone", table("data | trained on | setting | test accuracy | of real | seeds", lines)
 
 
@@ -309,6 +212,8 @@ def photographs() -> Named:
             lines.append([str(count), shown, f"{mean.text()} %", *over, str(mean.seeds)])
     head = "images per class | stack | test accuracy | over crop + flip | over the best other stack | seeds"
     yield "photographs", table(head, lines)
+    for kind, name in (("ordinary", "other stacks"), ("pixels", "moves of a kind")):
+        yield f"photographs: {name}", in_words({row["stack"] for row in judged if row["kind"] == kind})
 
 
 def latents() -> Named:
@@ -326,63 +231,6 @@ def latents() -> Named:
     columns = [name for name in rows[0] if name != "count"]
     cells = [["" if row[name] is None else str(row[name]) for name in columns] for row in rows]
     yield "covariances", table(" | ".join(columns).replace("per dimension", "images per number"), cells)
-
-
-def long_tails() -> Named:
-    rows = [row for row in stored("long_tails") if row["seed"] != 1000]
-    found, lines = by_seed(rows, "setting", "source", "stack"), []
-    for setting in dict.fromkeys(setting for setting, *_ in found):
-        line = [setting.replace("-long-tail-", ", ") + " to 1"]
-        for source in ("re-sampled", "identity", "flow"):
-            own = [v for (s, o, _), v in found.items() if (s, o) == (setting, source)]
-            line.append(f"{max((interval(v.values()) for v in own), key=lambda i: i.mean).text()} %")
-        lines.append(line)
-    yield (
-        "long tails",
-        table("data | drawn equally often | filled up by the pixels' modes | filled up by a flow", lines),
-    )
-
-
-BACKBONE_MOVES = {"modes": "pixels' modes", "taef2": "TAEF2's modes", "flow": "flow"}
-
-
-def pretrained() -> Named:
-    found = by_seed(stored("pretrained")["measured"], "setting", "views")
-    lines = []
-    for setting in dict.fromkeys(setting for setting, _ in found):
-        lines.append([f"`{setting}`"])
-        for arm in ("none", "flip", "ordinary", *BACKBONE_MOVES):
-            mean = interval(100 * value for value in found[setting, arm].values())
-            yield f"{setting}: probe, {arm}", mean.text()
-            if arm not in BACKBONE_MOVES:
-                lines[-1].append(f"{mean.text()} %")
-                continue
-            gain = paired_gain(found[setting, arm], found[setting, "ordinary"])
-            yield f"{setting}: probe, {arm} over ordinary", signed(gain, 1)
-            lines[-1].append(bold(gain))
-    head = "setting | the image | + mirror image | + ordinary views"
-    yield "pretrained", table(" | ".join([head, *(f"{text} over ordinary" for text in BACKBONE_MOVES.values())]), lines)
-
-
-def fine_tuned() -> Named:
-    found: dict[str, dict[str, dict[int, float]]] = {}
-    for row in stored("fine_tuned"):
-        if "accuracy" in row:
-            found.setdefault(row["setting"], {}).setdefault(row["arm"], {})[row["seed"]] = row["accuracy"]
-    lines = []
-    for setting, arms in found.items():
-        means = {arm: interval(100 * share for share in values.values()) for arm, values in arms.items()}
-        yield from ((f"{setting}: fine-tuned, {arm}", mean.text()) for arm, mean in means.items())
-        better = max(arms["cropflip"], arms["ordinary"], key=lambda v: statistics.mean(v.values()))
-        gains = {arm: paired_gain(arms.get(arm, {}), better) for arm in BACKBONE_MOVES}
-        yield from ((f"{setting}: fine-tuned, {arm} over the better", signed(gain, 1)) for arm, gain in gains.items())
-        lines.append(
-            [f"`{setting}`", *(f"{means[arm].text()} %" for arm in ("cropflip", "ordinary")),
-             *(bold(gain) or "not measured" for gain in gains.values()), str(len(better))]
-        )  # fmt: skip
-    head = "setting | crop + flip | + RandAugment"
-    over = [f"{text} over the better" for text in BACKBONE_MOVES.values()]
-    yield "fine-tuned", table(" | ".join([head, *over, "seeds"]), lines)
 
 
 def unlabelled() -> Named:
@@ -450,8 +298,10 @@ def single_files() -> Named:
     record = stored("trained_flow")["measured"]
     yield "trained_flow: accuracy", f"{100 * record['accuracy']:.1f}"
     yield "trained_flow: bits_per_dim", f"{record['bits_per_dim']:.3f}"
-    for row in stored("overhead")["rows"][1:]:
-        yield f"overhead: {row['policy']}", f"{row['longer by %']:.0f}"
+    plain, *rows = stored("overhead")["rows"]
+    for row in rows:
+        longer = sorted({round(row["longer by %"]), round(100 * (row["ms per step"] / plain["ms per step"] - 1))})
+        yield f"overhead: {row['policy']}", " to ".join(map(str, longer))
     for row in stored("kld")["rows"]:
         yield f"kld: {row['pass']}, seconds", f"{row['median s']:.1f}"
         yield f"kld: {row['pass']}, memory", f"{row['peak extra memory / mu']:.1f}"
@@ -486,6 +336,23 @@ def single_files() -> Named:
         yield f"training_is_calm: {key}", str(count)
 
 
+def counts() -> Named:
+    """Counts that sentences have as words."""
+    cells = stored("backbones")["cells"]
+    yield "backbones: flows", in_words({row["variant"] for row in cells})
+    yield "backbones: seeds", in_words({row["seed"] for row in cells})
+    calm = stored("training_is_calm")["cells"]
+    yield "training_is_calm: runs", str(len(calm))
+    yield "training_is_calm: kinds", in_words({row["kind"] for row in calm})
+    yield "private_audit: trials", f"{stored('private_audit')['trials']:,}"
+    yield "trust: methods", in_words({row["method"] for row in stored("paper/trust.cpu")})
+    yield "paper: seeds", in_words({row["seed"] for row in stored("paper/table1.cpu")})
+    for name, report in reports().items():
+        yield f"{name}: command", ", ".join(f"`{line}`" for line in report["command"].splitlines())
+    longer = commands(stored("samples_alone"), "epochs=30")
+    yield "samples_alone: command, 30 epochs", ", ".join(f"`{line}`" for line in longer)
+
+
 def speed() -> Named:
     record = stored("speed")
     for row in record["rows"]:
@@ -513,9 +380,8 @@ ROLES = {"main": "Fashion-MNIST", "second": "CIFAR-10"}
 
 
 def paper() -> Named:
-    files = [f"table{n}" for n in range(1, 9)] + ["pareto", "trust"]
     found: dict[tuple[str, ...], dict[int, float]] = {}
-    for file in files:
+    for file in PAPER:
         rows = [row | {"file": file} for row in stored(f"paper/{file}.cpu")]
         found |= by_seed(rows, "file", "role", "method", "setting", "metric")
 
@@ -571,17 +437,15 @@ def paper() -> Named:
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
+MARK = re.compile(r"<!-- (number|table): (.+?) -->(.*?)<!-- /\1 -->", re.S)
 SOURCES = (
-    augmentation,
     samples,
     private,
     photographs,
     latents,
-    long_tails,
-    pretrained,
-    fine_tuned,
     unlabelled,
     single_files,
+    counts,
     speed,
     paper,
 )
@@ -590,19 +454,61 @@ SOURCES = (
 def names() -> dict[str, str]:
     """Every name and its text."""
     found: dict[str, str] = {}
-    for source in SOURCES:
-        for name, text in source():
+    own = (
+        augmentation(Store(RESULTS), stored("no_network")["measured"]),
+        long_tails.numbers(stored("long_tails")),
+        pretrained.numbers(stored("pretrained")["measured"]),
+        pretrained.fine_tuned_numbers(stored("fine_tuned")),
+    )
+    for source in (*own, *(source() for source in SOURCES)):
+        for name, text in source:
             assert found.setdefault(name, text) == text, f"two numbers are called {name!r}"
     return found
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def written(text: str, known: dict[str, str]) -> str:
     """A page with the stored numbers.
 
     Raises:
-        KeyError: no stored result has this name.
+        ValueError: no stored result has this name.
     """
+    if unknown := next((name for _, name, _ in MARK.findall(text) if name not in known), None):
+        raise ValueError(f"no number is called {unknown!r}: `benchmarks/write_numbers.py --list` shows the names")
     return MARK.sub(lambda m: f"<!-- {m[1]}: {m[2]} -->{known[m[2]]}<!-- /{m[1]} -->", text)
+
+
+def differences(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[str]:
+    """What `digests.json` does not say of the results and pages of today: a sentence for each file."""
+    found = []
+    for name in sorted({*before["results"], *now["results"]}):
+        if before["results"].get(name) != now["results"].get(name):
+            found.append(f"benchmarks/results/{name} differs from its digest in {LOCK}")
+    for page in sorted({*before["pages"], *now["pages"]}):
+        old, new = (Counter(part["pages"].get(page, ())) for part in (before, now))
+        changed = [f"without {name!r}" for name in old - new] + [f"new {name!r}" for name in new - old]
+        if before["pages"].get(page) != now["pages"].get(page):
+            found.append(f"{page} has other names than in {LOCK}: {', '.join(changed) or 'in another order'}")
+    return found
+
+
+def agree(place: Path, text: str, check: bool) -> None:
+    """Write a file, unless it has this text.
+
+    Raises:
+        SystemExit: with `check`, in place of writing.
+    """
+    if place.is_file() and place.read_text(encoding="utf-8") == text:
+        return
+    name = place.relative_to(ROOT).as_posix()
+    if check:
+        raise SystemExit(f"numbers: {name} differs from the stored results: run `make numbers`")
+    with atomic_write(place, "w") as file:
+        file.write(text)
+    print(f"numbers: wrote {name}")
 
 
 def main() -> None:
@@ -610,22 +516,50 @@ def main() -> None:
     arguments.add_argument("--check", action="store_true", help="write nothing")
     arguments.add_argument("--list", action="store_true", help="print all names")
     args = arguments.parse_args()
-    known = names()
     if args.list:
-        print("\n".join(f"{name}: {text.strip()}" for name, text in known.items()))
+        print("\n".join(f"{name}: {text.strip()}" for name, text in names().items()))
         return
-    different = []
-    for page in PAGES:
-        before = page.read_text(encoding="utf-8")
-        after = written(before, known)
-        if after != before:
-            different.append(str(page.relative_to(ROOT)))
-            if not args.check:
-                with atomic_write(page, "w") as file:
-                    file.write(after)
-    if args.check and different:
-        raise SystemExit(f"numbers: {', '.join(different)} differ from the stored results; run `make numbers`")
-    print(f"numbers: wrote {', '.join(different)}" if different else "numbers: all pages agree with the stored results")
+    try:
+        update(args.check)
+    except ValueError as error:
+        raise SystemExit(f"numbers: {error}") from error
+
+
+def update(check: bool) -> None:
+    """Write the results that follow from stored rows, the numbers of all pages, and `digests.json`.
+
+    Args:
+        check: write nothing.
+
+    Raises:
+        SystemExit: a stored result is damaged; with `check`, a file differs.
+        ValueError: rows are missing or contradict each other, or a page has an unknown name.
+    """
+    path = RESULTS / LOCK
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"results": {}, "pages": {}}
+    files = {file.relative_to(RESULTS).as_posix(): file for file in sorted(RESULTS.rglob("*.*")) if file != path}
+    digests = {name: file_sha256(file) for name, file in files.items() if not name.endswith(".png")}
+    for name in sorted({*before["results"], *digests}):
+        if name.endswith(".json") and before["results"].get(name) != digests.get(name):
+            check_rows(name)
+    made = derived()
+    marks = {page.relative_to(ROOT).as_posix(): MARK.findall(page.read_text(encoding="utf-8")) for page in pages()}
+    now = {
+        "results": {name: digest for name, digest in digests.items() if name not in made},
+        "pages": {page: [name for _, name, _ in found] for page, found in marks.items() if found},
+    }
+    changed = differences(before, now)
+    if check and changed:
+        raise SystemExit(f"numbers: {changed[0]}; restore it with git, or after a benchmark or an edit `make numbers`")
+    for name, text in made.items():
+        agree(RESULTS / name, text(), check)
+    known = names()
+    for page in pages():
+        agree(page, written(page.read_text(encoding="utf-8"), known), check)
+    agree(path, json_text(now) + "\n", check)
+    for line in changed:
+        print(f"numbers: {line}; stored anew")
+    print("numbers: all pages agree with the stored results")
 
 
 if __name__ == "__main__":

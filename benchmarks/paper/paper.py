@@ -24,11 +24,12 @@ stopped run, and writes the tables of the results in the repository at once. To 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from benchmarks.paper.claims import write_claims
 from benchmarks.paper.figures import run_figures
 from benchmarks.paper.lab import Lab, describe
 from benchmarks.paper.pareto import run_pareto
-from benchmarks.paper.report import numbers_of, oracle_row, row, write_table
+from benchmarks.paper.report import markdown, numbers_of, oracle_row, row, rows_markdown, write_table
 from benchmarks.paper.scales import SCALES, Scale
 from benchmarks.paper.tables import TITLES, cells_of
 from benchmarks.paper.trust import run_trust
@@ -113,6 +114,22 @@ def _place(text: str) -> str:
     return f"{role}-{_short(spec)}-{hashlib.sha256(spec.encode()).hexdigest()[:6]}"
 
 
+def command_of(what: str, scale: str, seeds: int, data: Sequence[str] = ()) -> str:
+    """The command in a result file, without folders of this machine and interruptions of the run."""
+    more = "".join(f" --data {text}" for text in data)
+    return f"python benchmarks/paper/paper.py {what} --scale {scale} --seeds {seeds}{more}"
+
+
+def stored_markdown(folder: Path, name: str, scale: str = "cpu") -> str:
+    """The page of table1 to table8, trust or pareto, from the stored rows of the default images."""
+    rows = json.loads((folder / f"{name}.{scale}.json").read_text(encoding="utf-8"))
+    what, sizes = name.removeprefix("table"), SCALES[scale].sizes
+    command = command_of(what, scale, 1 + max(row["seed"] for row in rows))
+    if what == name:
+        return rows_markdown(name, rows, command)
+    return markdown(int(what), scale, SCALES[scale], cells_of(int(what), sizes), rows, command)
+
+
 def main() -> int:
     args = parser(__doc__)
     args.set_defaults(out=RESULTS / "paper")
@@ -152,9 +169,7 @@ def main() -> int:
         raise SystemExit("paper: --only goes with --check")
 
     def command(what: str, seeds: int) -> str:
-        """The command in the result file, without folders of this machine and interruptions of the run."""
-        data = "".join(f" --data {text}" for text in args.data)
-        return f"python benchmarks/paper/paper.py {what} --scale {args.scale} --seeds {seeds}{data}"
+        return command_of(what, args.scale, seeds, args.data)
 
     try:
         if args.check:

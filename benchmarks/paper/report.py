@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import interval, machine
+from benchmarks.common import interval, processors
 from benchmarks.paper.lab import Number
 from benchmarks.paper.scales import Scale
 from benchmarks.paper.tables import ALL, TITLES, Cell
 from glem_augment.io import atomic_write, write_json
 
 _ORACLE = "oracle"
+OTHERS = {
+    "trust": "Out-of-distribution detection and memorisation",
+    "pareto": "NF accuracy against bits/dim and FID, equal training steps",
+}
 
 
 def row(table: int | str, cell: Cell, data: str, seed: int, number: Number) -> dict[str, Any]:
@@ -82,7 +86,7 @@ def markdown(
             lines += ["", f"Oracle: {accuracy:.2f} % on the real test images."]
         lines.append("")
     lines += [
-        _machine(rows),
+        f"Measured on {processors(rows)}.",
         f"FID and Cov: oracle features, at most {scale.measured} generated and real test images, "
         f"k = {scale.neighbours}. All flows: {_flow(scale.flow)}.",
         "; ".join(
@@ -114,21 +118,20 @@ def values_of(rows: list[dict[str, Any]], method: str, data: str, setting: str, 
     return [r["value"] for r in rows if (r["method"], r["data_set"], r["setting"], r["metric"]) == key]
 
 
-def _machine(rows: list[dict[str, Any]]) -> str:
-    """The processors that measured the rows, and the versions that wrote the table."""
-    names = " and ".join(dict.fromkeys(r["processor"] for r in rows))
-    versions = ", ".join(f"{key} {value}" for key, value in machine()["versions"].items())
-    return f"Measured on {names}; written with {versions}."
-
-
 def _flow(settings: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items() if key not in ("modes_rank", "sample_every"))
 
 
-def write_rows(path: Path, title: str, rows: list[dict[str, Any]], command: str) -> None:
-    """Write rows outside the paper's tables: JSON, and Markdown with a line per method and a column per metric."""
+def write_rows(path: Path, what: str, rows: list[dict[str, Any]], command: str) -> None:
+    """Write rows of `OTHERS`, as JSON and Markdown."""
     write_json(path, rows)
-    lines = [f"# {title}", "", f"`{command}`", ""]
+    with atomic_write(path.with_suffix(".md"), "w") as file:
+        file.write(rows_markdown(what, rows, command))
+
+
+def rows_markdown(what: str, rows: list[dict[str, Any]], command: str) -> str:
+    """A line per method and a column per metric."""
+    lines = [f"# {OTHERS[what]}", "", f"`{command}`", ""]
     for data in dict.fromkeys(r["data_set"] for r in rows):
         chosen = [r for r in rows if r["data_set"] == data]
         metrics = list(dict.fromkeys(r["metric"] for r in chosen))
@@ -143,8 +146,8 @@ def write_rows(path: Path, title: str, rows: list[dict[str, Any]], command: str)
     seeds = sorted({r["seed"] for r in rows})
     once = " A number without ± is of one seed." if len(seeds) > 1 else ""
     lines += [
-        f"{_machine(rows)} Seeds {', '.join(map(str, seeds))}.{once} Data and flows as in the tables of this scale.",
+        f"Measured on {processors(rows)}. Seeds {', '.join(map(str, seeds))}.{once} Data and flows as in the tables of "
+        "this scale.",
         "",
     ]
-    with atomic_write(path.with_suffix(".md"), "w") as file:
-        file.write("\n".join(lines))
+    return "\n".join(lines)

@@ -43,7 +43,7 @@ def run_trust(lab: Lab, scale: str, out: Path, seeds: int, other: str, command: 
             numbers += lab.numbers(cell, seed, about, partial(_detection, lab, cell, other))
             rows += [row("trust", cell, lab.spec(cell.data).name, seed, number) for number in numbers]
     path = out / f"trust.{scale}.json"
-    write_rows(path, "Out-of-distribution detection and memorisation", rows, command("trust", seeds))
+    write_rows(path, "trust", rows, command("trust", seeds))
 
 
 # ---- images that the flow was not trained on -----------------------------------------------------------------------

@@ -26,7 +26,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import ROOT, interval, parser, write_results
+from benchmarks.common import (
+    ROOT,
+    Named,
+    by_seed,
+    command,
+    interval,
+    machine,
+    parser,
+    processors,
+    publish,
+    table,
+)
 from benchmarks.proof.augmentation.data import Task, make_task
 from benchmarks.proof.augmentation.ops import Component
 from benchmarks.proof.augmentation.settings import Setting
@@ -96,7 +107,7 @@ def _no_flow(name: str) -> GLEM:
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds, and gains over the best stack with re-sampling and over the pixels' samples, paired by seed."""
-    table = []
+    lines = []
     for name in dict.fromkeys(row["setting"] for row in rows):
         own = [row for row in rows if row["setting"] == name and row["seed"] != TUNING_SEED]
         found: dict[tuple[str, str], dict[int, float]] = {}
@@ -111,8 +122,38 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for heading, other in (("over the best re-sampled", best), ("over identity", pixels)):
                 gains = [values[seed] - other[seed] for seed in values if seed in other and other is not values]
                 line[heading] = interval(gains).text(2, sign=True) if gains else ""
-            table.append(line)
-    return table
+            lines.append(line)
+    return lines
+
+
+def numbers(rows: list[dict[str, Any]]) -> Named:
+    """The table of the documentation: each side with its better stack."""
+    found, lines = by_seed([row for row in rows if row["seed"] != TUNING_SEED], "setting", "source", "stack"), []
+    for setting in dict.fromkeys(setting for setting, *_ in found):
+        line = [setting.replace("-long-tail-", ", ") + " to 1"]
+        for source in ("re-sampled", "identity", "flow"):
+            own = [v for (s, o, _), v in found.items() if (s, o) == (setting, source)]
+            best = max((interval(v.values()) for v in own), key=lambda i: i.mean)
+            line.append(f"{best.text()} %")
+        lines.append([*line, str(best.seeds)])
+    yield (
+        "long tails",
+        table("data | drawn equally often | filled up by the pixels' modes | filled up by a flow | seeds", lines),
+    )
+
+
+def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The page of the rows, with the command that measures them."""
+    data, imbalance = zip(*(row["setting"].split("-long-tail-") for row in rows), strict=True)
+    seeds = sorted({row["seed"] for row in rows} - {TUNING_SEED})
+    words = ["--data", *dict.fromkeys(data), "--imbalance", *dict.fromkeys(imbalance), "--seeds", *seeds]
+    return {
+        "title": "Long tails, filled up or re-sampled",
+        "command": command(f"benchmarks/proof/{NAME}.py", *words),
+        "measured on": processors(rows),
+        "rows": summary(rows),
+        "Choices, on validation images": [row for row in rows if row["seed"] == TUNING_SEED],
+    }
 
 
 def main() -> None:
@@ -136,6 +177,7 @@ def main() -> None:
                 found = next((row for row in rows if known.items() <= row.items()), None)
                 if found is None:
                     found = known | {"value": task.measure(source, fill, stack, seed)}
+                    found["processor"] = machine()["processor"]
                     rows.append(found)
                     print(*found.values(), flush=True)
                     write_json(path, rows)
@@ -149,9 +191,7 @@ def main() -> None:
                 for source, fill in fills.items():
                     for stack in dict.fromkeys((PLAIN, best)):
                         value(source, fill, stack, seed)
-    validation = [row for row in rows if row["seed"] == TUNING_SEED]
-    tables = {"Choices, on validation images": validation}
-    write_results(args.out, NAME, "Long tails, filled up or re-sampled", summary(rows), tables, record=rows)
+    publish(args.out, NAME, report(rows), rows)
 
 
 if __name__ == "__main__":

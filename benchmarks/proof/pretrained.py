@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -43,8 +44,21 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import interval, machine, parser, write_results
+from benchmarks.common import (
+    Named,
+    by_seed,
+    command,
+    interval,
+    machine,
+    parser,
+    processors,
+    publish,
+    table,
+    write_results,
+)
 from benchmarks.proof.augmentation.data import Flows, make_task
+from benchmarks.proof.augmentation.numbers import bold
+from benchmarks.proof.augmentation.report import paired_gain, signed
 from benchmarks.proof.augmentation.settings import CIFAR_LATENTS, FINAL_SEEDS, TUNING_SEED, TUNING_SEEDS, Setting
 from benchmarks.proof.augmentation.train import order_of
 from benchmarks.proof.sharpness import OFFLINE, make_classifier
@@ -56,6 +70,7 @@ SIZE, VIEWS = 128, 2
 PER_CLASS = (5, 10, 20, 50)
 RIDGE = (300.0, 1000.0, 3000.0, 10000.0, 30000.0, 100000.0)
 MOVES = {"modes": "identity", "taef2": "taef2", "flow": CIFAR_LATENTS}  # arm: name of the flow
+SHOWN = {"modes": "pixels' modes", "taef2": "TAEF2's modes", "flow": "flow"}  # arm: name in the documentation
 ARMS = {"none": ("image",), "flip": ("image", "flip")} | {arm: ("image", "flip", arm) for arm in ("ordinary", *MOVES)}
 # Fine-tuning: the values over which each arm is tuned (steps; operations; strength of the noise), and common settings.
 TRIALS: dict[str, tuple[Any, ...]] = {
@@ -184,18 +199,69 @@ def fine_tune(args: Any) -> None:
         for seed in args.seeds:
             for arm, value in chosen.items():
                 measure(setting, arm, value, steps, seed)
+    publish(args.out, "fine_tuned", report(rows), rows)
+
+
+def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The page of the fine-tuned rows on test images, with the command that measures all of them."""
     found: dict[tuple[Any, ...], list[float]] = {}
+    tested, names = [row for row in rows if row["seed"] != TUNING_SEED], ("setting", "arm", "value", "steps")
+    for row in tested:
+        found.setdefault(tuple(row[name] for name in names), []).append(100 * row["accuracy"])
+    counts = dict.fromkeys(row["setting"].removeprefix("cifar10-") for row in tested)
+    words = ["--fine-tune", "--per-class", *counts, "--seeds", *sorted({row["seed"] for row in tested})]
+    return {
+        "title": "EfficientNet-Lite0 fine-tuned on few labels, CIFAR-10 at 128x128",
+        "command": command("benchmarks/proof/pretrained.py", *words),
+        "measured on": processors(rows),
+        "rows": [
+            dict(zip(names, key, strict=True)) | {"test accuracy %": str(interval(values)), "seeds": len(values)}
+            for key, values in found.items()
+        ],
+    }
+
+
+def numbers(rows: list[dict[str, Any]]) -> Named:
+    """The probe's numbers in the documentation, from the measured rows."""
+    found = by_seed(rows, "setting", "views")
+    lines = []
+    for setting in dict.fromkeys(setting for setting, _ in found):
+        lines.append([f"`{setting}`"])
+        for arm in ("none", "flip", "ordinary", *SHOWN):
+            mean = interval(100 * value for value in found[setting, arm].values())
+            yield f"{setting}: probe, {arm}", mean.text()
+            if arm not in SHOWN:
+                lines[-1].append(f"{mean.text()} %")
+                continue
+            gain = paired_gain(found[setting, arm], found[setting, "ordinary"])
+            yield f"{setting}: probe, {arm} over ordinary", signed(gain, 1)
+            lines[-1].append(bold(gain))
+        lines[-1].append(str(mean.seeds))
+    head = "setting | the image | + mirror image | + ordinary views"
+    over = [f"{text} over ordinary" for text in SHOWN.values()]
+    yield "pretrained", table(" | ".join([head, *over, "seeds"]), lines)
+
+
+def fine_tuned_numbers(rows: list[dict[str, Any]]) -> Named:
+    """The numbers of the fine-tuned network in the documentation."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
         if "accuracy" in row:
-            key = tuple(row[name] for name in ("setting", "arm", "value", "steps"))
-            found.setdefault(key, []).append(100 * row["accuracy"])
-    table = [
-        dict(zip(("setting", "arm", "value", "steps"), key, strict=True))
-        | {"test accuracy %": str(interval(values)), "seeds": len(values)}
-        for key, values in found.items()
-    ]
-    title = "EfficientNet-Lite0 fine-tuned on few labels, CIFAR-10 at 128x128"
-    write_results(args.out, "fine_tuned", title, table, record=rows)
+            found.setdefault(row["setting"], {}).setdefault(row["arm"], {})[row["seed"]] = row["accuracy"]
+    lines = []
+    for setting, arms in found.items():
+        means = {arm: interval(100 * share for share in values.values()) for arm, values in arms.items()}
+        yield from ((f"{setting}: fine-tuned, {arm}", mean.text()) for arm, mean in means.items())
+        better = max(arms["cropflip"], arms["ordinary"], key=lambda v: statistics.mean(v.values()))
+        gains = {arm: paired_gain(arms.get(arm, {}), better) for arm in SHOWN}
+        yield from ((f"{setting}: fine-tuned, {arm} over the better", signed(gain, 1)) for arm, gain in gains.items())
+        lines.append(
+            [f"`{setting}`", *(f"{means[arm].text()} %" for arm in ("cropflip", "ordinary")),
+             *(bold(gain) or "not measured" for gain in gains.values()), str(len(better))]
+        )  # fmt: skip
+    head = "setting | crop + flip | + RandAugment"
+    over = [f"{text} over the better" for text in SHOWN.values()]
+    yield "fine-tuned", table(" | ".join([head, *over, "seeds"]), lines)
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import ROOT, find_images, interval, machine, parser, write_results
+from benchmarks.common import ROOT, command, find_images, interval, machine, parser, processors, publish
 from benchmarks.paper.classifier import Recipe, train_classifier
 from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
 from glem_augment.classes.privacy import Privacy
@@ -126,6 +126,26 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(table, key=lambda line: (line["data"], line["method"], line["judged"], line["epsilon"]))
 
 
+def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The page of the rows, with the commands that measure them."""
+    asked: dict[tuple[Any, ...], dict[float, list[int]]] = {}
+    for row in rows:
+        key = (row["data"], row["method"], row["judged"], row["delta"], row["cells asked"], row["temperature"])
+        asked.setdefault(key, {}).setdefault(row["epsilon"], []).append(row["seed"])
+    lines = []
+    for (data, method, judged, delta, cells, temperature), seeds in asked.items():
+        more = ["--validation"] * (judged == "validation") + ["--method", method] * (method != "taef2")
+        more += [] if delta == 1e-5 else ["--delta", str(delta)]
+        more += [] if cells is None else ["--cells", str(cells)]
+        more += [] if temperature == 1 else ["--temperature", str(temperature)]
+        for own in dict.fromkeys(tuple(sorted(found)) for found in seeds.values()):
+            epsilons = sorted(epsilon for epsilon, found in seeds.items() if tuple(sorted(found)) == own)
+            words = ["--epsilon", *(f"{epsilon:g}" for epsilon in epsilons), "--seeds", *own]
+            lines.append(command(f"benchmarks/proof/{NAME}.py", "--data", data, *more, *words))
+    title = "Classifiers trained on samples of private models"
+    return {"title": title, "command": "\n".join(lines), "measured on": processors(rows), "rows": summary(rows)}
+
+
 def main() -> None:
     args = parser(__doc__)
     args.set_defaults(threads=1)
@@ -164,9 +184,7 @@ def main() -> None:
                     row |= {"processor": machine()["processor"]}
                     write_json(path, [*stored(), row])  # Another process may have added rows.
                     print(*row.values(), flush=True)
-    write_results(
-        args.out, NAME, "Classifiers trained on samples of private models", summary(stored()), record=stored()
-    )
+    publish(args.out, NAME, report(stored()), stored())
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import ROOT, find_images, interval, parser, write_results
+from benchmarks.common import ROOT, command, find_images, interval, machine, parser, processors, publish
 from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
 from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
 from glem_augment.evaluation import coverage, feature_fid, label_reliability, memorisation_ratio
@@ -228,6 +228,34 @@ def summary(rows: list[dict[str, Any]], validation: bool) -> list[dict[str, Any]
     return table
 
 
+def commands(rows: list[dict[str, Any]], epochs: str | None = None) -> list[str]:
+    """The commands that measure the rows, or those with this `epochs=`: one for each data set and equal seeds."""
+    measured: dict[tuple[str, str], dict[str, set[int]]] = {}
+    for row in rows:
+        if row["metric"].endswith("CNN-A") and epochs in (None, as_long(row["setting"])):
+            stage = "search" if row["metric"] == "validation CNN-A" else "final"
+            cell = f"{row['method']}: {row['setting']}".removesuffix(": ")
+            measured.setdefault((stage, row["data"]), {}).setdefault(cell, set()).add(row["seed"])
+    lines = []
+    for (stage, data), cells in measured.items():
+        for seeds in dict.fromkeys(tuple(sorted(found)) for found in cells.values()):
+            own = [cell for cell, found in cells.items() if tuple(sorted(found)) == seeds]
+            words = ["--data", data, *(["--seeds", *seeds] if stage == "final" else []), "--cells", *own]
+            lines.append(command(f"benchmarks/proof/{NAME}.py", stage, *words))
+    return lines
+
+
+def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The page of the rows."""
+    return {
+        "title": "Classifiers trained on samples alone",
+        "command": "\n".join(commands(rows)),
+        "measured on": processors(rows),
+        "rows": summary(rows, False),
+        "Settings, on held-out training images": summary(rows, True),
+    }
+
+
 def draw(table: list[dict[str, Any]], path: Path) -> None:
     """Accuracies on the test images with 95 % intervals, a bar for every setting."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -283,13 +311,11 @@ def main() -> None:
                 if any(known.items() | {("metric", metric)} <= row.items() for row in rows):
                     continue
                 for name, value in images.measure(method, setting, seed, search).items():
-                    rows.append(known | {"metric": name, "value": value})
+                    rows.append(known | {"metric": name, "value": value, "processor": machine()["processor"]})
                     print(*rows[-1].values(), flush=True)
                 write_json(path, rows)
-    tables = {"Settings, on held-out training images": summary(rows, True)}
-    table = summary(rows, False)
-    write_results(args.out, NAME, "Classifiers trained on samples alone", table, tables, record=rows)
-    draw(table, args.out / f"{NAME}.png")
+    publish(args.out, NAME, report(rows), rows)
+    draw(summary(rows, False), args.out / f"{NAME}.png")
 
 
 if __name__ == "__main__":

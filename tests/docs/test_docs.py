@@ -18,7 +18,6 @@ from test_cli import TINY, write_images
 from test_custom import GainAndShift
 
 import glem_augment
-from benchmarks import write_numbers as numbers
 from benchmarks.paper.codes import CODED_METHODS
 from benchmarks.paper.methods import METHODS
 from glem_augment.cli import build_parser, main
@@ -160,28 +159,7 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
-# ---- numbers -------------------------------------------------------------------------------------------------------
-
-
-def test_pages_have_the_numbers_of_the_stored_results() -> None:
-    """`make numbers` writes them."""
-    known = numbers.names()
-    for page in numbers.PAGES:
-        text = page.read_text(encoding="utf-8")
-        assert numbers.written(text, known) == text, f"{page.name} differs from the stored results: run `make numbers`"
-        at_start = re.findall(r"^ *<!-- number: .+? -->", text, flags=re.M)
-        assert not at_start, f"{page.name}: a comment at the start of a line is a block of HTML: {at_start}"
-        if page.name != "README.md" or numbers.MARK.search(text):
-            by_hand = re.findall(r"[^|.\n]*\d ± \d[^|.\n]*", numbers.MARK.sub("", text))
-            assert not by_hand, f"{page.name}: mark these numbers: {by_hand}"
-
-
-def test_a_changed_number_is_written_again_and_an_unknown_one_is_an_error() -> None:
-    page = "| a <!-- number: a b -->1.0 ± 2.0<!-- /number --> % |\n<!-- table: t -->\n<!-- /table -->\n"
-    text = numbers.written(page, {"a b": "3.0 ± 0.1", "t": numbers.table("x | y", [["1", "2"]])})
-    assert "-->3.0 ± 0.1<!--" in text and "\n\n| x | y |\n|---|---|\n| 1 | 2 |\n\n<!-- /table -->" in text
-    with pytest.raises(KeyError, match="a b"):
-        numbers.written(page, {})
+# ---- lengths -------------------------------------------------------------------------------------------------------
 
 
 def test_the_evidence_is_short() -> None:
