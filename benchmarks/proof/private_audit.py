@@ -263,7 +263,7 @@ def main() -> None:
     args.set_defaults(threads=1)
     args.add_argument("--trials", type=int, default=10_000, help="with and without each canary (%(default)s)")
     args.add_argument("--bare-trials", type=int, default=2000, help="the same, without protection (%(default)s)")
-    args.add_argument("--model-trials", type=int, default=500, help="the same, of fitted models (%(default)s)")
+    args.add_argument("--model-trials", type=int, default=300, help="the same, of fitted models (%(default)s)")
     args.add_argument("--delta", type=float, default=1e-6)
     args = args.parse_args()
     torch.set_num_threads(args.threads)
@@ -281,7 +281,7 @@ def main() -> None:
             kind = "ours, noise halved: a deliberate mistake" if halved else "ours"
             rows.append(row(kind, IMAGES, "all others", scores, args.delta, epsilon))
             print(*rows[-1].values(), flush=True)
-    for epsilon in EPSILONS[1:]:  # at 0.2, classes of this size are drowned in noise
+    for epsilon in (1.0, 10.0):  # at 0.2, classes of this size are drowned in noise
         scores = model_scores(private, MODEL_IMAGES, marks, Privacy(epsilon, args.delta), clip, args.model_trials)
         rows.append(row("ours, a fitted model", MODEL_IMAGES, "all others, of a model", scores, args.delta, epsilon))
         print(*rows[-1].values(), flush=True)

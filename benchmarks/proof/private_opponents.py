@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import ROOT, interval, machine, parser, write_results
+from benchmarks.common import ROOT, by_seed, command, interval, machine, parser, processors, publish
 from benchmarks.paper.classifier import Classifier
 from benchmarks.proof.private import Images
 from glem_augment.io import write_json
@@ -39,9 +39,9 @@ from glem_augment.io import write_json
 NAME = "private_opponents"
 # Learning rate, epochs, and images of a step; gradients are clipped to the norm 0.1 (Tramèr & Boneh 2021) or 1 (probe).
 TRIALS = {
-    "dp-sgd": [(lr, epochs, 2048) for lr in (1.0, 2.0, 4.0) for epochs in (10, 20)],
-    "probe": [(lr, epochs, 4096) for lr in (1.0, 4.0, 16.0) for epochs in (5, 20)],
-    "resnet": [(lr, epochs, 2048) for lr in (1.0, 2.0, 4.0) for epochs in (5,)],
+    "dp-sgd": [(2.0, 5, 2048), (2.0, 10, 2048), (4.0, 10, 2048)],
+    "probe": [(1.0, 5, 4096), (4.0, 5, 4096), (16.0, 5, 4096), (4.0, 20, 4096)],
+    "resnet": [(1.0, 5, 2048), (2.0, 5, 2048), (4.0, 5, 2048)],
 }
 CLIP = {"dp-sgd": 0.1, "probe": 1.0, "resnet": 0.1}
 
@@ -133,6 +133,26 @@ def latents_of_test(images: Images) -> tuple[Tensor, Tensor]:
     return z, torch.from_numpy(images.judged.targets)
 
 
+def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The page of the rows, with the command that measures them: mean and 95 % interval over seeds."""
+    tested = [row for row in rows if row["judged"] == "test"]
+    table, keys = [], ("data", "method", "epsilon", "delta")
+    for key, values in by_seed(tested, *keys).items():
+        own = [row for row in tested if tuple(row[name] for name in keys) == key]
+        trials = sum(row["judged"] == "validation" and tuple(row[name] for name in keys) == key for row in rows)
+        line = dict(zip(keys, key, strict=True)) | {"seeds": len(own), "accuracy": statistics.mean(values.values())}
+        line["+/-"] = interval(values.values()).half if len(values) > 1 else None
+        rate, epochs, batch = own[0]["trial"]
+        table.append(line | {"trials": trials, "learning rate": rate, "epochs": epochs, "batch": batch})
+    lines = []
+    for data, method in dict.fromkeys((line["data"], line["method"]) for line in table):
+        own = [line for line in table if (line["data"], line["method"]) == (data, method)]
+        words = ["--epsilon", *(f"{line['epsilon']:g}" for line in own), "--seeds", *range(own[0]["seeds"])]
+        lines.append(command(f"benchmarks/proof/{NAME}.py", "--data", data, "--method", method, *words))
+    title = "Classifiers trained privately on real images"
+    return {"title": title, "command": "\n".join(lines), "measured on": processors(rows), "rows": table}
+
+
 def main() -> None:
     args = parser(__doc__)
     args.set_defaults(threads=1)
@@ -168,17 +188,7 @@ def main() -> None:
                 best = max(TRIALS[method], key=lambda trial: measured(task, trial, True, 100, **known))
                 for seed in args.seeds:
                     measured(task, best, False, seed, **known)
-    table = []
-    rows = [row for row in stored() if row["judged"] == "test"]
-    for key in dict.fromkeys((row["data"], row["method"], row["epsilon"], row["delta"]) for row in rows):
-        own = [row for row in rows if (row["data"], row["method"], row["epsilon"], row["delta"]) == key]
-        values = [row["accuracy"] for row in own]
-        line = dict(zip(("data", "method", "epsilon", "delta"), key, strict=True)) | {"seeds": len(values)}
-        line["accuracy"] = statistics.mean(values)
-        line["+/-"] = interval(values).half if len(values) > 1 else None
-        lr, epochs, batch = own[0]["trial"]
-        table.append(line | {"learning rate": lr, "epochs": epochs, "batch": batch})
-    write_results(args.out, NAME, "Classifiers trained privately on real images", table, record=stored())
+    publish(args.out, NAME, report(stored()), stored())
 
 
 if __name__ == "__main__":
