@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-MARGIN = 1.0  # decoded images that leave [0, 1] by more are not plausible
+from glem_augment.codec.pixel_range import UINT8, PixelRange
+
+MARGIN = 1.0  # decoded images that leave their range by more than its width are not plausible
 
 
-def plausible(decoded: Tensor, margin: float) -> Tensor:
-    """Which of the images [n, C, H, W] are finite and leave [0, 1] by `margin` at most: bool [n]."""
-    low, high = decoded.flatten(1).aminmax(dim=1)
-    return (low >= -margin) & (high <= 1.0 + margin)  # NaN compares false
+def plausible(decoded: Tensor, margin: float, pixel_range: PixelRange = UINT8) -> Tensor:
+    """Which of the images [n, C, H, W] are finite and leave the range by `margin` times its width at most: bool [n]."""
+    (bottom, top), (low, high) = pixel_range.limits, decoded.flatten(1).aminmax(dim=1)
+    away = margin * (top - bottom)
+    return (low >= bottom - away) & (high <= top + away)  # NaN compares false
 
 
 def in_range(x: Tensor) -> Tensor:
     """Decoded images in [0,1]: NaN becomes grey, other values are clamped. Differentiable."""
-    return x.nan_to_num(nan=0.5, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
+    return UINT8.clamp(x)
 
 
 def to_uint8(x: Tensor) -> Tensor:
     """Decoded images, float of any values, as uint8."""
-    return in_range(x).mul_(255).round_().to(torch.uint8)
+    return UINT8.from_floats(x)
