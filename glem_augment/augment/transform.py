@@ -251,7 +251,7 @@ class GLEMAugment(nn.Module):
         """
         back = torch.ones(len(z), dtype=torch.bool, device=z.device)
         if self._inverse.due(self.model.flow):
-            # Information lost in encoding is invisible in z, so z is decoded. The limit is half a uint8 step of the range.
+            # Information lost in encoding is invisible in z, so z is decoded. The limit is half of 1/255 of the range.
             back = model.flow_error(small) < 0.5 / 255
             self._inverse.saw(back)
         return small if model.codec.exact else model.pixel_range.clamp(model.decode(z, clamp=False)), back

@@ -30,9 +30,7 @@ class Levels(Codec):
     levels = exact = True
     key, unit = "bits_per_dim", "bits/dim"
 
-    def __init__(
-        self, image_shape: tuple[int, int, int], bits: int = 8, pixel_range: PixelRange = UINT8
-    ) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], bits: int = 8, pixel_range: PixelRange = UINT8) -> None:
         super().__init__(image_shape, image_shape, pixel_range)
         self.count = 2**bits if pixel_range == UINT8 else pixel_range.levels
 

@@ -90,6 +90,10 @@ class PixelRange:
         """The lowest and the highest value of the images as floats: (0, 1) for integers."""
         return (float(self.low), float(self.high)) if self.continuous else (0.0, 1.0)
 
+    def fits_pil(self, channels: int) -> bool:
+        """Whether images are 8-bit grey or RGB, which PIL, shards and networks of photographs take."""
+        return self.dtype == "uint8" and channels in (1, 3)
+
     def to_floats(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Images of integers as floats in [0, 1]; other images as they are, in `dtype`."""
         if x.is_floating_point():

@@ -42,7 +42,9 @@ class PixelAdapter:
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {std!r}")
         if self.mean is not None and max(self.mean) > 1.5 and not pixel_range.continuous:
-            raise ValueError(f"mean and std are for images in [0, 1], got mean={mean!r}: divide both by {pixel_range.high}")
+            raise ValueError(
+                f"mean and std are for images in [0, 1], got mean={mean!r}: divide both by {pixel_range.high}"
+            )
         self._seen: set[torch.dtype] = set()
 
     # ---- checks ----------------------------------------------------------------------------------------------

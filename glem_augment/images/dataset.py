@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -201,11 +202,11 @@ def open_data(
     split: str = "train",
     image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
-    value_range: tuple[float, float] | None = None,
     cache_bytes: int = CACHE_BYTES,
     progress: bool = True,
     skip_bad: bool = False,
     unlabelled: bool = False,
+    value_range: tuple[float, float] | None = None,
 ) -> ImageData:
     """Open labelled images, or images without classes.
 
@@ -214,9 +215,9 @@ def open_data(
 
             - `"bundled:fashion-mnist"`: 100 real images per class and split, 1x28x28, inside the package;
             - `"bundled:photographs"`: three photographs of 3x256x256 pixels, one class, inside the package;
-            - an ImageFolder (any split) of images or arrays, or a folder with ImageFolders named train, test, val, validation, ... (test
-              and val stand in for each other if only one is there). Classes are in torchvision's order, or, in a
-              folder that `SyntheticDataset.export` wrote, in the order of its classes.json;
+            - an ImageFolder (any split) of images or arrays, or a folder with ImageFolders named train, test, val,
+              validation, ... (test and val stand in for each other if only one is there). Classes are in torchvision's
+              order, or, in a folder that `SyntheticDataset.export` wrote, in the order of its classes.json;
             - a folder with MNIST-style idx files (`train-images-idx3-ubyte[.gz]`, `t10k-...`);
             - a data set of `timm.data.create_dataset`, as `NAME@ROOT`: `torch/cifar10@data`, `hfds/ylecun/mnist`, or a
               .tar file with one folder per class. A torch/ data set is never downloaded. Columns that are not called
@@ -231,17 +232,18 @@ def open_data(
         split: train, test, val, ..., for data given by name.
         image_size: (H,W), or one number for both: images are resized to cover it (bilinear with antialias) and cropped
             at the centre. None: the size that they share.
-        channels: 1 (luma) or 3. None: 1 if all images are grey, otherwise 3; arrays and deep images keep theirs. As in torchvision and timm, transparency
-            and EXIF orientation are ignored, and animations give their first frame.
-        value_range: (low, high), the values of black and white. None: 0 to 255 for uint8, 0 to 65535 for uint16; for
-            int16 and floats the lowest and the highest value of these images, with a warning that names them. Values
-            outside are clipped, with a warning. Test images need the range of the training images.
+        channels: 1 (luma) or 3. None: 1 if all images are grey, otherwise 3. Arrays, and images of more than 8 bits,
+            keep theirs. As in torchvision and timm, transparency and EXIF orientation are ignored, and animations give
+            their first frame.
         cache_bytes: keep all decoded images in memory if they take no more than this.
         progress: show a bar on stderr when decoding takes longer than two seconds.
         skip_bad: leave out images that cannot be used, and list them in `skipped`. All images are then decoded once
             before anything else.
         unlabelled: give all images one class, called "image". A folder may then nest its images in any way (folders
             named train, test, ... are splits), and a tensor [N,C,H,W] needs no labels.
+        value_range: (low, high), the values of black and white. None: 0 to 255 for uint8, 0 to 65535 for uint16; for
+            int16 and floats the lowest and the highest value of these images, with a warning that names them. Values
+            outside are clipped, with a warning. Test images need the range of the training images.
 
     Returns:
         The data, decoded if they fit in `cache_bytes`; otherwise every header has been checked.
@@ -410,22 +412,27 @@ def images_for(flow: Any, data: LabelledImages, class_map: ClassMap = None, **op
 def _bad_images(source: Source, progress: bool) -> dict[int, tuple[str, str]]:
     """(image, reason) of every image that can't be decoded, by row."""
     found: dict[int, tuple[str, str]] = {}
+    kinds: dict[int, str] = {}
 
     def one(row: int) -> None:
         try:
-            source.pixels(row, None)
+            kinds[row] = _kind(source.pixels(row, 3))
         except BadImageError as error:
             where = source.where(row)
             found[row] = (where, str(error).removeprefix(where).strip())
 
     in_threads(one, len(source), f"checking {source.name}", progress, source.threads)
+    most = Counter(kinds.values()).most_common(1)
+    for row, kind in kinds.items():
+        if kind != most[0][0]:
+            found[row] = (source.where(row), f"has {kind}, and most images have {most[0][0]}")
     return dict(sorted(found.items()))
 
 
 def _look_at_headers(
     source: Source, rows: np.ndarray, same_size: bool, sizes: np.ndarray, progress: bool
 ) -> tuple[int, int, int]:
-    """(C, H, W) of the first image; where images have 1 or 3 channels, C = 3. `sizes` [N, 2] gets all sizes.
+    """(C, H, W) of the first image; C = 1 of a grey one only if no image is RGB. `sizes` [N, 2] gets all sizes.
 
     BadImageError: a file that is no image. DataError: different sizes, with `same_size`.
     """
@@ -433,11 +440,11 @@ def _look_at_headers(
         _, channels, height, width = source.images.shape
         return channels, height, width
     _, *first, _ = source.header(int(rows[0]))
-    channels = np.empty(len(rows), dtype=np.int64)
+    counts = np.empty(len(rows), dtype=np.int64)  # of channels
 
     def one(index: int) -> None:
         row = int(rows[index])
-        channels[index], *size, _ = source.header(row)
+        counts[index], *size, _ = source.header(row)
         sizes[index] = size
         if same_size and size != first:
             raise DataError(
@@ -446,13 +453,12 @@ def _look_at_headers(
             )
 
     in_threads(one, len(rows), f"looking at {source.name}", progress, source.threads)
-    if not np.isin(channels, (1, 3)).all() and (other := channels != channels[0]).any():
-        where = source.where(int(rows[other.argmax()]))
-        raise DataError(
-            f"{source.name} holds images of different channels: {source.where(int(rows[0]))} has {channels[0]}, {where} "
-            f"has {channels[other.argmax()]}: give all images as many"
-        )
-    return int(channels.max()), first[0], first[1]
+    return int(counts[0] if counts[0] not in (1, 3) else max(counts[0], 3 * (counts == 3).any())), first[0], first[1]
+
+
+def _kind(image: torch.Tensor) -> str:
+    """The channels and the dtype of an image [C,H,W], in words."""
+    return f"{len(image)} {'channel' if len(image) == 1 else 'channels'} of {dtype_name(image)}"
 
 
 def _read(
@@ -460,8 +466,8 @@ def _read(
 ) -> torch.Tensor:
     """Image `row` of a source as [C,H,W] of that shape. `sizes` [2] gets its stored size."""
     pixels = source.pixels(row, shape[0])
-    if pixels.dtype != dtype:
-        raise BadImageError(f"{source.where(row)} is {dtype_name(pixels)} and the first image {dtype}: convert it")
+    if (found := _kind(pixels)) != (wanted := _kind(torch.empty(shape, dtype=dtype, device="meta"))):
+        raise BadImageError(f"{source.where(row)} has {found} where {wanted} are wanted: give all images alike")
     if sizes is not None:
         sizes[:] = pixels.shape[-2:]
     return fit(pixels, *shape[1:])

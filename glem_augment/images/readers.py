@@ -53,10 +53,12 @@ def check_header(image: Image.Image, where: str) -> None:
         )
     if pixels > MOST_PIXELS:
         image.draft(image.mode, (image.width // _SMALLER, image.height // _SMALLER))
-    colour = any(";16" in str(tile[-1]) for tile in image.tile) and dtype_of(image) == "uint8"
+    colour = any(";16" in str(tile[-1]) for tile in getattr(image, "tile", [])) and dtype_of(image) == "uint8"
     if colour or (image.mode == "I" and dtype_of(image) != "uint16"):
-        found = "colours of 16 bits" if colour else "integers of 32 bits"
-        raise BadImageError(f"{where} has {found}, which PIL does not read: save it as .npy, [C,H,W] of uint16 or float32")
+        raise BadImageError(
+            f"{where} has more than 8 bits per channel, which PIL drops in its mode {image.mode}: save it as .npy, "
+            "[C,H,W] of uint16 or float32"
+        )
 
 
 def dtype_of(image: Image.Image) -> str:
@@ -92,7 +94,8 @@ class Header(NamedTuple):
 class Source(Dataset, ABC):
     """Labelled images that can be opened one by one; for the attributes see `ImageData`.
 
-    Item i is (PIL image in mode L or RGB, int), or (tensor [C,H,W], int) for other images. Without class names the lists are empty, and numbers become the names.
+    Item i is (PIL image in mode L or RGB, int), or (tensor [C,H,W], int) for other images. Without class names the
+    lists are empty, and numbers become the names.
     """
 
     name: str
@@ -130,22 +133,17 @@ class Source(Dataset, ABC):
         """Facts of image `index`. Raises BadImageError."""
         with self._checked(index) as image:
             if isinstance(image, Tensor):
-                return Header(*image.shape, dtype_name(image))
+                return Header(image.shape[0], image.shape[1], image.shape[2], dtype_name(image))
             grey = image.mode in GREY_MODES or dtype_of(image) != "uint8"
             return Header(1 if grey else 3, image.height, image.width, dtype_of(image))
 
-    def pixels(self, index: int, channels: int | None) -> Tensor:
-        """Image `index` as [C,H,W] in its dtype, not resized. Only 8-bit images of PIL are converted to `channels`.
+    def pixels(self, index: int, channels: int) -> Tensor:
+        """Image `index` as [C,H,W] in its dtype, not resized. Raises BadImageError.
 
-        BadImageError: it can't be read, or has other channels. None: any number of them.
+        It has `channels` channels if it is 8-bit and grey or RGB, and its own number otherwise.
         """
         with self._checked(index) as image:
-            found = image if isinstance(image, Tensor) else to_tensor(image, channels or 3)
-        if channels not in (None, len(found)):
-            raise BadImageError(
-                f"{self.where(index)} has {len(found)} channels where {channels} are wanted: give all images as many"
-            )
-        return found
+            return image if isinstance(image, Tensor) else to_tensor(image, channels)
 
     @contextmanager
     def _checked(self, index: int) -> Iterator[Image.Image | Tensor]:
@@ -211,9 +209,10 @@ class TensorSource(Source):
         return _as_pil(self.images[index].clone(memory_format=torch.contiguous_format))
 
     def header(self, index: int) -> Header:
-        return Header(*self.images.shape[1:], dtype_name(self.images))
+        _, channels, height, width = self.images.shape
+        return Header(channels, height, width, dtype_name(self.images))
 
-    def pixels(self, index: int, channels: int | None) -> Tensor:
+    def pixels(self, index: int, channels: int) -> Tensor:
         if self.images.shape[1] != channels:
             return super().pixels(index, channels)
         return self.images[index].clone(memory_format=torch.contiguous_format)
@@ -235,7 +234,9 @@ class ItemSource(Source):
             return F.to_pil_image(image)
         if not isinstance(image, Image.Image):
             found = getattr(image, "dtype", type(image).__name__)
-            raise TypeError(f"it is {found}, no PIL image or tensor of {', '.join(DTYPES)}: give the data set without its transform")
+            raise TypeError(
+                f"it is {found}, no PIL image or tensor of {', '.join(DTYPES)}: give the data set without its transform"
+            )
         return image.copy()  # the caller closes it
 
 

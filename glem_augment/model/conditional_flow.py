@@ -145,8 +145,8 @@ class ConditionalFlow(nn.Module):
     def decode(self, z: Tensor, clamp: bool = True) -> Tensor:
         """Latents z [B, d] to float images [B,C,H,W], clamped to the range; with `clamp=False` the exact inverse.
 
-        Bin middles of uint8 images come back as value / 255, if there is no autoencoder. `pixel_range.from_floats` makes
-        images of the dtype.
+        Bin middles of uint8 images come back as value / 255, if there is no autoencoder. `pixel_range.from_floats`
+        makes images of the dtype.
         """
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise ValueError(f"expected latents of shape [B, {self.dim}], got {list(z.shape)}")

@@ -36,7 +36,7 @@ class GLEMConfig:
     Attributes:
         flow: the resolved numbers of the flow (see `flows.presets`), with `image_shape` [C, H, W].
         bits: bits per channel that the flow models, 1 to 8; all bits of the dtype if the images are not uint8.
-        pixel_range: the dtype of the images and the range of their values, or its table; left out of the file for uint8.
+        pixel_range: the dtype of the images and the range of their values, or its table; left out for uint8.
         psi: (a, b, c) of the variances, or None for plain variances.
         class_ids: folder names, WordNet ids or digits, in index order.
         class_names: names to show, in index order.

@@ -51,6 +51,9 @@ from glem_augment.model.weights import (
 STANDARDISED_BY = 64  # images that standardise an autoencoder's latents, each at many positions
 # Least images per dimension of full covariances. At 4 plain variances do as well (benchmarks/results/covariances.md).
 _IMAGES_PER_DIMENSION = 8
+# The least variance of images that are not 8-bit, as a share of their mean variance. The noise of 8-bit levels gives
+# constant pixels about as much; floats and 16-bit levels would give them none.
+_LEAST_VARIANCE = 1e-5
 
 
 class GLEM(ConditionalFlow):
@@ -132,7 +135,7 @@ class GLEM(ConditionalFlow):
             preset: name of a flow size, see `flows.PRESETS`.
             image_shape: (C, H, W).
             classes, class_ids: names and identifiers in index order, by default the same.
-            bits: top bits of each channel that are modelled; None: 8 for uint8 images, all for others. The paper reports 5.
+            bits: top bits of each channel that are modelled; the paper reports 5. None: all bits.
             psi: (a, b, c) of the variances, None for plain variances.
             autoencoder: the flow models its latents in place of pixels; it is frozen. "taef2" (in the package),
                 "hub:org/name[@revision]" (see `open_autoencoder`), a module of the protocol `Autoencoder`, or any
@@ -329,8 +332,8 @@ class GLEM(ConditionalFlow):
             images = as_image_data(images, images.image_shape, classes)
             return cls._fit_private(images, autoencoder, privacy, parts, public, journal, device, progress)
         if flow is None:
-            about = dict(autoencoder=autoencoder, pixel_range=images.pixel_range)
-            base = cls.create("identity", images.image_shape, images.classes, **about)
+            shape, pixel_range = images.image_shape, images.pixel_range
+            base = cls.create("identity", shape, images.classes, autoencoder=autoencoder, pixel_range=pixel_range)
         else:
             base = as_model(flow)
         return (
@@ -465,8 +468,9 @@ class GLEM(ConditionalFlow):
     def _fit_classes(self, statistics: ClassStatistics, rank: int, shrinkage: float) -> Classes:
         # A flow leaves the dimensions of a class nearly independent. Pixels and latents of an autoencoder are not.
         identity, images = self.config.flow["coupling"] == "identity", int(statistics.counts().sum())
-        full = identity and statistics.whole and images >= _IMAGES_PER_DIMENSION * self.dim
-        return fit_classes(statistics, rank, shrinkage, self.config.psi, full)
+        eight = self.pixel_range.bits == 8
+        full = eight and identity and statistics.whole and images >= _IMAGES_PER_DIMENSION * self.dim
+        return fit_classes(statistics, rank, shrinkage, self.config.psi, full, 0.0 if eight else _LEAST_VARIANCE)
 
     @torch.no_grad()
     def adapt(

@@ -161,7 +161,7 @@ class RealLatents:
 
 
 class Drawn(NamedTuple):
-    """Latents [n, d] on the model's device; images [n, C, H, W] of the model's dtype on the CPU; which are implausible, bool [n]."""
+    """Latents [n, d] on the model's device; images [n, C, H, W] on the CPU; which are implausible, bool [n]."""
 
     latents: Tensor
     images: Tensor
