@@ -32,7 +32,7 @@ class Levels(Codec):
 
     def __init__(self, image_shape: tuple[int, int, int], bits: int = 8, pixel_range: PixelRange = UINT8) -> None:
         super().__init__(image_shape, image_shape, pixel_range)
-        self.count = 2**bits if pixel_range == UINT8 else pixel_range.levels
+        self.count = 2**bits if pixel_range == UINT8 else int(pixel_range.high - pixel_range.low) + 1
 
     def encode(self, x: Tensor, noise: Dequantisation = None) -> Tensor:
         return to_levels(x, self.count, self.dtype, noise, self.pixel_range)

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from glem_augment.errors import DataError
 
-# For each dtype: the lowest and the highest value that it can have.
-_LIMITS = {
-    "uint8": (0, 2**8 - 1),
-    "uint16": (0, 2**16 - 1),
-    "int16": (-(2**15), 2**15 - 1),
-    "float32": (-1e30, 1e30),
-}
-DTYPES = tuple(_LIMITS)
-_NARROWEST = 1e-4  # width of a range of floats, of its largest number: float32 keeps 10 bits of such values
-
-
-def dtype_name(x: Tensor) -> str:
-    """The dtype of a tensor as text, such as "uint8"."""
-    return str(x.dtype).removeprefix("torch.")
+# The lowest and the highest value of each dtype. float32 could hold more, but not the width of a range of them.
+_ENDS = {"uint8": (0, 255), "uint16": (0, 65535), "int16": (-32768, 32767), "float32": (-1e30, 1e30)}
+DTYPES = tuple(_ENDS)
+_NARROWEST = 1e-4  # a range's width over its largest number: float32 keeps 10 bits of such values
+MARGIN = 1.0  # decoded images that leave their range by more than its width are not plausible
 
 
 @dataclass(frozen=True)
@@ -48,19 +39,15 @@ class PixelRange:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"the dtype of images must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
-        lowest, highest = _LIMITS[self.dtype]
-        numbers = (self.low, self.high)
-        good = all(type(value) in (int, float) and lowest <= value <= highest for value in numbers)
-        good = good and self.low < self.high and (self.continuous or all(value == int(value) for value in numbers))
-        if not good:
-            raise ValueError(
-                f"a range of {self.dtype} must be two{'' if self.continuous else ' whole'} numbers, low < high, from "
-                f"{lowest:g} to {highest:g}; got {ascii(numbers)[:80]}"
-            )
-        if self.dtype == "uint8" and numbers != (lowest, highest):
-            raise ValueError(f"uint8 images go from 0 to 255, got {numbers}: leave the range out")
+        (lowest, highest), ends = _ENDS[self.dtype], (self.low, self.high)
+        good = all(type(end) in (int, float) and lowest <= end <= highest for end in ends) and self.low < self.high
+        good = good and (self.continuous or all(end == int(end) for end in ends))
+        if not good or (self.dtype == "uint8" and ends != (lowest, highest)):
+            wanted = "0 and 255" if self.dtype == "uint8" else f"low < high, from {lowest:g} to {highest:g}"
+            kind = "numbers" if self.continuous else "whole numbers"
+            raise ValueError(f"the range of {self.dtype} images must be two {kind}, {wanted}; got {str(ends)[:80]}")
         if self.high - self.low < max(_NARROWEST * max(abs(self.low), abs(self.high)), 1e-30):
-            raise ValueError(f"the range {numbers} is too narrow for float32: subtract an offset from the images")
+            raise ValueError(f"the range {ends} is too narrow for float32: subtract an offset from the images")
 
     def __str__(self) -> str:
         return f"{self.dtype} from {self.low:.6g} to {self.high:.6g}"
@@ -70,29 +57,19 @@ class PixelRange:
         """Whether the images are floats, which have no levels."""
         return self.dtype == "float32"
 
-    @property
+    @cached_property
     def torch_dtype(self) -> torch.dtype:
-        found: torch.dtype = getattr(torch, self.dtype)
-        return found
+        return getattr(torch, self.dtype)
 
     @property
     def bits(self) -> int:
         """Bits of a value: 8, 16 or 32."""
         return 8 * self.torch_dtype.itemsize
 
-    @property
-    def levels(self) -> int:
-        """The number of values of integers."""
-        return int(self.high - self.low) + 1
-
-    @property
+    @cached_property
     def limits(self) -> tuple[float, float]:
         """The lowest and the highest value of the images as floats: (0, 1) for integers."""
         return (float(self.low), float(self.high)) if self.continuous else (0.0, 1.0)
-
-    def fits_pil(self, channels: int) -> bool:
-        """Whether images are 8-bit grey or RGB, which PIL, shards and networks of photographs take."""
-        return self.dtype == "uint8" and channels in (1, 3)
 
     def to_floats(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Images of integers as floats in [0, 1]; other images as they are, in `dtype`."""
@@ -113,20 +90,33 @@ class PixelRange:
         low, high = self.limits
         return x.nan_to_num(nan=(low + high) / 2, posinf=high, neginf=low).clamp(low, high)
 
-    def need_8_bits(self, what: str) -> None:
-        """DataError, `what` takes no such images, unless they are uint8."""
-        if self.dtype != "uint8":
-            raise DataError(f"{what} needs 8-bit images, and these are {self}: convert them to 8 bits")
+    def plausible(self, x: Tensor) -> Tensor:
+        """Which float images [n, C, H, W] are finite and leave the range by `MARGIN` widths at most: bool [n]."""
+        (bottom, top), (low, high) = self.limits, x.flatten(1).aminmax(dim=1)
+        away = MARGIN * (top - bottom)
+        return (low >= bottom - away) & (high <= top + away)  # NaN compares false
+
+    def need_8_bits(self, what: str, channels: int | None = None) -> None:
+        """DataError unless images are uint8, and grey or RGB if `channels` are given: `what` takes no others."""
+        if self.dtype != "uint8" or channels not in (None, 1, 3):
+            of = "" if channels is None else f", {channels} channel{'s' * (channels > 1)}"
+            kind = "8-bit images" if channels is None else "8-bit grey or RGB images"
+            raise DataError(f"{what} needs {kind}, and these are {self}{of}: convert them, or leave it out")
 
 
 UINT8 = PixelRange()
 
 
-def measured(dtype: str, low: float, high: float, name: str) -> PixelRange:
-    """The range of images whose values go from `low` to `high`. DataError: NaN, infinity, or one value alone."""
-    if not math.isfinite(high - low):
-        raise DataError(f"{name} has values that are NaN or infinite: replace them")
-    try:
-        return PixelRange(dtype, low, high)
-    except ValueError as error:
-        raise DataError(f"{name}: {error}, or state the range with value_range=(low, high)") from None
+def in_range(x: Tensor) -> Tensor:
+    """Decoded 8-bit images in [0, 1], see `PixelRange.clamp`."""
+    return UINT8.clamp(x)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Decoded 8-bit images, float of any values, as uint8."""
+    return UINT8.from_floats(x)
+
+
+def dtype_name(x: Tensor) -> str:
+    """The dtype of a tensor as text, such as "uint8"."""
+    return str(x.dtype).removeprefix("torch.")

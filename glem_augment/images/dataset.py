@@ -6,14 +6,14 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from glem_augment.codec.pixel_range import UINT8, PixelRange, dtype_name, measured
+from glem_augment.codec.pixel_range import UINT8, PixelRange, dtype_name
 from glem_augment.distributed import Share, share
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.images.cropping import fit
@@ -23,6 +23,7 @@ from glem_augment.images.sources import open_source, tensor_source
 from glem_augment.images.threads import in_threads
 
 CACHE_BYTES = 2 * 2**30
+_RANGES = {"uint8": UINT8, "uint16": PixelRange("uint16", 0, 65535)}  # the ranges of other dtypes are measured
 ENLARGED = 3  # times: images that are enlarged as much get a warning
 OWN_SIZE, _HEADERS = 224, 32  # the longest side of images in pictures; how many headers `at_own_size` reads
 
@@ -79,7 +80,8 @@ class ImageData(Dataset):
         For dtypes and `value_range` see `open_data`.
         """
         source = tensor_source(x, y, classes, class_ids, name)
-        pixels, found = _in_range(source.images, name, value_range)
+        found = _range_of(source.images.dtype, name, value_range, lambda: _ends(source.images))
+        pixels = _clipped(source.images, found, name)
         return cls(source, (x.shape[1], x.shape[2], x.shape[3]), pixels=pixels, pixel_range=found)
 
     def __len__(self) -> int:
@@ -267,7 +269,7 @@ def open_data(
     try:
         sizes = np.zeros((len(rows), 2), dtype=np.int64)  # stored height and width
         shape: tuple[int, int, int] | None = None if size is None or channels is None else (channels, *size)
-        dtype: torch.dtype = getattr(torch, source.header(int(rows[0])).dtype)
+        dtype: torch.dtype = getattr(torch, source.header(int(rows[0]))[3])
         if shape is None or len(rows) * math.prod(shape) * dtype.itemsize > cache_bytes:
             found = _look_at_headers(source, rows, size is None, sizes, progress)
             shape = (channels or found[0], *(size or found[1:]))
@@ -276,10 +278,20 @@ def open_data(
             pixels = source.images.contiguous()
         elif len(rows) * math.prod(shape) * dtype.itemsize <= cache_bytes:
             pixels = _decode(source, rows, shape, dtype, progress, sizes)
-        if pixels is None:
-            pixel_range = _range_of_files(source, rows, shape, dtype, value_range, progress)
-        else:
-            pixels, pixel_range = _in_range(pixels, source.name, value_range)
+
+        def ends() -> tuple[float, float]:
+            if pixels is not None:
+                return _ends(pixels)
+            of_each = np.empty((len(rows), 2))
+
+            def one(index: int) -> None:
+                of_each[index] = _ends(_read(source, int(rows[index]), shape, dtype))
+
+            in_threads(one, len(rows), f"measuring {source.name}", progress, source.threads)
+            return float(of_each[:, 0].min()), float(of_each[:, 1].max())
+
+        pixel_range = _range_of(dtype, source.name, value_range, ends)
+        pixels = None if pixels is None else _clipped(pixels, pixel_range, source.name)
     except BadImageError as error:
         raise BadImageError(
             f"{error}, or leave such images out with skip_bad=True (on the command line: --skip-bad)"
@@ -288,69 +300,40 @@ def open_data(
     return ImageData(source, shape, rows, pixels, list(bad.values()), pixel_range)
 
 
-def _in_range(
-    pixels: torch.Tensor, name: str, value_range: tuple[float, float] | None
-) -> tuple[torch.Tensor, PixelRange]:
-    """Images [N,C,H,W] clipped to their range, and the range."""
-    found = _known_range(dtype_name(pixels), value_range)
-    if found is None:
-        found = _measured(pixels.dtype, _lowest_and_highest(pixels), name)
-    return _clipped(pixels, found, name), found
-
-
-def _range_of_files(
-    source: Source,
-    rows: np.ndarray,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    value_range: tuple[float, float] | None,
-    progress: bool,
+def _range_of(
+    dtype: torch.dtype, name: str, value_range: tuple[float, float] | None, ends: Callable[[], tuple[float, float]]
 ) -> PixelRange:
-    """The range of images that are not kept in memory; a range that must be measured takes one pass."""
-    if (known := _known_range(str(dtype).removeprefix("torch."), value_range)) is not None:
-        return known
-    ends = np.empty((len(rows), 2))
-
-    def one(index: int) -> None:
-        ends[index] = _lowest_and_highest(_read(source, int(rows[index]), shape, dtype))
-
-    in_threads(one, len(rows), f"measuring {source.name}", progress, source.threads)
-    return _measured(dtype, (float(ends[:, 0].min()), float(ends[:, 1].max())), source.name)
-
-
-def _known_range(dtype: str, value_range: tuple[float, float] | None) -> PixelRange | None:
-    """The range that the user states, or the default of a dtype; None: it must be measured."""
+    """The stated range, the default of a dtype, or the range that `ends` measures, with a warning that names it."""
+    kind, name = str(dtype).removeprefix("torch."), _printable(name)
     if value_range is not None:
-        low, high = value_range
-        return PixelRange(dtype, low, high)
-    return {"uint8": UINT8, "uint16": PixelRange("uint16", 0, 65535)}.get(dtype)
-
-
-def _measured(dtype: torch.dtype, ends: tuple[float, float], name: str) -> PixelRange:
-    found = measured(str(dtype).removeprefix("torch."), *ends, _printable(name))
-    warnings.warn(
-        f"the range of {_printable(name)} is measured: {found}; state it with value_range=(low, high) (--value-range)",
-        stacklevel=4,
-    )
+        return PixelRange(kind, *value_range)
+    if (known := _RANGES.get(kind)) is not None:
+        return known
+    try:
+        found = PixelRange(kind, *ends())
+    except ValueError as error:
+        raise DataError(f"{name}: {error}, or state value_range=(low, high)") from None
+    warnings.warn(f"the range of {name} is measured: {found}; state it with value_range=, --value-range", stacklevel=3)
     return found
 
 
-def _lowest_and_highest(pixels: torch.Tensor) -> tuple[float, float]:
-    values = pixels.numpy()  # torch has no minimum of uint16
-    return float(values.min()), float(values.max())
+def _ends(pixels: torch.Tensor) -> tuple[float, float]:
+    """The lowest and the highest value."""
+    return float(pixels.numpy().min()), float(pixels.numpy().max())  # torch has neither for uint16
 
 
 def _clipped(pixels: torch.Tensor, pixel_range: PixelRange, name: str) -> torch.Tensor:
-    """Images clipped to the range, with a warning if that changes them."""
-    if pixel_range == UINT8:
+    """Images clipped to the range, with a warning if that changes them. DataError: NaN."""
+    if pixel_range in _RANGES.values():
         return pixels
-    low, high = _lowest_and_highest(pixels)
+    low, high = _ends(pixels)
     if not math.isfinite(high - low):
         raise DataError(f"{_printable(name)} has values that are NaN or infinite: replace them")
     if pixel_range.low <= low and high <= pixel_range.high:
         return pixels
-    warnings.warn(f"{_printable(name)} has values outside {pixel_range}, which are clipped", stacklevel=4)
-    return torch.from_numpy(pixels.numpy().clip(*(np.array((pixel_range.low, pixel_range.high), pixels.numpy().dtype))))
+    warnings.warn(f"{_printable(name)} has values outside {pixel_range}, which are clipped", stacklevel=3)
+    values = pixels.numpy()
+    return torch.from_numpy(values.clip(*np.array([pixel_range.low, pixel_range.high], values.dtype)))
 
 
 def _warn_enlarged(name: str, sizes: np.ndarray, size: tuple[int, int]) -> None:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as F
 
 from glem_augment.codec.pixel_range import DTYPES, dtype_name
 from glem_augment.errors import BadImageError
-from glem_augment.images.arrays import array_header, check_values, is_array, read_array
+from glem_augment.images.arrays import EXTENSIONS, check_layout, read_array
 from glem_augment.images.matching import check_targets
 
 GREY_MODES = ("L", "1", "LA")
@@ -81,15 +81,6 @@ def to_tensor(image: Image.Image, channels: int) -> Tensor:
     return F.pil_to_tensor(image if image.mode == mode else image.convert(mode)).contiguous()
 
 
-class Header(NamedTuple):
-    """The number of channels of an image, its size, and the name of its dtype."""
-
-    channels: int
-    height: int
-    width: int
-    dtype: str
-
-
 @dataclass
 class Source(Dataset, ABC):
     """Labelled images that can be opened one by one; for the attributes see `ImageData`.
@@ -115,10 +106,9 @@ class Source(Dataset, ABC):
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
         with self._checked(index) as image:
-            if isinstance(image, Image.Image) and dtype_of(image) == "uint8":
-                image = image.convert("L" if image.mode in GREY_MODES else "RGB")
-            elif isinstance(image, Image.Image):
-                image = to_tensor(image, 1)
+            if isinstance(image, Image.Image):
+                grey, deep = image.mode in GREY_MODES, dtype_of(image) != "uint8"
+                image = to_tensor(image, 1) if deep else image.convert("L" if grey else "RGB")
             return image, int(self.targets[index])
 
     def where(self, index: int) -> str:
@@ -129,13 +119,13 @@ class Source(Dataset, ABC):
     def open(self, index: int) -> Image.Image | Tensor:
         """Image `index`: a PIL image with its header read, or a tensor [C,H,W]."""
 
-    def header(self, index: int) -> Header:
-        """Facts of image `index`. Raises BadImageError."""
+    def header(self, index: int) -> tuple[int, int, int, str]:
+        """(C, H, W) of image `index`, and the name of its dtype. Raises BadImageError."""
         with self._checked(index) as image:
             if isinstance(image, Tensor):
-                return Header(image.shape[0], image.shape[1], image.shape[2], dtype_name(image))
+                return len(image), image.shape[1], image.shape[2], dtype_name(image)
             grey = image.mode in GREY_MODES or dtype_of(image) != "uint8"
-            return Header(1 if grey else 3, image.height, image.width, dtype_of(image))
+            return 1 if grey else 3, image.height, image.width, dtype_of(image)
 
     def pixels(self, index: int, channels: int) -> Tensor:
         """Image `index` as [C,H,W] in its dtype, not resized. Raises BadImageError.
@@ -143,27 +133,24 @@ class Source(Dataset, ABC):
         It has `channels` channels if it is 8-bit and grey or RGB, and its own number otherwise.
         """
         with self._checked(index) as image:
-            return image if isinstance(image, Tensor) else to_tensor(image, channels)
+            found = image if isinstance(image, Tensor) else to_tensor(image, channels)
+        if found.is_floating_point() and not bool(found.isfinite().all()):
+            raise BadImageError(f"{self.where(index)} has values that are NaN or infinite: replace them")
+        return found
 
     @contextmanager
     def _checked(self, index: int) -> Iterator[Image.Image | Tensor]:
         """Open image `index`. An error in the `with` block becomes a BadImageError that names the image."""
-        with self._named(index):
-            found, where = self.open(index), self.where(index)
+        where = self.where(index)
+        try:
+            found = self.open(index)
             if isinstance(found, Tensor):
-                check_values(found, where)
+                check_layout(tuple(found.shape), where)
                 yield found
                 return
             with found as image:
                 check_header(image, where)
                 yield image
-
-    @contextmanager
-    def _named(self, index: int) -> Iterator[None]:
-        """An error in the `with` block becomes a BadImageError that names image `index`."""
-        where = self.where(index)
-        try:
-            yield
         except BadImageError:
             raise
         except Exception as error:  # decoders raise nearly anything on damaged bytes
@@ -182,21 +169,10 @@ class FolderSource(Source):
         return self.paths[index]
 
     def open(self, index: int) -> Image.Image | Tensor:
-        path = self._regular(index)
-        return read_array(path) if is_array(path) else open_image(path)
-
-    def header(self, index: int) -> Header:
-        if not is_array(self.paths[index]):
-            return super().header(index)
-        with self._named(index):
-            shape, dtype = array_header(self._regular(index))
-            return Header(*shape, dtype)
-
-    def _regular(self, index: int) -> str:
         path = self.paths[index]
         if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would wait for a writer
             raise OSError("it is no regular file")
-        return path
+        return read_array(path) if path.lower().endswith(EXTENSIONS) else open_image(path)
 
 
 @dataclass
@@ -206,11 +182,11 @@ class TensorSource(Source):
     images: Tensor
 
     def open(self, index: int) -> Image.Image | Tensor:
-        return _as_pil(self.images[index].clone(memory_format=torch.contiguous_format))
+        return as_pil(self.images[index].clone(memory_format=torch.contiguous_format))
 
-    def header(self, index: int) -> Header:
+    def header(self, index: int) -> tuple[int, int, int, str]:
         _, channels, height, width = self.images.shape
-        return Header(channels, height, width, dtype_name(self.images))
+        return channels, height, width, dtype_name(self.images)
 
     def pixels(self, index: int, channels: int) -> Tensor:
         if self.images.shape[1] != channels:
@@ -229,7 +205,7 @@ class ItemSource(Source):
     def open(self, index: int) -> Image.Image | Tensor:
         image = self.items[index][self.key]
         if isinstance(image, Tensor) and dtype_name(image) in DTYPES:
-            return _as_pil(image)
+            return as_pil(image)
         if getattr(image, "dtype", None) == np.uint8:
             return F.to_pil_image(image)
         if not isinstance(image, Image.Image):
@@ -254,6 +230,6 @@ class ReaderSource(Source):
             return open_image(io.BytesIO(file.read()))
 
 
-def _as_pil(image: Tensor) -> Image.Image | Tensor:
+def as_pil(image: Tensor) -> Image.Image | Tensor:
     """uint8 [1,H,W] or [3,H,W] as a PIL image, which can be converted; other images as they are."""
     return F.to_pil_image(image) if image.dtype == torch.uint8 and image.shape[0] in (1, 3) else image

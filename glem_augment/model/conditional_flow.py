@@ -19,7 +19,6 @@ from glem_augment.classes.modes import ClassModes
 from glem_augment.codec.autoencoder import StandardisedAutoencoder
 from glem_augment.codec.codec import Codec, Dequantisation
 from glem_augment.codec.levels import draw_noise
-from glem_augment.codec.pixel_range import PixelRange
 from glem_augment.distributed import gather
 from glem_augment.errors import ClassMismatchError
 from glem_augment.flows import Flow
@@ -56,6 +55,7 @@ class ConditionalFlow(nn.Module):
     def __init__(self, config: GLEMConfig) -> None:
         super().__init__()
         self.config, self.image_shape, self.dim, self.bits = config, config.image_shape, config.dim, config.bits
+        self.pixel_range = config.pixel_range
         self.classes, self.class_ids = list(config.class_names), list(config.class_ids)
         self.class_to_idx = {name: index for index, name in enumerate(self.classes)}
         self.num_classes = len(self.classes)
@@ -69,10 +69,6 @@ class ConditionalFlow(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.gaussians.mu.dtype
-
-    @property
-    def pixel_range(self) -> PixelRange:
-        return self.config.pixel_range
 
     @property
     def likelihood(self) -> tuple[str, str, float]:

@@ -114,18 +114,16 @@ class GLEMConfig:
     def _check_pixels(self) -> None:
         found: Any = self.pixel_range
         if not isinstance(found, PixelRange):
-            _demand(_is_table(found, {"dtype", "low", "high"}), "pixel_range must have dtype, low and high", found)
-            _demand(isinstance(found["dtype"], str), "the dtype of images must be a name", found)
+            good = _is_table(found, {"dtype", "low", "high"}) and _are_names([found["dtype"]])
+            _demand(good, "pixel_range must have dtype, low and high", found)
             try:
                 self.pixel_range = PixelRange(**found)
             except ValueError as error:
                 raise ModelFileError(f"pixel_range: {error}") from None
-        bits = self.pixel_range.bits
-        _demand(self.autoencoder is None or bits == 8, "an autoencoder takes uint8 images", found)
-        if bits == 8:
-            _demand(is_whole(self.bits, 1, 8), "bits must be a whole number from 1 to 8", self.bits)
-        else:
-            _demand(is_whole(self.bits, bits, bits), f"bits must be {bits} for {self.pixel_range.dtype}", self.bits)
+        most = self.pixel_range.bits
+        _demand(self.autoencoder is None or most == 8, "an autoencoder takes uint8 images", found)
+        least = 1 if most == 8 else most
+        _demand(is_whole(self.bits, least, most), f"bits must be a whole number from {least} to {most}", self.bits)
 
     def _check_classes(self) -> None:
         for name in ("class_ids", "class_names"):

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, Subset
-from torchvision.transforms.functional import to_pil_image
 
 from glem_augment.checks import check_number
 from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData, LabelledImages, open_data
 from glem_augment.images.matching import ClassMap, match_classes, of_hugging_face
+from glem_augment.images.readers import as_pil
 from glem_augment.images.sources import open_source
 from glem_augment.synthetic.dataset import SyntheticDataset
 
@@ -121,8 +121,7 @@ class RealAndSynthetic(Dataset):
         drawn, as_tensors = self.synthetic, isinstance(_innermost(self.real), ImageData)
         if isinstance(drawn, ImageData):
             images = drawn.subset(indices).tensor()
-            pil = drawn.pixel_range.fits_pil(drawn.image_shape[0]) and not as_tensors
-            pictures: Iterable[Any] = map(to_pil_image, images) if pil else images
+            pictures: Iterable[Any] = images if as_tensors else map(as_pil, images)
         elif as_tensors and drawn.transform is None:
             return drawn.images(indices)
         else:

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from glem_augment.checks import FORMATS, DrawSource, Format, check_choice, check_whole
 from glem_augment.images.dataset import check_indices
 from glem_augment.images.matching import ClassMap
+from glem_augment.images.readers import as_pil
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.synthetic.sampler import (
@@ -136,8 +136,7 @@ class SyntheticDataset(Dataset):
 
     def pictures(self, indices: Sequence[int]) -> list[Any]:
         """The images of several items, after the transform."""
-        images = self.images(indices)
-        pictures = map(to_pil_image, images) if self.pixel_range.fits_pil(self.image_shape[0]) else images
+        pictures = map(as_pil, self.images(indices))
         return [picture if self.transform is None else self.transform(picture) for picture in pictures]
 
     def images(self, indices: Sequence[int]) -> Tensor:

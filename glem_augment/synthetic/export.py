@@ -34,7 +34,6 @@ from glem_augment import __version__
 from glem_augment.augment.state import MOST_REJECTED
 from glem_augment.checks import FORMATS, Format
 from glem_augment.distributed import gather, rank, world_size
-from glem_augment.errors import DataError
 from glem_augment.hub import upload, write_card
 from glem_augment.hub.cards import CardFacts, dataset_card
 from glem_augment.images.sources import CLASS_FILE, PROVENANCE
@@ -46,6 +45,7 @@ from glem_augment.synthetic.sampler import Drawn, Plan
 CHECKSUMS = "checksums.sha256"
 # Many shards, since a loader gives each worker whole shards.
 MAX_SHARDS, MIN_SHARD = 64, 32
+_IN_PNG = ((1, "uint8"), (3, "uint8"), (1, "uint16"))  # channels and dtypes that PNG files hold
 _WORK = ".glem-export"  # the hidden folder with the images of shards
 # Files beside the shards: a description for timm's reader, a card, and the picture of a quality report.
 _SHARDS_INFO, _CARD, _PICTURE = "data/_info.json", "README.md", "report.png"
@@ -92,7 +92,7 @@ def export_set(
         How many images without a plausible draw all ranks wrote in this call.
     """
     if form == "webdataset":
-        check_shards(plan)
+        plan.need_8_bits()
     folder, facts = expand(folder), facts or CardFacts()
     ranks = _Ranks(0, 1, None)
     if distributed and world_size() > 1:
@@ -148,7 +148,7 @@ def push_dataset(
         HubError: no network, no permission, ...; nothing has been committed then.
         OSError: no space for temporary files, which take twice the space of the images.
     """
-    check_shards(plan)
+    plan.need_8_bits()
     if report is not None:
         plan.model.refuse_if_private("a report on the card")
     facts = CardFacts(license, license_name, license_link, report=report)
@@ -307,7 +307,8 @@ def _write_images(
     plan: Plan, draw: Draw, folders: dict[int, str], root: Path, ranks: _Ranks, progress: bool
 ) -> tuple[list[str], int]:
     """Write root/<class>/NNNNNN.png, or .npy. Returns the paths of all images, and the number of implausible draws."""
-    ending = "npy" if (write := _writer(plan)) is _write_npy else "png"
+    channels, dtype = plan.model.image_shape[0], plan.model.pixel_range.dtype
+    ending = "png" if (channels, dtype) in _IN_PNG else "npy"
     blocks = []  # (class, number, paths), class after class in the order of the labels
     for cls in plan.order:
         images = [f"{folders[cls]}/{i:06d}.{ending}" for i in range(plan.counts[cls])]
@@ -324,7 +325,7 @@ def _write_images(
     ):
         for cls, number, paths in missing:
             drawn = draw(cls, number)
-            list(pool.map(write, (root / path for path in paths), drawn.images))
+            list(pool.map(_write_image, (root / path for path in paths), drawn.images))
             implausible += int(drawn.implausible.sum())
             bar.update(len(paths))
     ranks.gather(None)
@@ -336,38 +337,15 @@ def _is_there(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def _writer(plan: Plan) -> Callable[[Path, torch.Tensor], None]:
-    """The function that writes an image of the set: 8-bit grey or RGB, 16-bit grey, or any other."""
-    channels, pixel_range = plan.model.image_shape[0], plan.model.pixel_range
-    if pixel_range.fits_pil(channels):
-        return _write_png
-    return _write_deep_png if (channels, pixel_range.dtype) == (1, "uint16") else _write_npy
-
-
-# A sync of every small file takes longer than everything else.
-def _write_png(path: Path, image: torch.Tensor) -> None:
+def _write_image(path: Path, image: torch.Tensor) -> None:
+    # A sync of every small file takes longer than everything else.
     with atomic_write(path, sync=False) as file:
-        file.write(encode_png(image).numpy().tobytes())
-
-
-def _write_deep_png(path: Path, image: torch.Tensor) -> None:
-    with atomic_write(path, sync=False) as file:
-        Image.fromarray(image[0].numpy()).save(file, "PNG")
-
-
-def _write_npy(path: Path, image: torch.Tensor) -> None:
-    with atomic_write(path, sync=False) as file:
-        np.lib.format.write_array(file, image.numpy(), allow_pickle=False)
-
-
-def check_shards(plan: Plan) -> None:
-    """DataError: images that readers of shards would not decode."""
-    channels, pixel_range = plan.model.image_shape[0], plan.model.pixel_range
-    if not pixel_range.fits_pil(channels):
-        raise DataError(
-            f"shards hold 8-bit images, grey or RGB, and these are {pixel_range} of {channels} channels: export an "
-            "ImageFolder (--format imagefolder)"
-        )
+        if path.suffix == ".npy":
+            np.lib.format.write_array(file, image.numpy(), allow_pickle=False)
+        elif image.dtype == torch.uint8:
+            file.write(encode_png(image).numpy().tobytes())
+        else:
+            Image.fromarray(image[0].numpy()).save(file, "PNG")
 
 
 # ---- shards --------------------------------------------------------------------------------------------------------

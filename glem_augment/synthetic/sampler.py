@@ -19,7 +19,6 @@ from torch import Tensor
 
 from glem_augment.checks import SOURCES, DrawSource, check_choice, check_number, check_whole
 from glem_augment.classes.modes import mix_along_modes
-from glem_augment.codec.plausible import MARGIN, plausible
 from glem_augment.images.dataset import ImageData, LabelledImages, as_image_data
 from glem_augment.images.matching import ClassMap, check_targets, match_classes
 from glem_augment.images.readers import Source
@@ -75,6 +74,10 @@ class Plan:
     block: int
     settings: dict[str, Any]
     real_name: str | None = None
+
+    def need_8_bits(self) -> None:
+        """DataError: readers of shards would not decode the images."""
+        self.model.pixel_range.need_8_bits("the format webdataset", self.model.image_shape[0])
 
 
 def label_order(counts: Sequence[int], real: Real | None) -> list[int]:
@@ -223,7 +226,7 @@ class Sampler:
         with evaluating(model):
             z = self.latents(cls, within)
             x = model.decode(z, clamp=False)
-            bad = ~plausible(x, MARGIN, model.pixel_range)
+            bad = ~model.pixel_range.plausible(x)
             for attempt in range(1, MAX_ATTEMPTS):
                 rows = bad.nonzero()[:, 0]
                 if not len(rows):
@@ -231,7 +234,7 @@ class Sampler:
                 again = rows.cpu().numpy()
                 z[rows] = self.latents(cls[again], within[again], attempt)
                 x[rows] = model.decode(z[rows], clamp=False)
-                bad[rows] = ~plausible(x[rows], MARGIN, model.pixel_range)
+                bad[rows] = ~model.pixel_range.plausible(x[rows])
         return Drawn(z, model.pixel_range.from_floats(x).cpu(), bad.cpu().numpy())
 
     def latents(self, cls: np.ndarray, within: np.ndarray, attempt: int = 0) -> Tensor:
