@@ -102,7 +102,7 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int], pixel_range: Pixe
         if not (low >= bottom - slack and high <= top + slack):
             fix = f"pass {wanted.dtype} images, divide by {wanted.high}, or undo the normalisation"
             if wanted.continuous:
-                fix = "clamp them, or open them with open_data(..., value_range=model.pixel_range.limits)"
+                fix = "clamp them, or open them with open_data(..., value_range=model.pixel_range)"
             raise ValueError(
                 f"float images must lie in [{bottom:.6g},{top:.6g}], got values from {low:.4g} to {high:.4g}; {fix}"
             )

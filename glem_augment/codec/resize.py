@@ -89,12 +89,11 @@ class PixelAdapter:
         width, span = top - bottom, f"[{bottom:g}, {top:g}]"
         if self.mean is None or self.std is None:
             if not (low >= bottom - RANGE_SLACK * width and high <= top + RANGE_SLACK * width):
+                most = self.range.high
+                fix = "" if self.range.continuous else f", and divide images of 0 to {most} by {most}"
                 raise ValueError(
                     f"float images must be in {span}, got values from {low:.4g} to {high:.4g}; give mean and std if "
-                    f"they are normalised, and divide images of 0 to {self.range.high} by {self.range.high}"
-                    if not self.range.continuous
-                    else f"images must be in {span}, the model's range, got values from {low:.4g} to {high:.4g}; give "
-                    "mean and std if they are normalised"
+                    f"they are normalised{fix}"
                 )
             return
         unit = (self.to_floats(x) - bottom) / width

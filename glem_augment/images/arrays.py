@@ -30,7 +30,7 @@ def read_array(path: str) -> Tensor:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         read_as = _READ_AS.get(dtype.name, dtype.name)
         if dtype.hasobject or read_as not in DTYPES:
-            found = "Python objects, which are never loaded" if dtype.hasobject else ascii(dtype.name)[:40]
+            found = "Python objects, which are never loaded" if dtype.hasobject else dtype.name
             raise BadImageError(f"{path} holds {found}: save it as {', '.join(DTYPES)}")
         shape = (1, *shape) if len(shape) == 2 else shape
         check_layout(shape, path)

@@ -22,6 +22,8 @@ from glem_augment.images.readers import Source, TensorSource
 from glem_augment.images.sources import open_source, tensor_source
 from glem_augment.images.threads import in_threads
 
+Limits: TypeAlias = tuple[float, float] | PixelRange
+
 CACHE_BYTES = 2 * 2**30
 _RANGES = {"uint8": UINT8, "uint16": PixelRange("uint16", 0, 65535)}  # the ranges of other dtypes are measured
 ENLARGED = 3  # times: images that are enlarged as much get a warning
@@ -73,7 +75,7 @@ class ImageData(Dataset):
         classes: Sequence[str],
         class_ids: Sequence[str] | None = None,
         name: str = "tensors",
-        value_range: tuple[float, float] | None = None,
+        value_range: Limits | None = None,
     ) -> ImageData:
         """Images x [N,C,H,W] with labels y, N class indices, under K unique names (and ids).
 
@@ -208,7 +210,7 @@ def open_data(
     progress: bool = True,
     skip_bad: bool = False,
     unlabelled: bool = False,
-    value_range: tuple[float, float] | None = None,
+    value_range: Limits | None = None,
 ) -> ImageData:
     """Open labelled images, or images without classes.
 
@@ -243,9 +245,10 @@ def open_data(
             before anything else.
         unlabelled: give all images one class, called "image". A folder may then nest its images in any way (folders
             named train, test, ... are splits), and a tensor [N,C,H,W] needs no labels.
-        value_range: (low, high), the values of black and white. None: 0 to 255 for uint8, 0 to 65535 for uint16; for
-            int16 and floats the lowest and the highest value of these images, with a warning that names them. Values
-            outside are clipped, with a warning. Test images need the range of the training images.
+        value_range: (low, high), the values of black and white, or the `pixel_range` of a model or of training images,
+            which test images need. None: 0 to 255 for uint8, 0 to 65535 for uint16; for int16 and floats the lowest and
+            the highest value of these images, with a warning that names them. Values outside are clipped, with a
+            warning.
 
     Returns:
         The data, decoded if they fit in `cache_bytes`; otherwise every header has been checked.
@@ -301,14 +304,16 @@ def open_data(
 
 
 def _range_of(
-    dtype: torch.dtype, name: str, value_range: tuple[float, float] | None, ends: Callable[[], tuple[float, float]]
+    dtype: torch.dtype, name: str, value_range: Limits | None, ends: Callable[[], tuple[float, float]]
 ) -> PixelRange:
     """The stated range, the default of a dtype, or the range that `ends` measures, with a warning that names it."""
     kind, name = str(dtype).removeprefix("torch."), _printable(name)
-    if value_range is not None:
-        return PixelRange(kind, *value_range)
-    if (known := _RANGES.get(kind)) is not None:
-        return known
+    if isinstance(value_range, PixelRange) and value_range.dtype != kind:
+        fix = "fit a model to these images (GLEM.fit)"
+        raise DataError(f"{name} has images of {kind}, the model takes {value_range}: {fix}")
+    known = _RANGES.get(kind) if value_range is None else value_range
+    if known is not None:
+        return known if isinstance(known, PixelRange) else PixelRange(kind, *known)
     try:
         found = PixelRange(kind, *ends())
     except ValueError as error:
@@ -323,17 +328,15 @@ def _ends(pixels: torch.Tensor) -> tuple[float, float]:
 
 
 def _clipped(pixels: torch.Tensor, pixel_range: PixelRange, name: str) -> torch.Tensor:
-    """Images clipped to the range, with a warning if that changes them. DataError: NaN."""
+    """Images clipped to the range, with a warning if that changes them."""
     if pixel_range in _RANGES.values():
         return pixels
-    low, high = _ends(pixels)
-    if not math.isfinite(high - low):
-        raise DataError(f"{_printable(name)} has values that are NaN or infinite: replace them")
-    if pixel_range.low <= low and high <= pixel_range.high:
+    values = pixels.numpy()
+    low, high = np.array([pixel_range.low, pixel_range.high], values.dtype)
+    if low <= values.min() and values.max() <= high:
         return pixels
     warnings.warn(f"{_printable(name)} has values outside {pixel_range}, which are clipped", stacklevel=3)
-    values = pixels.numpy()
-    return torch.from_numpy(values.clip(*np.array([pixel_range.low, pixel_range.high], values.dtype)))
+    return torch.from_numpy(values.clip(low, high))
 
 
 def _warn_enlarged(name: str, sizes: np.ndarray, size: tuple[int, int]) -> None:
@@ -362,7 +365,7 @@ def as_image_data(
     """
     channels, height, width = image_shape
     if not isinstance(data, ImageData):
-        options |= {} if pixel_range == UINT8 else {"value_range": (pixel_range.low, pixel_range.high)}
+        options["value_range"] = pixel_range
         data = open_data(data, image_size=(height, width), channels=channels if channels in (1, 3) else None, **options)
     names = data.classes if classes is None else [str(name) for name in classes]
     if names != data.classes:
@@ -374,9 +377,10 @@ def as_image_data(
             f"open_data(..., image_size=({height}, {width}), channels={channels})"
         )
     if data.pixel_range != pixel_range:
-        stated = f"open the data with open_data(..., value_range=({pixel_range.low}, {pixel_range.high}))"
-        fix = stated if data.pixel_range.dtype == pixel_range.dtype else "fit a model to these images (GLEM.fit)"
-        raise DataError(f"{data.name} has images of {data.pixel_range}, the model takes {pixel_range}: {fix}")
+        raise DataError(
+            f"{data.name} has images of {data.pixel_range}, the model takes {pixel_range}: open them with "
+            "open_data(..., value_range=model.pixel_range), or fit a model to them (GLEM.fit)"
+        )
     return data
 
 

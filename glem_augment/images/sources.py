@@ -335,6 +335,8 @@ def tensor_source(
         raise TypeError(f"images must be {', '.join(DTYPES)}, got {x.dtype}")
     if x.ndim != 4 or x.numel() == 0:
         raise DataError(f"images must be [N,C,H,W], and at least one, got shape {tuple(x.shape)}")
+    if x.is_floating_point() and not bool(x.isfinite().all()):
+        raise DataError(f"{name} has values that are NaN or infinite: replace them")
     ids = list(classes if class_ids is None else class_ids)
     check_names(classes, ids)
     return TensorSource(name, list(classes), ids, check_targets(y, len(x)), x.detach().cpu().contiguous())

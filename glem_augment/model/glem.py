@@ -30,7 +30,7 @@ from glem_augment.codec.levels import Levels, Values
 from glem_augment.codec.pixel_range import UINT8, PixelRange
 from glem_augment.errors import ModelFileError
 from glem_augment.flows import Flow, build_flow, check_flow, resolve_preset
-from glem_augment.images.dataset import ImageData, LabelledImages, as_image_data, images_for, open_data
+from glem_augment.images.dataset import ImageData, LabelledImages, Limits, as_image_data, images_for, open_data
 from glem_augment.images.matching import ONE_CLASS, ClassMap
 from glem_augment.model.conditional_flow import ConditionalFlow
 from glem_augment.model.config import GLEMConfig
@@ -215,12 +215,13 @@ class GLEM(ConditionalFlow):
         return model
 
     @classmethod
-    def from_bijection(cls, module: Flow, image_shape: tuple[int, int, int]) -> GLEM:
+    def from_bijection(cls, module: Flow, image_shape: tuple[int, int, int], pixel_range: PixelRange = UINT8) -> GLEM:
         """A model around a user's flow, in eval mode, with one class, "image", a standard normal; see `adapt`.
 
         Args:
             module: a subclass of `flows.Flow`. It is not copied, and from now on frozen and in eval mode.
             image_shape: (C, H, W).
+            pixel_range: see `create`.
 
         Raises:
             TypeError, ValueError: see `flows.check_flow`.
@@ -228,7 +229,8 @@ class GLEM(ConditionalFlow):
         check_flow(module, image_shape)
         config = GLEMConfig(
             flow={"image_shape": list(image_shape), "coupling": "custom", "module": type(module).__qualname__},
-            bits=8,
+            bits=pixel_range.bits,
+            pixel_range=pixel_range,
             psi=None,
             class_ids=[ONE_CLASS],
             class_names=[ONE_CLASS],
@@ -284,7 +286,7 @@ class GLEM(ConditionalFlow):
         public: LabelledImages = None,
         journal: str | os.PathLike[str] | None = None,
         image_size: int | tuple[int, int] | None = None,
-        value_range: tuple[float, float] | None = None,
+        value_range: Limits | None = None,
         classes: Sequence[str] | None = None,
         split: str = "train",
         rank: int = 64,
