@@ -237,7 +237,7 @@ def open_data(
         image_size: (H,W), or one number for both: images are resized to cover it (bilinear with antialias) and cropped
             at the centre. None: the size that they share.
         channels: 1 (luma) or 3. None: 1 if all images are grey, otherwise 3. Arrays, and images of more than 8 bits,
-            keep theirs. As in torchvision and timm, transparency and EXIF orientation are ignored, and animations give
+            keep their channels. As in torchvision and timm, transparency and EXIF orientation are ignored, and animations give
             their first frame.
         cache_bytes: keep all decoded images in memory if they take no more than this.
         progress: show a bar on stderr when decoding takes longer than two seconds.
@@ -256,9 +256,9 @@ def open_data(
     Raises:
         FileNotFoundError: no such file or folder. ValueError: a wrong `image_size`, `channels` or `value_range`.
         BadImageError: an image that cannot be read, has more than 33.6 million pixels (67.1 of a JPEG, which is
-            decoded at a quarter of its size from 33.6 on), has bits that PIL drops, or is of another dtype.
-        DataError: an unknown name or split, a class without images, different sizes without `image_size`, different
-            channels of arrays, NaN.
+            decoded at a quarter of its size from 33.6 on), has bits that PIL drops, NaN, or another dtype or number of
+            channels than the first image.
+        DataError: an unknown name or split, a class without images, different sizes without `image_size`.
         TypeError: another kind of `data`, or labels that are no integers.
     """
     size = _pair(image_size)
@@ -285,13 +285,13 @@ def open_data(
         def ends() -> tuple[float, float]:
             if pixels is not None:
                 return _ends(pixels)
-            of_each = np.empty((len(rows), 2))
+            found: list[tuple[float, float]] = []
 
             def one(index: int) -> None:
-                of_each[index] = _ends(_read(source, int(rows[index]), shape, dtype))
+                found.append(_ends(_read(source, int(rows[index]), shape, dtype)))
 
             in_threads(one, len(rows), f"measuring {source.name}", progress, source.threads)
-            return float(of_each[:, 0].min()), float(of_each[:, 1].max())
+            return min(low for low, _ in found), max(high for _, high in found)
 
         pixel_range = _range_of(dtype, source.name, value_range, ends)
         pixels = None if pixels is None else _clipped(pixels, pixel_range, source.name)
@@ -312,8 +312,12 @@ def _range_of(
         fix = "fit a model to these images (GLEM.fit)"
         raise DataError(f"{name} has images of {kind}, the model takes {value_range}: {fix}")
     known = _RANGES.get(kind) if value_range is None else value_range
+    if isinstance(known, PixelRange):
+        return known
     if known is not None:
-        return known if isinstance(known, PixelRange) else PixelRange(kind, *known)
+        if np.shape(known) != (2,):
+            raise ValueError(f"value_range must be (low, high), got {known!r}")
+        return PixelRange(kind, *np.asarray(known).tolist())
     try:
         found = PixelRange(kind, *ends())
     except ValueError as error:

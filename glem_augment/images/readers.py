@@ -130,7 +130,7 @@ class Source(Dataset, ABC):
     def pixels(self, index: int, channels: int) -> Tensor:
         """Image `index` as [C,H,W] in its dtype, not resized. Raises BadImageError.
 
-        It has `channels` channels if it is 8-bit and grey or RGB, and its own number otherwise.
+        8-bit grey and RGB images are converted to `channels` channels, other images are not.
         """
         with self._checked(index) as image:
             found = image if isinstance(image, Tensor) else to_tensor(image, channels)

@@ -190,6 +190,10 @@ def test_tensors_have_ranges_too() -> None:
     data = ImageData.from_tensors(x, y, ["a", "b"], value_range=(-20, 20))
     assert torch.equal(data.tensor(), x) and data.pixel_range == PixelRange("float32", -20, 20)
     assert open_data((torch.from_numpy(X16[:, None]), y)).pixel_range.dtype == "uint16"
+    ends = np.float32(-20), torch.tensor(20.0)
+    assert open_data((x, y), value_range=ends).pixel_range == data.pixel_range  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"value_range must be .low, high., got 5"):
+        open_data((x, y), value_range=5)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="NaN"):
         open_data((x * float("nan"), y))
     with pytest.raises(DataError, match="state value_range"), np.errstate(all="ignore"):
