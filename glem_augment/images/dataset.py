@@ -237,8 +237,8 @@ def open_data(
         image_size: (H,W), or one number for both: images are resized to cover it (bilinear with antialias) and cropped
             at the centre. None: the size that they share.
         channels: 1 (luma) or 3. None: 1 if all images are grey, otherwise 3. Arrays, and images of more than 8 bits,
-            keep their channels. As in torchvision and timm, transparency and EXIF orientation are ignored, and animations give
-            their first frame.
+            keep their channels. As in torchvision and timm, transparency and EXIF orientation are ignored, and
+            animations give their first frame.
         cache_bytes: keep all decoded images in memory if they take no more than this.
         progress: show a bar on stderr when decoding takes longer than two seconds.
         skip_bad: leave out images that cannot be used, and list them in `skipped`. All images are then decoded once
