@@ -85,7 +85,7 @@ class Codec(nn.Module):
 def check_images(x: Tensor, image_shape: tuple[int, int, int], pixel_range: PixelRange | None = None) -> None:
     """TypeError or ValueError unless `x` is a batch of images of `image_shape` (C, H, W).
 
-    The range of float images is not checked without `pixel_range`, nor on an accelerator, where the host would wait.
+    The range of images is not checked without `pixel_range`, nor on an accelerator, where the host would wait.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"images must be a Tensor [B,C,H,W], got {type(x).__name__}")
@@ -96,21 +96,23 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int], pixel_range: Pixe
     if x.dtype != wanted.torch_dtype and not x.is_floating_point():
         either = "floating point" if wanted.continuous else f"{wanted.dtype}, or float in [0,1]"
         raise TypeError(f"images must be {either}; got {x.dtype}")
-    if x.is_floating_point() and pixel_range is not None and x.device.type == "cpu" and x.numel():
-        (low, high), (bottom, top) = value_range(x), pixel_range.limits
-        slack = _RANGE_TOLERANCE * (top - bottom)
+    if x.dtype != torch.uint8 and pixel_range is not None and x.device.type == "cpu" and x.numel():
+        (low, high), (bottom, top) = value_range(x), pixel_range.ends(x)
+        slack = _RANGE_TOLERANCE * (top - bottom) if x.is_floating_point() else 0
         if not (low >= bottom - slack and high <= top + slack):
             fix = f"pass {wanted.dtype} images, divide by {wanted.high}, or undo the normalisation"
-            if wanted.continuous:
-                fix = "clamp them, or open them with open_data(..., value_range=model.pixel_range)"
+            if wanted.continuous or not x.is_floating_point():
+                fix = "clip them, or open them with open_data(..., value_range=model.pixel_range)"
+            kind = "float images" if x.is_floating_point() else "images"
             raise ValueError(
-                f"float images must lie in [{bottom:.6g},{top:.6g}], got values from {low:.4g} to {high:.4g}; {fix}"
+                f"{kind} must lie in [{bottom:.6g},{top:.6g}], got values from {low:.4g} to {high:.4g}; {fix}"
             )
 
 
 def value_range(x: Tensor) -> tuple[float, float]:
-    """The lowest and the highest value of float images. ValueError: a value is not finite."""
-    low, high = (float(v) for v in torch.aminmax(x.detach()))
+    """The lowest and the highest value of images. ValueError: a value is not finite."""
+    x = x.detach() if x.is_floating_point() else x.float()  # torch has no minimum of uint16
+    low, high = (float(v) for v in torch.aminmax(x))
     if not math.isfinite(high - low):
         raise ValueError("images must be finite, but some of their values are NaN or infinite")
     return low, high

@@ -71,6 +71,10 @@ class PixelRange:
         """The lowest and the highest value of the images as floats: (0, 1) for integers."""
         return (float(self.low), float(self.high)) if self.continuous else (0.0, 1.0)
 
+    def ends(self, x: Tensor) -> tuple[float, float]:
+        """The lowest and the highest value that images `x` may have, integers or floats."""
+        return self.limits if x.is_floating_point() else (self.low, self.high)
+
     def to_floats(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Images of integers as floats in [0, 1]; other images as they are, in `dtype`."""
         if x.is_floating_point():

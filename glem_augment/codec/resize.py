@@ -84,18 +84,19 @@ class PixelAdapter:
             self._seen.add(x.dtype)
 
     def _check_range(self, x: Tensor) -> None:
-        x = self.range.to_floats(x.detach(), torch.float32)
-        (low, high), (bottom, top) = value_range(x), self.range.limits
-        width, span = top - bottom, f"[{bottom:g}, {top:g}]"
+        whole, most = not x.is_floating_point(), self.range.high
+        (low, high), (bottom, top) = value_range(x), self.range.ends(x)
+        width, slack = top - bottom, 0 if whole else RANGE_SLACK * (top - bottom)
         if self.mean is None or self.std is None:
-            if not (low >= bottom - RANGE_SLACK * width and high <= top + RANGE_SLACK * width):
-                most = self.range.high
-                fix = "" if self.range.continuous else f", and divide images of 0 to {most} by {most}"
+            if not (low >= bottom - slack and high <= top + slack):
+                fix = "clip them" if whole else "give mean and std if they are normalised"
+                fix += "" if whole or self.range.continuous else f", and divide images of 0 to {most} by {most}"
                 raise ValueError(
-                    f"float images must be in {span}, got values from {low:.4g} to {high:.4g}; give mean and std if "
-                    f"they are normalised{fix}"
+                    f"{'' if whole else 'float '}images must be in [{bottom:g}, {top:g}], got values from {low:.4g} to "
+                    f"{high:.4g}; {fix}"
                 )
             return
+        x = x.detach().float()
         unit = (self.to_floats(x) - bottom) / width
         share = float(((unit < -UNIT_SLACK) | (unit > 1 + UNIT_SLACK)).float().mean())
         if share:

@@ -187,6 +187,15 @@ def test_other_images_are_refused_with_the_fix(root: Path) -> None:
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             call()
+    tens = ImageData.from_tensors(
+        x[:, :2].abs().clamp(100, 190).to(torch.int16), y, data.classes, value_range=(100, 190)
+    )
+    few, eleven = GLEM.fit(tens, rank=4, progress=False), tens.tensor() + 1
+    for call in (lambda: few.encode(eleven), lambda: GLEMAugment(few)(eleven, y)):
+        with pytest.raises(
+            ValueError, match=r"^images must (be|lie) in \[100, ?190\], got values from 101 to 191; clip"
+        ):
+            call()
     normalised = GLEMAugment(model, "noise", p=1.0, mean=-50.0, std=200.0, seed=0)((x + 50) / 200, y)[0]
     assert torch.allclose(normalised * 200 - 50, GLEMAugment(model, "noise", p=1.0, seed=0)(x, y)[0], atol=0.05)
 
