@@ -53,7 +53,8 @@ def check_header(image: Image.Image, where: str) -> None:
         )
     if pixels > MOST_PIXELS:
         image.draft(image.mode, (image.width // _SMALLER, image.height // _SMALLER))
-    colour = any(";16" in str(tile[-1]) for tile in getattr(image, "tile", [])) and dtype_of(image) == "uint8"
+    tiles = getattr(image, "tile", []) if image.format in ("PNG", "TIFF") else []  # ";16" of a BMP are bits of a pixel
+    colour = any(";16" in str(tile[-1]) for tile in tiles) and dtype_of(image) == "uint8"
     if colour or (image.mode == "I" and dtype_of(image) != "uint16"):
         raise BadImageError(
             f"{where} has more than 8 bits per channel, which PIL drops in its mode {image.mode}: save it as .npy, "

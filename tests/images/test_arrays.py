@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import warnings
 import zipfile
 import zlib
@@ -111,6 +112,18 @@ def test_images_of_different_kinds_are_refused_or_left_out(tmp_path: Path) -> No
     (tmp_path / "b" / "colour.png").write_bytes(header)
     with pytest.raises(BadImageError, match=r"colour\.png has more than 8 bits per channel, which PIL drops"):
         open_data(path, value_range=(-20, 20), cache_bytes=0)
+
+
+def test_bmp_of_16_bits_per_pixel_is_an_8_bit_image(tmp_path: Path) -> None:
+    """5, 6 and 5 bits of three colours."""
+    (tmp_path / "a").mkdir()
+    masks = (0xF800, 0x07E0, 0x001F)
+    about = struct.pack("<IiiHHIIiiII3I", 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0, *masks)
+    pixels = struct.pack("<4H", 0xF800, 0x07E0, 0x001F, 0xFFFF)
+    head = struct.pack("<2sIHHI", b"BM", 14 + len(about) + len(pixels), 0, 0, 14 + len(about))
+    (tmp_path / "a" / "0.bmp").write_bytes(head + about + pixels)
+    x = open_data(tmp_path).tensor()
+    assert x.dtype == torch.uint8 and x[0, :, 1, 0].tolist() == [255, 0, 0] and x[0, :, 0, 1].tolist() == [255] * 3
 
 
 def npy(shape: str, dtype: str = "<f4", body: bytes = b"", version: bytes = b"\x01\x00") -> bytes:
