@@ -55,6 +55,7 @@ class Explorer:
     """
 
     def __init__(self, model: GLEM, sets: Sequence[ImageData], progress: bool = True) -> None:
+        model.pixel_range.need_8_bits("the page")
         self.model, self.sets, self.data, self.progress = model, sets, sets[0], progress
         self.shown, self.pixels = sets[0].at_own_size(), PixelAdapter(model.image_shape)
 
@@ -99,7 +100,7 @@ class Explorer:
         """The images in the flow's size and channels, uint8 [n, C, H, W]."""
         for image in images:
             self.pixels.check(image[None])
-        return torch.cat([to_uint8(self.pixels.to_flow(self.pixels.to_unit(image[None]))) for image in images])
+        return torch.cat([to_uint8(self.pixels.to_flow(self.pixels.to_floats(image[None]))) for image in images])
 
     @torch.no_grad()
     def move(
@@ -176,8 +177,10 @@ class _Upload(FolderSource):
     def where(self, index: int) -> str:
         return Path(self.paths[index]).name
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Image.Image | Tensor:
         image = super().open(index)
+        if isinstance(image, Tensor):
+            return image
         if image.width * image.height > MOST_PIXELS:
             size = f"{image.width} x {image.height}"
             raise BadImageError(f"{self.where(index)} has {size} pixels, more than {MOST_PIXELS}: reduce it")
@@ -194,4 +197,6 @@ def read_upload(path: str) -> Tensor:
         BadImageError: no image, a damaged image, or too many pixels (found before they are decoded).
     """
     image = _Upload("upload", [], [], np.zeros(1, dtype=np.int64), [path])[0][0]
+    if isinstance(image, Tensor):
+        raise BadImageError("upload has more than 8 bits per channel: convert it to 8 bits")
     return to_tensor(image, len(image.getbands()))

@@ -21,7 +21,6 @@ from glem_augment.augment.labels import soft_labels
 from glem_augment.augment.policies import AugmentParams, Batch, Classifier, ClassMap, Policy, Selected, as_policy
 from glem_augment.augment.state import InverseTest, MoveCounts, RandomState
 from glem_augment.checks import PolicyName, check_number
-from glem_augment.codec.plausible import MARGIN, in_range, plausible
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.errors import ClassMismatchError
 from glem_augment.images.matching import check_class_map, match_classes, named_classes
@@ -82,7 +81,7 @@ class GLEMAugment(nn.Module):
         model = as_model(model)
         self.__dict__["model"] = model  # nn.Module would register it as a sub-module
         self.modes = model.checked_modes(modes)
-        self.pixels = PixelAdapter(model.image_shape, mean=mean, std=std)
+        self.pixels = PixelAdapter(model.image_shape, mean, std, model.pixel_range)
         self.class_map = check_class_map(class_map, model.num_classes)
         self._classes = ClassMap(self.class_map or range(model.num_classes), model.num_classes)
         self.num_classes = len(self._classes.to_model)
@@ -140,8 +139,9 @@ class GLEMAugment(nn.Module):
         """Augment a batch. For tuples, dicts, tv_tensors and single images see `as_transform`.
 
         Args:
-            x: [B, C, H, W] uint8, or float in [0, 1], or normalised float if mean and std were given. Any size, grey or
-                RGB. It is never changed in place.
+            x: [B, C, H, W] of the model's dtype (uint8, uint16, int16), or float in [0, 1]; for a model of float images
+                float in its range. Normalised float if mean and std were given. Any size; grey and RGB are converted
+                into each other. It is never changed in place.
             y: int64 [B] data classes, or soft labels [B, K']. An image that shows several classes at once (multi-hot
                 labels) moves along the modes of the strongest one; use Noise or Adversarial for these.
 
@@ -194,14 +194,16 @@ class GLEMAugment(nn.Module):
         device, model = x.device, self._model_on(x.device)
         index, place = _rows_to_encode(params, len(x))
         rows = send(params.rows, device)
-        originals = x.index_select(0, send(index, device))
-        images = self.pixels.to_unit(originals)
+        # Torch has few operations for uint16, so rows are copied as int16 of the same bits.
+        bits = torch.int16 if x.dtype == torch.uint16 else x.dtype
+        originals = x.view(bits).index_select(0, send(index, device))
+        images = self.pixels.to_floats(originals.view(x.dtype))
         small = self.pixels.to_flow(images)
         with evaluating(model):
             encoded = model.encode(small)[0]
             originals, images, small, z = originals[:n], images[:n], small[:n], encoded[:n]
             base, back = self._unmoved(model, z, small)
-            shown = torch.float32 if x.dtype == torch.uint8 else x.dtype
+            shown = x.dtype if x.is_floating_point() else torch.float32
             batch = Batch(
                 model=model,
                 z=z,
@@ -220,15 +222,16 @@ class GLEMAugment(nn.Module):
             if moved.shape != z.shape:
                 raise ValueError(f"{self.policy!r}.move gives {list(moved.shape)}: give latents {list(z.shape)}")
             decoded = model.decode(moved, clamp=False)
-        good = plausible(decoded, MARGIN) & back
+        good = model.pixel_range.plausible(decoded) & back
         self._counts.add(selected, selected - n, (~good).sum())
         changed = good & (moved != z).any(dim=1)
-        out = torch.where(changed[:, None, None, None], self._images(decoded, images, base, x.dtype), originals)
+        new = self._images(decoded, images, base, x.dtype).view(bits)
+        out = torch.where(changed[:, None, None, None], new, originals)
         if labels is not None:
             there = send(params.rows, target.device)
             own, kept = target.index_select(0, there), good.to(target.device)[:, None]
             target = target.index_copy(0, there, torch.where(kept, labels.to(target.dtype), own))
-        return x.clone().index_copy_(0, rows, out), target  # clone keeps the memory format
+        return x.clone().view(bits).index_copy_(0, rows, out).view(x.dtype), target  # clone keeps the memory format
 
     def _model_on(self, device: torch.device) -> GLEM:
         """The model, or a copy on another device. A copy is made again when the weights have changed."""
@@ -247,14 +250,15 @@ class GLEMAugment(nn.Module):
         """
         back = torch.ones(len(z), dtype=torch.bool, device=z.device)
         if self._inverse.due(self.model.flow):
-            # Information lost in encoding is invisible in z, so z is decoded. The limit is half a uint8 step.
+            # Information lost in encoding is invisible in z, so z is decoded. The limit is half of 1/255 of the range.
             back = model.flow_error(small) < 0.5 / 255
             self._inverse.saw(back)
-        return small if model.codec.exact else in_range(model.decode(z, clamp=False)), back
+        return small if model.codec.exact else model.pixel_range.clamp(model.decode(z, clamp=False)), back
 
     def _images(self, decoded: Tensor, images: Tensor, small: Tensor, dtype: torch.dtype) -> Tensor:
         """Images of the user's size and range, from decoded ones at the model's size; differentiable."""
-        return self.pixels.from_unit(self.pixels.from_flow(images, small, in_range(decoded)), dtype)
+        moved = self.model.pixel_range.clamp(decoded)
+        return self.pixels.from_floats(self.pixels.from_flow(images, small, moved), dtype)
 
     # ---- labels and classes ----------------------------------------------------------------------------------
 

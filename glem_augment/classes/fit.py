@@ -39,7 +39,12 @@ Psi = tuple[float, float, float] | None
 
 @torch.no_grad()
 def fit_classes(
-    statistics: ClassStatistics, rank: int, shrinkage: float = 10.0, psi: Psi = None, full: bool = False
+    statistics: ClassStatistics,
+    rank: int,
+    shrinkage: float = 10.0,
+    psi: Psi = None,
+    full: bool = False,
+    floor: float = 0.0,
 ) -> Classes:
     """Gaussians, modes and temperature of the classes, on the CPU.
 
@@ -48,21 +53,23 @@ def fit_classes(
         shrinkage: k, in images, >= 0.
         psi: of the model's Gaussians; the new ones get a wider psi where this one can't hold their variances.
         full: the class densities have full covariances (`ClassModes.log_prob`); the scatter must be whole.
+        floor: the least variance of a Gaussian, as a share of the mean over the dimensions.
 
     Raises:
         DataError: variances above 1e5. ValueError: the rank is below 1.
     """
-    found = Classes(_fit_gaussians(statistics, shrinkage, psi), fit_modes(statistics, rank, full), full)
+    least = floor * float((statistics.pooled.squares / statistics.pooled.count).mean())
+    found = Classes(_fit_gaussians(statistics, shrinkage, psi, least), fit_modes(statistics, rank, full), full)
     if not statistics.kept:
         return found
     if full:
 
         def fit(others: ClassStatistics) -> Classes:
-            return fit_classes(others, rank, shrinkage, psi, full)
+            return fit_classes(others, rank, shrinkage, psi, full, floor)
 
         found.temperature = held_out_temperature(statistics, fit)
     else:
-        found.temperature = left_out_temperature(statistics, found.gaussians, shrinkage, REST_FLOOR)
+        found.temperature = left_out_temperature(statistics, found.gaussians, shrinkage, max(REST_FLOOR, least))
     return found
 
 
@@ -93,11 +100,11 @@ def _store(modes: ClassModes, row: int, moments: Moments, degrees: int) -> None:
     modes.rest[row] = (moments.squares / degrees - explained).clamp_min(REST_FLOOR).float()
 
 
-def _fit_gaussians(statistics: ClassStatistics, shrinkage: float, psi: Psi) -> ClassGaussians:
+def _fit_gaussians(statistics: ClassStatistics, shrinkage: float, psi: Psi, least: float) -> ClassGaussians:
     squares = torch.stack([each.squares for each in statistics.classes])
     freedom = (statistics.counts() - 1)[:, None].double()
     pooled = statistics.pooled.squares / statistics.pooled.count
-    variance = shrunk_variance(squares, freedom, pooled, shrinkage)
+    variance = shrunk_variance(squares, freedom, pooled, shrinkage).clamp_min(least)
     gaussians = ClassGaussians(len(squares), statistics.dim, psi=psi_that_holds(variance, psi))
     gaussians.mu.copy_(torch.stack([each.mean for each in statistics.classes]))
     gaussians.set_variance(variance, inner=(0.0, 1.0))
@@ -110,6 +117,8 @@ def psi_that_holds(variance: Tensor, psi: Psi) -> Psi:
     Clamped variances would change densities silently. DataError: variances beyond 1e5.
     """
     low, high = float(variance.min()), float(variance.max())
+    if not low > 0:
+        raise DataError("all images are equal, so they have no variances: give other images")
     if not high <= _LARGEST_VARIANCE:
         raise DataError(
             f"latents of these images have variances up to {high:.3g}, off the scale of the flow's training images: "

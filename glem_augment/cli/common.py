@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from glem_augment.model.glem import GLEM
 
 EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
-DATA_HELP = "images: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
+DATA_HELP = "images or arrays: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
 MODEL_HELP = "a folder written by glem train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
 
 
@@ -123,6 +123,11 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 def add_image_size(parser: argparse._ActionsContainer, more: str) -> None:
     text = f"height and width in pixels, or one number for both; images are resized, then cropped at the centre; {more}"
     parser.add_argument("--image-size", nargs="+", type=whole(1), metavar="N", help=text)
+
+
+def add_value_range(parser: argparse._ActionsContainer) -> None:
+    text = "values of black and white (default: 0 255 of 8 bits, 0 65535 of 16 bits, otherwise measured)"
+    parser.add_argument("--value-range", nargs=2, type=number(), metavar=("LOW", "HIGH"), help=text)
 
 
 # ---- types of arguments ----------------------------------------------------------------------------------------------
@@ -235,7 +240,7 @@ def open_resized(model: GLEM, spec: str, split: str, **options: Any) -> ImageDat
     """Data resized to the flow's size and converted to its channels. Images that were left out are named on stderr."""
     from glem_augment.images.dataset import as_image_data
 
-    data = as_image_data(spec, model.image_shape, split=split, **options)
+    data = as_image_data(spec, model.image_shape, pixel_range=model.pixel_range, split=split, **options)
     name_skipped(data)
     return data
 

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that `glem adapt` has, too."""
     common.add_image_size(parser, "without a flow (default: the common size of the images)")
+    common.add_value_range(parser)
     common.add_out(parser, "folder for the model")
     common.add_count(parser, "--rank", "modes per class, or per part", 64)
     parts = "groups of similar images per class, for better samples (default: 1; with --epsilon what the noise allows)"
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
         args.flow,
         split=args.split,
         image_size=common.height_and_width(args.image_size),
+        value_range=args.value_range,
         skip_bad=args.skip_bad,
         progress=not args.quiet,
     )

@@ -63,6 +63,7 @@ def model_facts(name: str) -> dict[str, Any]:
             "hub": {"repo": repo, "commit": commit} if model.origin else None,
             "image_shape": list(model.image_shape),
             "bits": model.bits,
+            "pixel_range": str(model.pixel_range),
             "flow": config.flow,
             "parameters": {
                 "flow": sum(p.numel() for p in model.flow.parameters()),

@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     moves = "mixup with an image of the class, noise along the modes, adversarial against the flow (default: all)"
     parser.add_argument("--policy", choices=("all", *POLICIES), default="all", help=moves)
     common.add_count(parser, "--modes", "modes to move along (default: all)")
+    channels = "three channels to show as red, green and blue, or one (default: the first three, or the first of two)"
+    parser.add_argument("--channels", nargs="+", type=common.whole(0), metavar="N", help=channels)
     common.add_seed(parser)
     common.add_machine(parser)
 
@@ -44,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     reading = {"skip_bad": args.skip_bad, "progress": progress, "cache_bytes": 0}  # it shows few of the images
     data = common.open_for(model, args.data, args.split, args.class_map, **reading).at_own_size()
     policies = POLICIES if args.policy == "all" else (args.policy,)
-    picture = preview(model, data, args.rows, policies, args.modes, args.seed, progress, args.model)
+    shown = [model, data, args.rows, policies, args.modes, args.seed, progress, args.model, args.channels]
+    picture = preview(*shown)
     save_png(picture, args.out)
     common.note(f"wrote {args.out} ({picture.width}x{picture.height})")

@@ -122,7 +122,7 @@ class Latents(Codec):
         return self._logdet
 
     def check(self, x: Tensor) -> None:
-        check_images(x, self.image_shape, any_range=True)
+        check_images(x, self.image_shape)
 
 
 def latent_shape(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:

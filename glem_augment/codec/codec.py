@@ -8,6 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from glem_augment.codec.pixel_range import UINT8, PixelRange
+
 # Where dequantisation noise comes from, see `levels.to_levels`.
 Dequantisation: TypeAlias = torch.Generator | int | Tensor | None
 _RANGE_TOLERANCE = 1e-3  # resizing with antialias leaves [0, 1] by rounding only
@@ -20,6 +22,7 @@ class Codec(nn.Module):
     Args:
         image_shape: (C, H, W) of the images.
         shape: (c, h, w) of the numbers.
+        pixel_range: of the images.
 
     Attributes:
         levels: whether `encode` uses dequantisation noise, and likelihoods are bits/dim.
@@ -33,21 +36,23 @@ class Codec(nn.Module):
     key, unit = "nats_per_number", "nats per number"
     most = 256
 
-    def __init__(self, image_shape: tuple[int, int, int], shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, image_shape: tuple[int, int, int], shape: tuple[int, int, int], pixel_range: PixelRange = UINT8
+    ) -> None:
         super().__init__()
-        self.image_shape, self.shape = image_shape, shape
+        self.image_shape, self.shape, self.pixel_range = image_shape, shape, pixel_range
         # It has the device and the dtype of the model.
         self.register_buffer("_like", torch.empty(0), persistent=False)
 
     def encode(self, x: Tensor, noise: Dequantisation = None) -> Tensor:
-        """Images [B, C, H, W], uint8 or float in [0, 1], to numbers [B, c, h, w].
+        """Images [B, C, H, W], integers or floats of `pixel_range`, to numbers [B, c, h, w].
 
         `noise` dequantises images on levels, see `levels.to_levels`; a codec without levels ignores it.
         """
         raise NotImplementedError
 
     def decode(self, h: Tensor) -> Tensor:
-        """Numbers [B, c, h, w] to images [B, C, H, W], float; values may leave [0, 1]."""
+        """Numbers [B, c, h, w] to float images [B, C, H, W]; values may leave the range."""
         raise NotImplementedError
 
     @property
@@ -66,7 +71,7 @@ class Codec(nn.Module):
 
     def check(self, x: Tensor) -> None:
         """TypeError, ValueError: images of another dtype, shape or (on the CPU) range."""
-        check_images(x, self.image_shape)
+        check_images(x, self.image_shape, self.pixel_range)
 
     def fit(self, x: Tensor) -> None:
         """Take what the codec needs from images [B, C, H, W], once; nothing by default."""
@@ -77,30 +82,37 @@ class Codec(nn.Module):
         return True
 
 
-def check_images(x: Tensor, image_shape: tuple[int, int, int], any_range: bool = False) -> None:
+def check_images(x: Tensor, image_shape: tuple[int, int, int], pixel_range: PixelRange | None = None) -> None:
     """TypeError or ValueError unless `x` is a batch of images of `image_shape` (C, H, W).
 
-    The range of float images is not checked with `any_range`, nor on an accelerator, where the host would wait.
+    The range of images is not checked without `pixel_range`, nor on an accelerator, where the host would wait.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"images must be a Tensor [B,C,H,W], got {type(x).__name__}")
     if x.ndim != 4 or tuple(x.shape[1:]) != tuple(image_shape):
         c, h, w = image_shape
         raise ValueError(f"images must have shape [B,{c},{h},{w}] for this flow, got {list(x.shape)}")
-    if x.dtype != torch.uint8 and not x.is_floating_point():
-        raise TypeError(f"images must be uint8, or float in [0,1]; got {x.dtype}")
-    if x.is_floating_point() and not any_range and x.device.type == "cpu" and x.numel():
-        low, high = value_range(x)
-        if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
+    wanted = pixel_range or UINT8
+    if x.dtype != wanted.torch_dtype and not x.is_floating_point():
+        either = "floating point" if wanted.continuous else f"{wanted.dtype}, or float in [0,1]"
+        raise TypeError(f"images must be {either}; got {x.dtype}")
+    if x.dtype != torch.uint8 and pixel_range is not None and x.device.type == "cpu" and x.numel():
+        (low, high), (bottom, top) = value_range(x), pixel_range.ends(x)
+        slack = _RANGE_TOLERANCE * (top - bottom) if x.is_floating_point() else 0
+        if not (low >= bottom - slack and high <= top + slack):
+            fix = f"pass {wanted.dtype} images, divide by {wanted.high}, or undo the normalisation"
+            if wanted.continuous or not x.is_floating_point():
+                fix = "clip them, or open them with open_data(..., value_range=model.pixel_range)"
+            kind = "float images" if x.is_floating_point() else "images"
             raise ValueError(
-                f"float images must lie in [0,1], got values from {low:.4g} to {high:.4g}; pass uint8 images, divide "
-                "by 255, or undo the normalisation"
+                f"{kind} must lie in [{bottom:.6g},{top:.6g}], got values from {low:.4g} to {high:.4g}; {fix}"
             )
 
 
 def value_range(x: Tensor) -> tuple[float, float]:
-    """The lowest and the highest value of float images. ValueError: a value is not finite."""
-    low, high = (float(v) for v in torch.aminmax(x.detach()))
+    """The lowest and the highest value of images. ValueError: a value is not finite."""
+    x = x.detach() if x.is_floating_point() else x.float()  # torch has no minimum of uint16
+    low, high = (float(v) for v in torch.aminmax(x))
     if not math.isfinite(high - low):
         raise ValueError("images must be finite, but some of their values are NaN or infinite")
     return low, high
@@ -108,4 +120,4 @@ def value_range(x: Tensor) -> tuple[float, float]:
 
 def to_unit(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Images, uint8 or float in [0,1], as floats of `dtype` in [0,1]."""
-    return x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
+    return UINT8.to_floats(x, dtype)

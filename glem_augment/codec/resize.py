@@ -18,29 +18,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glem_augment.codec.codec import LUMA, value_range
+from glem_augment.codec.pixel_range import UINT8, PixelRange
 
 RANGE_SLACK = 0.1  # bicubic filters leave [0, 1] by less; normalised images by more
 UNIT_SLACK, FEW = 0.05, 0.05  # how far values leave [0, 1] once mean and std are undone: few do, from RandomErasing
 
 
 class PixelAdapter:
-    """Converts images to the flow's `shape` (C, H, W) and range, and carries the flow's changes back."""
+    """Converts images to the flow's `shape` (C, H, W) and `pixel_range`, and carries the flow's changes back."""
 
     def __init__(
         self,
         shape: tuple[int, int, int],
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
+        pixel_range: PixelRange = UINT8,
     ) -> None:
         if (mean is None) != (std is None):
             raise ValueError(f"give mean and std together, got mean={mean!r}, std={std!r}")
-        self.shape = shape
+        self.shape, self.range = shape, pixel_range
         self.mean = None if mean is None else _numbers(mean)
         self.std = None if std is None else _numbers(std)
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {std!r}")
-        if self.mean is not None and max(self.mean) > 1.5:
-            raise ValueError(f"mean and std are for images in [0, 1], got mean={mean!r}: divide both by 255")
+        if self.mean is not None and max(self.mean) > 1.5 and not pixel_range.continuous:
+            raise ValueError(
+                f"mean and std are for images in [0, 1], got mean={mean!r}: divide both by {pixel_range.high}"
+            )
         self._seen: set[torch.dtype] = set()
 
     # ---- checks ----------------------------------------------------------------------------------------------
@@ -58,7 +62,7 @@ class PixelAdapter:
             )
         channels = x.shape[1]
         if channels != self.shape[0] and {channels, self.shape[0]} != {1, 3}:
-            if x.shape[3] in (1, 3):
+            if x.shape[3] in (1, 3, self.shape[0]):
                 raise ValueError(
                     f"x has the shape {list(x.shape)}, but channels come first: give x.permute(0, 3, 1, 2)"
                 )
@@ -66,30 +70,34 @@ class PixelAdapter:
                 f"images have {channels} channels, the model's {self.shape[0]}; "
                 "only grey (1) and RGB (3) are converted into each other"
             )
-        if x.dtype == torch.uint8:
-            if self.mean is not None:
-                raise TypeError("mean and std are for normalised float input, got uint8: leave them out")
-            return
-        if not x.is_floating_point():
-            raise TypeError(f"x must be uint8 or floating point, got {x.dtype}")
+        whole = x.dtype == self.range.torch_dtype and not x.is_floating_point()
+        if whole and self.mean is not None:
+            raise TypeError(f"mean and std are for normalised float input, got {self.range.dtype}: leave them out")
+        if not whole and not x.is_floating_point():
+            allowed = "floating point" if self.range.continuous else f"{self.range.dtype} or floating point"
+            raise TypeError(f"x must be {allowed}, got {x.dtype}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(for_channels(values, channels)) not in (1, channels):
                 raise ValueError(f"{name} has {len(values)} values, the images {channels} channels")
-        if x.numel() and x.dtype not in self._seen:
+        if x.numel() and x.dtype != torch.uint8 and x.dtype not in self._seen:
             self._check_range(x)
             self._seen.add(x.dtype)
 
     def _check_range(self, x: Tensor) -> None:
-        x = x.detach().float()
-        low, high = value_range(x)
+        whole, most = not x.is_floating_point(), self.range.high
+        (low, high), (bottom, top) = value_range(x), self.range.ends(x)
+        width, slack = top - bottom, 0 if whole else RANGE_SLACK * (top - bottom)
         if self.mean is None or self.std is None:
-            if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
+            if not (low >= bottom - slack and high <= top + slack):
+                fix = "clip them" if whole else "give mean and std if they are normalised"
+                fix += "" if whole or self.range.continuous else f", and divide images of 0 to {most} by {most}"
                 raise ValueError(
-                    f"float images must be in [0, 1], got values from {low:.4g} to {high:.4g}; give mean and std if "
-                    "they are normalised, and divide images of 0 to 255 by 255"
+                    f"{'' if whole else 'float '}images must be in [{bottom:g}, {top:g}], got values from {low:.4g} to "
+                    f"{high:.4g}; {fix}"
                 )
             return
-        unit = self.to_unit(x)
+        x = x.detach().float()
+        unit = (self.to_floats(x) - bottom) / width
         share = float(((unit < -UNIT_SLACK) | (unit > 1 + UNIT_SLACK)).float().mean())
         if share:
             span = "from {:.3g} to {:.3g}".format(*value_range(unit))
@@ -110,17 +118,17 @@ class PixelAdapter:
 
     # ---- value range -----------------------------------------------------------------------------------------
 
-    def to_unit(self, x: Tensor) -> Tensor:
-        """Images as floats in [0, 1] (a little outside where the input was): float64 if x is, else float32."""
-        if x.dtype == torch.uint8:
-            return x.to(torch.float32) / 255
+    def to_floats(self, x: Tensor) -> Tensor:
+        """Images as floats in the range (a little outside where the input was): float64 if x is, else float32."""
+        if not x.is_floating_point():
+            return self.range.to_floats(x, torch.float32)
         x = x if x.dtype == torch.float64 else x.float()
         return x if self.std is None else x * _per_channel(self.std, x) + _per_channel(self.mean, x)
 
-    def from_unit(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The inverse of `to_unit` in the dtype that came in; uint8 is rounded to the nearest level."""
-        if dtype == torch.uint8:
-            return (x * 255).round().clamp(0, 255).to(torch.uint8)
+    def from_floats(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of `to_floats` in the dtype that came in; integers are rounded to the nearest level."""
+        if not dtype.is_floating_point:
+            return self.range.from_floats(x)
         if self.std is not None:
             x = (x - _per_channel(self.mean, x)) / _per_channel(self.std, x)
         return x.to(dtype)
@@ -128,23 +136,24 @@ class PixelAdapter:
     # ---- size and channels -----------------------------------------------------------------------------------
 
     def to_flow(self, images: Tensor) -> Tensor:
-        """Images [n, C, H, W] in [0, 1] at the flow's size and with its channels."""
+        """Float images [n, C, H, W] in the range, at the flow's size and with its channels."""
         small = resized(images, self.shape[1:])
         if small.shape[1] == 3 and self.shape[0] == 1:
             small = (small * _per_channel(LUMA, small)).sum(dim=1, keepdim=True)
-        return small.clamp(0.0, 1.0).expand(-1, self.shape[0], -1, -1)
+        return small.clamp(*self.range.limits).expand(-1, self.shape[0], -1, -1)
 
     def from_flow(self, images: Tensor, small: Tensor, moved: Tensor) -> Tensor:
         """`images` [n, C, H, W] with the change from `small`, their `to_flow`, to `moved`.
 
-        The result lies in [0, 1], or leaves it no further than the original (RandomErasing fills with N(0, 1)).
+        The result lies in the range, or leaves it no further than the original (RandomErasing fills with N(0, 1)).
         """
         change = moved - small
         if change.shape[1] != images.shape[1]:
             # A grey change is the same for every channel. A grey image takes the average of an RGB change.
             change = change.mean(dim=1, keepdim=True).expand(-1, images.shape[1], -1, -1)
         out = images + resized(change, images.shape[2:])
-        return torch.clamp(out, images.clamp(max=0.0), images.clamp(min=1.0))
+        low, high = self.range.limits
+        return torch.clamp(out, images.clamp(max=low), images.clamp(min=high))
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from glem_augment.codec.plausible import in_range
+from glem_augment.codec.pixel_range import UINT8, PixelRange
 
 __all__ = ["LARGEST", "SMALLEST", "Section", "compose", "short", "unit", "visible"]
 
@@ -100,9 +100,12 @@ def _stack(pictures: Sequence[Image.Image], gap: int = 4) -> Image.Image:
 
 
 def visible(images: Tensor, smallest: int = SMALLEST, largest: int = LARGEST) -> Tensor:
-    """RGB cells of a size that people can see: float [N,3,h,w] in [0, 1]."""
+    """RGB cells of a size that people can see: float [N,3,h,w] in [0, 1].
+
+    Of other images than grey and RGB the first three channels are shown, or the first alone of two.
+    """
     images = unit(images)
-    images = images if images.shape[1] == 3 else images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
     longest = max(images.shape[-2:])
     if longest < smallest:
         return F.interpolate(images, scale_factor=-(-smallest // longest), mode="nearest")
@@ -112,10 +115,10 @@ def visible(images: Tensor, smallest: int = SMALLEST, largest: int = LARGEST) ->
     return images
 
 
-def unit(images: Tensor) -> Tensor:
+def unit(images: Tensor, pixel_range: PixelRange = UINT8) -> Tensor:
     """float32 in [0, 1] on the CPU; values that are not finite become grey."""
-    images = images.detach().cpu()
-    return in_range(images.float() / 255 if images.dtype == torch.uint8 else images.float())
+    low, high = pixel_range.limits
+    return (pixel_range.clamp(pixel_range.to_floats(images.detach().cpu(), torch.float32)) - low) / (high - low)
 
 
 def _width(text: str, size: int) -> int:

@@ -38,7 +38,7 @@ class ModelClassifier(nn.Module):
 
     def __init__(self, model: GLEM) -> None:
         super().__init__()
-        self.model, self.pixels = model, PixelAdapter(model.image_shape)
+        self.model, self.pixels = model, PixelAdapter(model.image_shape, pixel_range=model.pixel_range)
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.model.class_scores(self.model.encode(self.pixels.to_flow(x))[0])
@@ -55,6 +55,7 @@ def preview(
     seed: int = 0,
     progress: bool = False,
     name: str = "",
+    channels: Sequence[int] | None = None,
 ) -> Image.Image:
     """Augmentations at rising strength, samples and interpolations in one picture.
 
@@ -66,17 +67,24 @@ def preview(
         seed: the same call gives the same picture.
         progress: show a bar on stderr when it takes longer than two seconds.
         name: of the model, for the title.
+        channels: three channels to show as red, green and blue, or one. None: the first three, or the first of two.
 
     Raises:
-        DataError: no images. ValueError: images of other channels, or more modes than the model has.
+        DataError: no images. ValueError: images of other channels, channels that they lack, or more modes than the
+            model has.
     """
     if not len(data):
         raise DataError(f"{data.name} holds no images")
+    shown = list(channels or range(model.image_shape[0]))
+    if channels is not None and (len(shown) not in (1, 3) or not set(shown) <= set(range(model.image_shape[0]))):
+        raise ValueError(f"channels must be one or three of 0 to {model.image_shape[0] - 1}, got {shown}")
     sections = []
     if model.modes is not None:
         used = model.modes.rank if modes is None else modes
         sections += [_augmentations(model, data, rows, policy, used, seed, progress) for policy in policies]
     sections += [class_samples(model, seed), *_interpolations(model, data, seed)]
+    for section in sections:
+        section.cells = section.cells[:, :, shown]
     c, h, w = model.image_shape
     missing = "" if model.modes is not None else " No class modes are stored: no augmentations, no RFCM samples."
     title = f"{name or model.origin or 'Model'}: {c}x{h}x{w} {model.numbers_are}, {model.num_classes} classes"
@@ -124,7 +132,7 @@ def _moved(
     """Labels of the columns, the cells [n, N, C, H, W], and whether each move was rejected, bool [n, N]."""
     slow = aug.model.autoencoder is not None
     x, y = _load(data, np.concatenate([chosen, partners]), aug.model.device)
-    x, n = unit(x).to(aug.model.device), len(chosen)
+    x, n = aug.pixels.to_floats(x), len(chosen)
     drawn = aug.draw(x, y)
     moves: list[tuple[str, Policy, AugmentParams]]
     if isinstance(aug.policy, Mixup):
@@ -147,7 +155,7 @@ def _moved(
     if isinstance(aug.policy, Mixup):
         columns["partner"] = x[n:]
         marked = F.pad(marked, (0, 1))
-    return list(columns), torch.stack([unit(images) for images in columns.values()], 1), marked
+    return list(columns), torch.stack([unit(images, aug.model.pixel_range) for images in columns.values()], 1), marked
 
 
 def class_samples(model: GLEM, seed: int) -> Section:
@@ -164,7 +172,7 @@ def class_samples(model: GLEM, seed: int) -> Section:
         for temperature in TEMPERATURES:
             # All temperatures share their noise, so that a row shows the effect of temperature alone.
             x = model.sample(y, temperature, torch.Generator().manual_seed(seed), source)
-            parts.append(unit(x).unflatten(0, (k, EACH)))
+            parts.append(unit(x, model.pixel_range).unflatten(0, (k, EACH)))
             columns += [f"{name}, T = {temperature:.1f}", *[""] * (EACH - 1)]
     if model.num_classes > k:
         note += f"; the first {k} of {model.num_classes} classes"
@@ -180,11 +188,11 @@ def _interpolations(model: GLEM, data: ImageData, seed: int) -> list[Section]:
         ends.append(("between two classes", spread[:LINES], spread[LINES:]))
     columns = ["real", *(f"{i / (STEPS - 1):.2f}" for i in range(1, STEPS - 1)), "real"]
     note = "straight lines in latent space between two real images"
-    sections, pixels = [], PixelAdapter(model.image_shape)
+    sections, pixels = [], PixelAdapter(model.image_shape, pixel_range=model.pixel_range)
     for what, starts, stops in ends:
         real = (_load(data, indices, model.device)[0] for indices in (starts, stops))
-        x1, x2 = (pixels.to_flow(pixels.to_unit(x)) for x in real)
-        cells = unit(model.interpolate(x1, x2, STEPS))
+        x1, x2 = (pixels.to_flow(pixels.to_floats(x)) for x in real)
+        cells = unit(model.interpolate(x1, x2, STEPS), model.pixel_range)
         names = [[short(model.classes[data.targets[i]], 12) for i in pair] for pair in zip(starts, stops, strict=True)]
         rows = [" - ".join(dict.fromkeys(pair)) for pair in names]
         sections.append(Section(f"Interpolations {what}", cells, columns, rows, note))

@@ -74,6 +74,7 @@ def quality_report(
         DataError: fewer than six images in a set. ClassMismatchError: classes of `real` that `synthetic` does not name.
     """
     made = _some(synthetic, max_images, progress)
+    made.pixel_range.need_8_bits("a quality report")
     trained = images_for(made, _some(real, max_images, progress, made.image_shape), class_map)
     if held_out is None:
         fifth = np.arange(len(trained)) % 5 == 4

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.codec.plausible import to_uint8
+from glem_augment.codec.pixel_range import to_uint8
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.evaluation.classifier import MEAN, STD, fit_network, new_network, normalised
 from glem_augment.evaluation.stacks import Stack
@@ -155,7 +155,7 @@ def models_for(train: ImageData, autoencoder: str | None, flow: GLEM | None) -> 
         pixels = PixelAdapter(flow.image_shape)
 
         def adapted(data: ImageData) -> GLEM:
-            x = to_uint8(pixels.to_flow(pixels.to_unit(data.tensor())))
+            x = to_uint8(pixels.to_flow(pixels.to_floats(data.tensor())))
             return fit((x, data.targets), flow=flow, classes=data.classes)
 
         made["flow"] = adapted

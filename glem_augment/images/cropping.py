@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -11,7 +12,7 @@ _LONGEST = 16  # an image is cropped to this many times the needed length before
 
 
 def fit(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Resize uint8 [C,H,W] so that it just covers height x width, then crop the centre."""
+    """Resize an image [C,H,W] so that it just covers height x width, then crop the centre."""
     h, w = pixels.shape[-2:]
     scale = max(height / h, width / w)
     # Without this crop, resizing an image of 1 x 50 million pixels would take gigabytes.
@@ -20,5 +21,8 @@ def fit(pixels: Tensor, height: int, width: int) -> Tensor:
     pixels = F.center_crop(pixels, [h, w])
     target = [max(height, round(h * scale)), max(width, round(w * scale))]
     if target != [h, w]:
-        pixels = F.resize(pixels, target, antialias=True)
+        if pixels.dtype == torch.uint16:  # torchvision truncates it
+            pixels = F.resize(pixels.float(), target, antialias=True).round().to(pixels.dtype)
+        else:
+            pixels = F.resize(pixels, target, antialias=True)
     return F.center_crop(pixels, [height, width])

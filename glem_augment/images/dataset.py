@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from glem_augment.codec.pixel_range import UINT8, PixelRange, dtype_name
 from glem_augment.distributed import Share, share
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.images.cropping import fit
@@ -20,13 +22,16 @@ from glem_augment.images.readers import Source, TensorSource
 from glem_augment.images.sources import open_source, tensor_source
 from glem_augment.images.threads import in_threads
 
+Limits: TypeAlias = tuple[float, float] | PixelRange
+
 CACHE_BYTES = 2 * 2**30
+_RANGES = {"uint8": UINT8, "uint16": PixelRange("uint16", 0, 65535)}  # the ranges of other dtypes are measured
 ENLARGED = 3  # times: images that are enlarged as much get a warning
 OWN_SIZE, _HEADERS = 224, 32  # the longest side of images in pictures; how many headers `at_own_size` reads
 
 
 class ImageData(Dataset):
-    """Labelled uint8 images of one shape. Item i is `(uint8 tensor [C,H,W], int)`.
+    """Labelled images of one shape and dtype, uint8 in most sets. Item i is `(tensor [C,H,W], int)`.
 
     >>> data = open_data("bundled:fashion-mnist", "train")
     >>> x, y = next(data.batches(range(1000), batch_size=128))  # uint8 [B,C,H,W], int64 [B]
@@ -37,6 +42,7 @@ class ImageData(Dataset):
         class_ids: K folder names, WordNet ids or digits.
         named: whether the data named its classes; otherwise `classes` are "0", "1", ...
         image_shape: (C,H,W).
+        pixel_range: the dtype of the images and the range of their values.
         name: the folder or data set, as text.
         skipped: (image, reason) of every image that `open_data(..., skip_bad=True)` left out.
     """
@@ -48,13 +54,14 @@ class ImageData(Dataset):
         rows: np.ndarray | None = None,
         pixels: torch.Tensor | None = None,
         skipped: Sequence[tuple[str, str]] = (),
+        pixel_range: PixelRange = UINT8,
     ) -> None:
-        """The images `rows` of a source, or all; `pixels`: the same images decoded, uint8 [N,C,H,W]."""
+        """The images `rows` of a source, or all; `pixels`: the same images decoded, [N,C,H,W]."""
         rows = np.arange(len(source)) if rows is None else rows
         self._source, self._source_rows = source, rows
         self._pixels = pixels  # subsets share them
         self._rows = rows if pixels is None else np.arange(len(rows))  # of `_pixels`, or else of the source
-        self.image_shape = image_shape
+        self.image_shape, self.pixel_range = image_shape, pixel_range
         self.name = _printable(source.name)
         self.targets, self.named = source.targets[rows], source.named
         self.classes, self.class_ids = list(source.classes), list(source.class_ids)
@@ -68,34 +75,46 @@ class ImageData(Dataset):
         classes: Sequence[str],
         class_ids: Sequence[str] | None = None,
         name: str = "tensors",
+        value_range: Limits | None = None,
     ) -> ImageData:
-        """Images x, uint8 [N,C,H,W], with labels y, N class indices, under K unique names (and ids)."""
+        """Images x [N,C,H,W] with labels y, N class indices, under K unique names (and ids).
+
+        For dtypes and `value_range` see `open_data`.
+        """
         source = tensor_source(x, y, classes, class_ids, name)
-        return cls(source, (x.shape[1], x.shape[2], x.shape[3]), pixels=source.images)
+        found = _range_of(source.images.dtype, name, value_range, lambda: _ends(source.images))
+        pixels = _clipped(source.images, found, name)
+        return cls(source, (x.shape[1], x.shape[2], x.shape[3]), pixels=pixels, pixel_range=found)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        """Image `index` as uint8 [C,H,W] (a copy), and its class index."""
+        """Image `index` as [C,H,W] (a copy), and its class index."""
         row = int(self._rows[index])
-        image = _decoded(self._source, row, self.image_shape) if self._pixels is None else self._pixels[row].clone()
+        image = self._decoded(row) if self._pixels is None else self._pixels[row].clone()
         return image, int(self.targets[index])
 
     def __repr__(self) -> str:
         return f"ImageData({self.name!r}, {len(self)} images {self.image_shape}, {len(self.classes)} classes)"
 
     def tensor(self) -> torch.Tensor:
-        """All images as uint8 [N,C,H,W], in order, decoded if they are not in memory. Do not write to them."""
+        """All images as [N,C,H,W], in order, decoded if they are not in memory. Do not write to them."""
         if self._pixels is None:
-            return _decode(self._source, self._rows, self.image_shape, progress=False)
+            pixels = _decode(self._source, self._rows, self.image_shape, self.pixel_range.torch_dtype, progress=False)
+            return _clipped(pixels, self.pixel_range, self.name)
         whole = len(self._pixels) == len(self) and bool((self._rows == np.arange(len(self))).all())
         return self._pixels if whole else self._pixels[torch.from_numpy(self._rows)]
+
+    def _decoded(self, row: int) -> torch.Tensor:
+        """Image `row` of the source, read anew."""
+        dtype = self.pixel_range.torch_dtype
+        return _clipped(_read(self._source, row, self.image_shape, dtype), self.pixel_range, self.name)
 
     def batches(
         self, indices: Integers, batch_size: int, workers: int = 0
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches (uint8 [B,C,H,W], int64 [B]) in the order of `indices`; the last one may be smaller.
+        """Batches (images [B,C,H,W], int64 [B]) in the order of `indices`; the last one may be smaller.
 
         Images that are not kept in memory are decoded by a `DataLoader` with `workers` processes.
         """
@@ -118,7 +137,7 @@ class ImageData(Dataset):
         return ((x, y, each) for (x, y), each in zip(loaded, shares, strict=False))
 
     def some(self, count: int) -> torch.Tensor:
-        """Up to `count` images, evenly spread, as uint8 [n,C,H,W]."""
+        """Up to `count` images, evenly spread, as [n,C,H,W]."""
         chosen = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64))
         return torch.cat([x for x, _ in self.batches(chosen, count)])
 
@@ -141,7 +160,7 @@ class ImageData(Dataset):
         """
         channels, *shape = self.image_shape
         headers = [self._source.header(int(row)) for row in self._source_rows[:: max(1, len(self) // _HEADERS)]]
-        largest = np.median([min(height / shape[0], width / shape[1]) for _, height, width in headers])
+        largest = np.median([min(height / shape[0], width / shape[1]) for _, height, width, _ in headers])
         scale = max(1.0, min(float(largest), longest / max(shape)))
         if scale == 1:
             return self
@@ -191,6 +210,7 @@ def open_data(
     progress: bool = True,
     skip_bad: bool = False,
     unlabelled: bool = False,
+    value_range: Limits | None = None,
 ) -> ImageData:
     """Open labelled images, or images without classes.
 
@@ -199,35 +219,45 @@ def open_data(
 
             - `"bundled:fashion-mnist"`: 100 real images per class and split, 1x28x28, inside the package;
             - `"bundled:photographs"`: three photographs of 3x256x256 pixels, one class, inside the package;
-            - an ImageFolder (any split), or a folder with ImageFolders named train, test, val, validation, ... (test
-              and val stand in for each other if only one is there). Classes are in torchvision's order, or, in a
-              folder that `SyntheticDataset.export` wrote, in the order of its classes.json;
+            - an ImageFolder (any split) of images or arrays, or a folder with ImageFolders named train, test, val,
+              validation, ... (test and val stand in for each other if only one is there). Classes are in torchvision's
+              order, or, in a folder that `SyntheticDataset.export` wrote, in the order of its classes.json;
             - a folder with MNIST-style idx files (`train-images-idx3-ubyte[.gz]`, `t10k-...`);
             - a data set of `timm.data.create_dataset`, as `NAME@ROOT`: `torch/cifar10@data`, `hfds/ylecun/mnist`, or a
               .tar file with one folder per class. A torch/ data set is never downloaded. Columns that are not called
               image and label follow a question mark: `hfds/uoft-cs/cifar100?input_key=img&target_key=fine_label`;
             - a data set of torchvision or timm, or a Subset of one: its images without its transforms;
             - a Hugging Face `Dataset` with one column of images and one of class labels;
-            - (images uint8 [N,C,H,W], N labels), or any data set that gives (PIL image or uint8 tensor [C,H,W], int).
+            - (images [N,C,H,W], N labels), or any data set that gives (PIL image or tensor [C,H,W], int).
+
+            Arrays are .npy, or .npz of one array: [C,H,W] of 1 to 16 channels, or [H,W]. Images and tensors are uint8,
+            uint16, int16 or float32, all of one dtype; float16 and float64 arrays are read as float32. PNG and TIFF
+            files may be grey of 16 bits, TIFF also of floats.
         split: train, test, val, ..., for data given by name.
         image_size: (H,W), or one number for both: images are resized to cover it (bilinear with antialias) and cropped
             at the centre. None: the size that they share.
-        channels: 1 (luma) or 3. None: 1 if all images are grey, otherwise 3. As in torchvision and timm, transparency
-            and EXIF orientation are ignored, and animations give their first frame.
+        channels: 1 (luma) or 3. None: 1 if all images are grey, otherwise 3. Arrays, and images of more than 8 bits,
+            keep their channels. As in torchvision and timm, transparency and EXIF orientation are ignored, and
+            animations give their first frame.
         cache_bytes: keep all decoded images in memory if they take no more than this.
         progress: show a bar on stderr when decoding takes longer than two seconds.
         skip_bad: leave out images that cannot be used, and list them in `skipped`. All images are then decoded once
             before anything else.
         unlabelled: give all images one class, called "image". A folder may then nest its images in any way (folders
-            named train, test, ... are splits), and a tensor, uint8 [N,C,H,W], needs no labels.
+            named train, test, ... are splits), and a tensor [N,C,H,W] needs no labels.
+        value_range: (low, high), the values of black and white, or the `pixel_range` of a model or of training images,
+            which test images need. None: 0 to 255 for uint8, 0 to 65535 for uint16; for int16 and floats the lowest and
+            the highest value of these images, with a warning that names them. Values outside are clipped, with a
+            warning.
 
     Returns:
         The data, decoded if they fit in `cache_bytes`; otherwise every header has been checked.
 
     Raises:
-        FileNotFoundError: no such file or folder. ValueError: a wrong `image_size` or `channels`.
+        FileNotFoundError: no such file or folder. ValueError: a wrong `image_size`, `channels` or `value_range`.
         BadImageError: an image that cannot be read, has more than 33.6 million pixels (67.1 of a JPEG, which is
-            decoded at a quarter of its size from 33.6 on), or more than 8 bits per channel.
+            decoded at a quarter of its size from 33.6 on), has bits that PIL drops, NaN, or another dtype or number of
+            channels than the first image.
         DataError: an unknown name or split, a class without images, different sizes without `image_size`.
         TypeError: another kind of `data`, or labels that are no integers.
     """
@@ -242,20 +272,75 @@ def open_data(
     try:
         sizes = np.zeros((len(rows), 2), dtype=np.int64)  # stored height and width
         shape: tuple[int, int, int] | None = None if size is None or channels is None else (channels, *size)
-        if shape is None or len(rows) * math.prod(shape) > cache_bytes:
+        dtype: torch.dtype = getattr(torch, source.header(int(rows[0]))[3])
+        if shape is None or len(rows) * math.prod(shape) * dtype.itemsize > cache_bytes:
             found = _look_at_headers(source, rows, size is None, sizes, progress)
             shape = (channels or found[0], *(size or found[1:]))
         pixels = None
         if isinstance(source, TensorSource) and source.images.shape[1:] == shape:
             pixels = source.images.contiguous()
-        elif len(rows) * math.prod(shape) <= cache_bytes:
-            pixels = _decode(source, rows, shape, progress, sizes)
+        elif len(rows) * math.prod(shape) * dtype.itemsize <= cache_bytes:
+            pixels = _decode(source, rows, shape, dtype, progress, sizes)
+
+        def ends() -> tuple[float, float]:
+            if pixels is not None:
+                return _ends(pixels)
+            found: list[tuple[float, float]] = []
+
+            def one(index: int) -> None:
+                found.append(_ends(_read(source, int(rows[index]), shape, dtype)))
+
+            in_threads(one, len(rows), f"measuring {source.name}", progress, source.threads)
+            return min(low for low, _ in found), max(high for _, high in found)
+
+        pixel_range = _range_of(dtype, source.name, value_range, ends)
+        pixels = None if pixels is None else _clipped(pixels, pixel_range, source.name)
     except BadImageError as error:
         raise BadImageError(
             f"{error}, or leave such images out with skip_bad=True (on the command line: --skip-bad)"
         ) from error
     _warn_enlarged(source.name, sizes, shape[1:])
-    return ImageData(source, shape, rows, pixels, list(bad.values()))
+    return ImageData(source, shape, rows, pixels, list(bad.values()), pixel_range)
+
+
+def _range_of(
+    dtype: torch.dtype, name: str, value_range: Limits | None, ends: Callable[[], tuple[float, float]]
+) -> PixelRange:
+    """The stated range, the default of a dtype, or the range that `ends` measures, with a warning that names it."""
+    kind, name = str(dtype).removeprefix("torch."), _printable(name)
+    if isinstance(value_range, PixelRange) and value_range.dtype != kind:
+        fix = "fit a model to these images (GLEM.fit)"
+        raise DataError(f"{name} has images of {kind}, the model takes {value_range}: {fix}")
+    known = _RANGES.get(kind) if value_range is None else value_range
+    if isinstance(known, PixelRange):
+        return known
+    if known is not None:
+        if np.shape(known) != (2,):
+            raise ValueError(f"value_range must be (low, high), got {known!r}")
+        return PixelRange(kind, *np.asarray(known).tolist())
+    try:
+        found = PixelRange(kind, *ends())
+    except ValueError as error:
+        raise DataError(f"{name}: {error}, or state value_range=(low, high)") from None
+    warnings.warn(f"the range of {name} is measured: {found}; state it with value_range=, --value-range", stacklevel=3)
+    return found
+
+
+def _ends(pixels: torch.Tensor) -> tuple[float, float]:
+    """The lowest and the highest value."""
+    return float(pixels.numpy().min()), float(pixels.numpy().max())  # torch has neither for uint16
+
+
+def _clipped(pixels: torch.Tensor, pixel_range: PixelRange, name: str) -> torch.Tensor:
+    """Images clipped to the range, with a warning if that changes them."""
+    if pixel_range in _RANGES.values():
+        return pixels
+    values = pixels.numpy()
+    low, high = np.array([pixel_range.low, pixel_range.high], values.dtype)
+    if low <= values.min() and values.max() <= high:
+        return pixels
+    warnings.warn(f"{_printable(name)} has values outside {pixel_range}, which are clipped", stacklevel=3)
+    return torch.from_numpy(values.clip(low, high))
 
 
 def _warn_enlarged(name: str, sizes: np.ndarray, size: tuple[int, int]) -> None:
@@ -272,14 +357,19 @@ def _warn_enlarged(name: str, sizes: np.ndarray, size: tuple[int, int]) -> None:
 
 
 def as_image_data(
-    data: LabelledImages, image_shape: tuple[int, int, int], classes: Sequence[str] | None = None, **options: Any
+    data: LabelledImages,
+    image_shape: tuple[int, int, int],
+    classes: Sequence[str] | None = None,
+    pixel_range: PixelRange = UINT8,
+    **options: Any,
 ) -> ImageData:
-    """`data` as an ImageData of shape `image_shape` (C, H, W). DataError: an ImageData of another shape.
+    """`data` as an ImageData of shape `image_shape` (C, H, W) and range. DataError: an ImageData of another.
 
     Other data is opened by `open_data` with `options`, resized and converted. `classes` replace the data's names.
     """
     channels, height, width = image_shape
     if not isinstance(data, ImageData):
+        options["value_range"] = pixel_range
         data = open_data(data, image_size=(height, width), channels=channels if channels in (1, 3) else None, **options)
     names = data.classes if classes is None else [str(name) for name in classes]
     if names != data.classes:
@@ -290,6 +380,11 @@ def as_image_data(
             f"{data.name} has images of shape {data.image_shape}, the flow takes {image_shape}: open the data with "
             f"open_data(..., image_size=({height}, {width}), channels={channels})"
         )
+    if data.pixel_range != pixel_range:
+        raise DataError(
+            f"{data.name} has images of {data.pixel_range}, the model takes {pixel_range}: open them with "
+            "open_data(..., value_range=model.pixel_range), or fit a model to them (GLEM.fit)"
+        )
     return data
 
 
@@ -298,7 +393,7 @@ def images_for(flow: Any, data: LabelledImages, class_map: ClassMap = None, **op
 
     Labels of data that names no classes are the flow's indices.
     """
-    images = as_image_data(data, flow.image_shape, **options)
+    images = as_image_data(data, flow.image_shape, pixel_range=flow.pixel_range, **options)
     targets = images.targets
     if images.named or class_map is not None:
         targets = match_classes(flow, images, class_map)[targets]
@@ -308,34 +403,39 @@ def images_for(flow: Any, data: LabelledImages, class_map: ClassMap = None, **op
 def _bad_images(source: Source, progress: bool) -> dict[int, tuple[str, str]]:
     """(image, reason) of every image that can't be decoded, by row."""
     found: dict[int, tuple[str, str]] = {}
+    kinds: dict[int, str] = {}
 
     def one(row: int) -> None:
         try:
-            source.pixels(row, 1)
+            kinds[row] = _kind(source.pixels(row, 3))
         except BadImageError as error:
             where = source.where(row)
             found[row] = (where, str(error).removeprefix(where).strip())
 
     in_threads(one, len(source), f"checking {source.name}", progress, source.threads)
+    most = Counter(kinds.values()).most_common(1)
+    for row, kind in kinds.items():
+        if kind != most[0][0]:
+            found[row] = (source.where(row), f"has {kind}, and most images have {most[0][0]}")
     return dict(sorted(found.items()))
 
 
 def _look_at_headers(
     source: Source, rows: np.ndarray, same_size: bool, sizes: np.ndarray, progress: bool
 ) -> tuple[int, int, int]:
-    """(C, H, W) of the first image; C = 1 only if all images at `rows` are grey. `sizes` [N, 2] gets all sizes.
+    """(C, H, W) of the first image; C = 1 of a grey one only if no image is RGB. `sizes` [N, 2] gets all sizes.
 
     BadImageError: a file that is no image. DataError: different sizes, with `same_size`.
     """
     if isinstance(source, TensorSource):
         _, channels, height, width = source.images.shape
         return channels, height, width
-    _, *first = source.header(int(rows[0]))
-    grey = np.empty(len(rows), dtype=bool)
+    _, *first, _ = source.header(int(rows[0]))
+    counts = np.empty(len(rows), dtype=np.int64)  # of channels
 
     def one(index: int) -> None:
         row = int(rows[index])
-        grey[index], *size = source.header(row)
+        counts[index], *size, _ = source.header(row)
         sizes[index] = size
         if same_size and size != first:
             raise DataError(
@@ -344,25 +444,39 @@ def _look_at_headers(
             )
 
     in_threads(one, len(rows), f"looking at {source.name}", progress, source.threads)
-    return 1 if grey.all() else 3, first[0], first[1]
+    return int(counts[0] if counts[0] not in (1, 3) else max(counts[0], 3 * (counts == 3).any())), first[0], first[1]
 
 
-def _decoded(source: Source, row: int, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Image `row` of a source as uint8 [C,H,W] of that shape."""
-    return fit(source.pixels(row, shape[0]), *shape[1:])
+def _kind(image: torch.Tensor) -> str:
+    """The channels and the dtype of an image [C,H,W], in words."""
+    return f"{len(image)} {'channel' if len(image) == 1 else 'channels'} of {dtype_name(image)}"
+
+
+def _read(
+    source: Source, row: int, shape: tuple[int, int, int], dtype: torch.dtype, sizes: np.ndarray | None = None
+) -> torch.Tensor:
+    """Image `row` of a source as [C,H,W] of that shape. `sizes` [2] gets its stored size."""
+    pixels = source.pixels(row, shape[0])
+    if (found := _kind(pixels)) != (wanted := _kind(torch.empty(shape, dtype=dtype, device="meta"))):
+        raise BadImageError(f"{source.where(row)} has {found} where {wanted} are wanted: give all images alike")
+    if sizes is not None:
+        sizes[:] = pixels.shape[-2:]
+    return fit(pixels, *shape[1:])
 
 
 def _decode(
-    source: Source, rows: np.ndarray, shape: tuple[int, int, int], progress: bool, sizes: np.ndarray | None = None
+    source: Source,
+    rows: np.ndarray,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    progress: bool,
+    sizes: np.ndarray | None = None,
 ) -> torch.Tensor:
-    """The images at `rows` of a source as uint8 [N,C,H,W]. `sizes` [N, 2] gets their stored sizes."""
-    out = torch.empty(len(rows), *shape, dtype=torch.uint8)
+    """The images at `rows` of a source as [N,C,H,W]. `sizes` [N, 2] gets their stored sizes."""
+    out = torch.empty(len(rows), *shape, dtype=dtype)
 
     def one(index: int) -> None:
-        pixels = source.pixels(int(rows[index]), shape[0])
-        if sizes is not None:
-            sizes[index] = pixels.shape[-2:]
-        out[index] = fit(pixels, *shape[1:])
+        out[index] = _read(source, int(rows[index]), shape, dtype, None if sizes is None else sizes[index])
 
     in_threads(one, len(rows), f"decoding {source.name}", progress, source.threads)
     return out

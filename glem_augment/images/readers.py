@@ -1,4 +1,4 @@
-"""Sources of labelled images, each of which opens one image at a time as a uint8 tensor.
+"""Sources of labelled images, each of which opens one image at a time as a tensor.
 
 A source has the labels and opens one image; `dataset` decides on sizes and channels.
 """
@@ -21,13 +21,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
+from glem_augment.codec.pixel_range import DTYPES, dtype_name
 from glem_augment.errors import BadImageError
+from glem_augment.images.arrays import EXTENSIONS, check_layout, read_array
 from glem_augment.images.matching import check_targets
 
 GREY_MODES = ("L", "1", "LA")
 # PIL goes by content rather than by extension, and some of its formats run other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP")
-_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 # Pixels of an image that is decoded as it is, and of a JPEG, which is decoded at a quarter of its width and height from
 # the first number on. At these limits decoding takes up to 600 MiB; a JPEG needs 6 bytes per pixel at any scale.
 MOST_PIXELS, MOST_JPEG_PIXELS, _SMALLER = 2**25, 2**26, 4
@@ -39,7 +40,7 @@ def open_image(file: str | IO[bytes]) -> Image.Image:
 
 
 def check_header(image: Image.Image, where: str) -> None:
-    """BadImageError for images that must not be decoded: too many pixels, or over 8 bits, which PIL clips to white.
+    """BadImageError for images that must not be decoded: too many pixels, or bits that PIL would drop.
 
     A JPEG of more than `MOST_PIXELS` is set to be decoded at a smaller size.
     """
@@ -52,12 +53,29 @@ def check_header(image: Image.Image, where: str) -> None:
         )
     if pixels > MOST_PIXELS:
         image.draft(image.mode, (image.width // _SMALLER, image.height // _SMALLER))
-    if image.mode in _DEEP_MODES:
-        raise BadImageError(f"{where} has more than 8 bits per channel (PIL mode {image.mode}); convert it to 8 bits")
+    tiles = getattr(image, "tile", []) if image.format in ("PNG", "TIFF") else []  # ";16" of a BMP are bits of a pixel
+    colour = any(";16" in str(tile[-1]) for tile in tiles) and dtype_of(image) == "uint8"
+    if colour or (image.mode == "I" and dtype_of(image) != "uint16"):
+        raise BadImageError(
+            f"{where} has more than 8 bits per channel, which PIL drops in its mode {image.mode}: save it as .npy, "
+            "[C,H,W] of uint16 or float32"
+        )
+
+
+def dtype_of(image: Image.Image) -> str:
+    """The dtype of the values of a PIL image."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older versions of PIL say I
+        return "uint16"
+    return "float32" if image.mode == "F" else "uint8"
 
 
 def to_tensor(image: Image.Image, channels: int) -> Tensor:
-    """A PIL image as uint8 [C,H,W], grey (1 channel) or RGB (3). Of an animation, the first frame."""
+    """A PIL image as uint8 [C,H,W], grey (1 channel) or RGB (3). Of an animation, the first frame.
+
+    A grey image of 16 bits or floats keeps its dtype, uint16 or float32.
+    """
+    if (dtype := dtype_of(image)) != "uint8":
+        return torch.from_numpy(np.asarray(image).astype(dtype))[None]
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # PIL warns about the direct way to RGB
     mode = "L" if channels == 1 else "RGB"
@@ -68,7 +86,8 @@ def to_tensor(image: Image.Image, channels: int) -> Tensor:
 class Source(Dataset, ABC):
     """Labelled images that can be opened one by one; for the attributes see `ImageData`.
 
-    Item i is (PIL image in mode L or RGB, int). Without class names the lists are empty, and numbers become the names.
+    Item i is (PIL image in mode L or RGB, int), or (tensor [C,H,W], int) for other images. Without class names the
+    lists are empty, and numbers become the names.
     """
 
     name: str
@@ -86,39 +105,56 @@ class Source(Dataset, ABC):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
         with self._checked(index) as image:
-            return image.convert("L" if image.mode in GREY_MODES else "RGB"), int(self.targets[index])
+            if isinstance(image, Image.Image):
+                grey, deep = image.mode in GREY_MODES, dtype_of(image) != "uint8"
+                image = to_tensor(image, 1) if deep else image.convert("L" if grey else "RGB")
+            return image, int(self.targets[index])
 
     def where(self, index: int) -> str:
         """The name of image `index` in errors."""
         return f"image {index} of {self.name}"
 
     @abstractmethod
-    def open(self, index: int) -> Image.Image:
-        """Image `index` with its header read."""
+    def open(self, index: int) -> Image.Image | Tensor:
+        """Image `index`: a PIL image with its header read, or a tensor [C,H,W]."""
 
-    def header(self, index: int) -> tuple[bool, int, int]:
-        """Whether image `index` is grey, and its height and width. Raises BadImageError."""
+    def header(self, index: int) -> tuple[int, int, int, str]:
+        """(C, H, W) of image `index`, and the name of its dtype. Raises BadImageError."""
         with self._checked(index) as image:
-            return image.mode in GREY_MODES, image.height, image.width
+            if isinstance(image, Tensor):
+                return len(image), image.shape[1], image.shape[2], dtype_name(image)
+            grey = image.mode in GREY_MODES or dtype_of(image) != "uint8"
+            return 1 if grey else 3, image.height, image.width, dtype_of(image)
 
     def pixels(self, index: int, channels: int) -> Tensor:
-        """Image `index` as uint8 [C,H,W], not resized. Raises BadImageError."""
+        """Image `index` as [C,H,W] in its dtype, not resized. Raises BadImageError.
+
+        8-bit grey and RGB images are converted to `channels` channels, other images are not.
+        """
         with self._checked(index) as image:
-            return to_tensor(image, channels)
+            found = image if isinstance(image, Tensor) else to_tensor(image, channels)
+        if found.is_floating_point() and not bool(found.isfinite().all()):
+            raise BadImageError(f"{self.where(index)} has values that are NaN or infinite: replace them")
+        return found
 
     @contextmanager
-    def _checked(self, index: int) -> Iterator[Image.Image]:
+    def _checked(self, index: int) -> Iterator[Image.Image | Tensor]:
         """Open image `index`. An error in the `with` block becomes a BadImageError that names the image."""
         where = self.where(index)
         try:
-            with self.open(index) as image:
+            found = self.open(index)
+            if isinstance(found, Tensor):
+                check_layout(tuple(found.shape), where)
+                yield found
+                return
+            with found as image:
                 check_header(image, where)
                 yield image
         except BadImageError:
             raise
-        except Exception as error:  # PIL's decoders raise nearly anything on damaged bytes
+        except Exception as error:  # decoders raise nearly anything on damaged bytes
             raise BadImageError(
                 f"{where} cannot be read as an image ({type(error).__name__}: {error}); remove or replace it"
             ) from error
@@ -133,46 +169,51 @@ class FolderSource(Source):
     def where(self, index: int) -> str:
         return self.paths[index]
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Image.Image | Tensor:
         path = self.paths[index]
         if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would wait for a writer
             raise OSError("it is no regular file")
-        return open_image(path)
+        return read_array(path) if path.lower().endswith(EXTENSIONS) else open_image(path)
 
 
 @dataclass
 class TensorSource(Source):
-    """Images of one shape in memory: uint8 [N,C,H,W]."""
+    """Images of one shape in memory: [N,C,H,W]."""
 
     images: Tensor
 
-    def open(self, index: int) -> Image.Image:
-        return F.to_pil_image(self.images[index])
+    def open(self, index: int) -> Image.Image | Tensor:
+        return as_pil(self.images[index].clone(memory_format=torch.contiguous_format))
 
-    def header(self, index: int) -> tuple[bool, int, int]:
-        return self.images.shape[1] == 1, self.images.shape[2], self.images.shape[3]
+    def header(self, index: int) -> tuple[int, int, int, str]:
+        _, channels, height, width = self.images.shape
+        return channels, height, width, dtype_name(self.images)
 
     def pixels(self, index: int, channels: int) -> Tensor:
         if self.images.shape[1] != channels:
             return super().pixels(index, channels)
-        return self.images[index].clone(memory_format=torch.contiguous_format)  # PIL images have 1 or 3 channels
+        return self.images[index].clone(memory_format=torch.contiguous_format)
 
 
 @dataclass
 class ItemSource(Source):
-    """A data set whose items hold a PIL image, or a uint8 tensor [C,H,W], at `key`."""
+    """A data set whose items hold a PIL image, or a tensor [C,H,W], at `key`."""
 
     items: Any
     key: int | str
     threads = 1  # items may share one file handle
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Image.Image | Tensor:
         image = self.items[index][self.key]
-        if getattr(image, "dtype", None) in (torch.uint8, np.uint8):
+        if isinstance(image, Tensor) and dtype_name(image) in DTYPES:
+            return as_pil(image)
+        if getattr(image, "dtype", None) == np.uint8:
             return F.to_pil_image(image)
         if not isinstance(image, Image.Image):
             found = getattr(image, "dtype", type(image).__name__)
-            raise TypeError(f"it is {found}, no PIL image or uint8 tensor: give the data set without its transform")
+            raise TypeError(
+                f"it is {found}, no PIL image or tensor of {', '.join(DTYPES)}: give the data set without its transform"
+            )
         return image.copy()  # the caller closes it
 
 
@@ -188,3 +229,8 @@ class ReaderSource(Source):
     def open(self, index: int) -> Image.Image:
         with self.reader[index][0] as file:
             return open_image(io.BytesIO(file.read()))
+
+
+def as_pil(image: Tensor) -> Image.Image | Tensor:
+    """uint8 [1,H,W] or [3,H,W] as a PIL image, which can be converted; other images as they are."""
+    return F.to_pil_image(image) if image.dtype == torch.uint8 and image.shape[0] in (1, 3) else image

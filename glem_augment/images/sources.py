@@ -24,7 +24,9 @@ from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from tqdm import tqdm
 
+from glem_augment.codec.pixel_range import DTYPES, dtype_name
 from glem_augment.errors import DataError
+from glem_augment.images.arrays import EXTENSIONS
 from glem_augment.images.matching import (
     ONE_CLASS,
     Integers,
@@ -45,6 +47,7 @@ _VAL = ("val", "validation", "valid", "eval")
 _SPLIT_FOLDERS = dict.fromkeys(_TRAIN, _TRAIN) | dict.fromkeys(_TEST, _TEST + _VAL) | dict.fromkeys(_VAL, _VAL + _TEST)
 _CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 # Files of `SyntheticDataset.export`: the manifest, and the label of every class, even one whose folder is missing.
+_FILES = (*IMG_EXTENSIONS, *EXTENSIONS)
 PROVENANCE, CLASS_FILE = "glem-provenance.json", "classes.json"
 TIMM_PREFIXES = ("torch/", "hfds/")
 
@@ -68,7 +71,7 @@ def open_source(data: Any, split: str = "train", unlabelled: bool = False) -> So
     by_index = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if not by_index or isinstance(data, IterableDataset | torch.Tensor | np.ndarray):
         raise TypeError(
-            "data must be a name, an ImageData, (uint8 images, labels), or a data set that has a length and gives "
+            "data must be a name, an ImageData, (images, labels), or a data set that has a length and gives "
             f"(image, label) by index; got {type(data).__name__}"
         )
     return _data_set_source(data)
@@ -82,7 +85,7 @@ def _unlabelled_source(data: Any, split: str) -> Source:
     if folder is not None and folder.is_dir() and not _is_idx(folder):
         inside = _split_folder(folder, split, classes=False)
         _is_export(inside)
-        paths = [path for path, _ in make_dataset(inside, {"": 0}, IMG_EXTENSIONS, allow_empty=True)]
+        paths = [path for path, _ in make_dataset(inside, {"": 0}, _FILES, allow_empty=True)]
         source: Source = FolderSource(str(folder), [], [], np.zeros(len(paths), np.int64), paths)
     elif of_hugging_face(data) and hasattr(data, "__len__"):
         image = feature_column(data.features, "Image")
@@ -150,7 +153,7 @@ def _image_folder(folder: Path) -> FolderSource:
         raise DataError(f"{folder} has no folders: it must be an ImageFolder, with one folder of images per class")
     labels = {name: index for index, name in enumerate(class_ids)}
     try:
-        samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=exported)
+        samples = make_dataset(folder, labels, _FILES, allow_empty=exported)
     except FileNotFoundError as error:  # classes without images
         raise DataError(f"{folder}: {error}; add images or remove the folders") from None
     if not samples:
@@ -326,12 +329,14 @@ def tensor_source(
     class_ids: Sequence[str] | None = None,
     name: str = "tensors",
 ) -> TensorSource:
-    """Images x, uint8 [N,C,H,W], with labels y. TypeError: other dtypes. DataError: other shapes or labels."""
+    """Images x [N,C,H,W] with labels y. TypeError: a dtype of no images. DataError: other shapes or labels."""
     x = torch.as_tensor(x)
-    if x.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8, got {x.dtype}")
+    if dtype_name(x) not in DTYPES:
+        raise TypeError(f"images must be {', '.join(DTYPES)}, got {x.dtype}")
     if x.ndim != 4 or x.numel() == 0:
         raise DataError(f"images must be [N,C,H,W], and at least one, got shape {tuple(x.shape)}")
+    if x.is_floating_point() and not bool(x.isfinite().all()):
+        raise DataError(f"{name} has values that are NaN or infinite: replace them")
     ids = list(classes if class_ids is None else class_ids)
     check_names(classes, ids)
     return TensorSource(name, list(classes), ids, check_targets(y, len(x)), x.detach().cpu().contiguous())

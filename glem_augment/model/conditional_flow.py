@@ -17,7 +17,7 @@ from glem_augment.classes.classes import Classes
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import ClassModes
 from glem_augment.codec.autoencoder import StandardisedAutoencoder
-from glem_augment.codec.codec import Codec, Dequantisation, to_unit
+from glem_augment.codec.codec import Codec, Dequantisation
 from glem_augment.codec.levels import draw_noise
 from glem_augment.distributed import gather
 from glem_augment.errors import ClassMismatchError
@@ -33,14 +33,16 @@ _Flow = TypeVar("_Flow", bound="ConditionalFlow")
 class ConditionalFlow(nn.Module):
     """A codec, a flow, and class densities in its latents, for images of one shape.
 
-    Images are [B,C,H,W], uint8 or float in [0,1]; float input is not rounded. The codec turns them into numbers: the
-    levels of pixels, or an autoencoder's standardised latents. The flow is exact, an autoencoder is not.
+    Images are [B,C,H,W], uint8 or float in [0,1]; float input is not rounded. A model of images of another dtype takes
+    the images of its `pixel_range`. The codec turns images into numbers: the levels of pixels, the values of floats, or
+    an autoencoder's standardised latents. The flow is exact, an autoencoder is not.
 
     Attributes:
         codec, flow, latent_classes: the three parts. `latent_classes` is replaced as a whole.
         image_shape: (C, H, W) of the images.
         dim: d, how many numbers the flow models: C H W of the pixels, or of the autoencoder's latents.
         bits: bits per channel that the flow models.
+        pixel_range: the dtype of the images and the range of their values.
         classes, class_ids: K names, and K folder names or WordNet ids, in index order.
         class_to_idx: the index of each name; num_classes: K.
         config: the facts that `save` writes.
@@ -53,6 +55,7 @@ class ConditionalFlow(nn.Module):
     def __init__(self, config: GLEMConfig) -> None:
         super().__init__()
         self.config, self.image_shape, self.dim, self.bits = config, config.image_shape, config.dim, config.bits
+        self.pixel_range = config.pixel_range
         self.classes, self.class_ids = list(config.class_names), list(config.class_ids)
         self.class_to_idx = {name: index for index, name in enumerate(self.classes)}
         self.num_classes = len(self.classes)
@@ -76,7 +79,8 @@ class ConditionalFlow(nn.Module):
     def numbers_are(self) -> str:
         """How images become the flow's numbers, in words."""
         named = self.config.autoencoder
-        return f"at {self.bits} bits" if named is None else f"through {named['name']}"
+        at = f"at {self.bits} bits" if self.pixel_range.dtype == "uint8" else f"of {self.pixel_range}"
+        return at if named is None else f"through {named['name']}"
 
     @property
     def gaussians(self) -> ClassGaussians:
@@ -111,7 +115,7 @@ class ConditionalFlow(nn.Module):
         """Image to latent.
 
         Args:
-            x: [B,C,H,W], uint8 or float in [0,1].
+            x: [B,C,H,W], integers or floats of `pixel_range`.
             generator: adds uniform dequantisation noise to images on levels, see `codec.levels.to_levels`; a whole
                 number is the seed of noise that depends on the image alone. A tensor is the noise itself, from
                 `codec.levels.draw_noise`. None: the middle of the bin. Without effect on an autoencoder's latents.
@@ -135,19 +139,20 @@ class ConditionalFlow(nn.Module):
         return z, logdet + self.codec.logdet()
 
     def decode(self, z: Tensor, clamp: bool = True) -> Tensor:
-        """Latents z [B, d] to images [B,C,H,W], float, clamped to [0,1]; with `clamp=False` the exact inverse.
+        """Latents z [B, d] to float images [B,C,H,W], clamped to the range; with `clamp=False` the exact inverse.
 
-        Bin middles of uint8 images come back as value / 255, if there is no autoencoder.
+        Bin middles of uint8 images come back as value / 255, if there is no autoencoder. `pixel_range.from_floats`
+        makes images of the dtype.
         """
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise ValueError(f"expected latents of shape [B, {self.dim}], got {list(z.shape)}")
         z = z.to(self.device, self.dtype)
         x = torch.cat([self.codec.decode(self.flow.inverse(chunk)[0]) for chunk in z.split(self.codec.most)])
-        return x.clamp(0, 1) if clamp else x
+        return x.clamp(*self.pixel_range.limits) if clamp else x
 
     @torch.no_grad()
     def interpolate(self, x1: Tensor, x2: Tensor, steps: int = 8) -> Tensor:
-        """Straight lines in latent space from the images x1 to x2 [B,C,H,W]: [B, steps, C, H, W] float in [0,1].
+        """Straight lines in latent space from the images x1 to x2 [B,C,H,W]: [B, steps, C, H, W] floats in the range.
 
         Both ends are included, so `steps` is at least 2.
         """
@@ -159,15 +164,18 @@ class ConditionalFlow(nn.Module):
 
     @torch.no_grad()
     def round_trip_error(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """|decode(encode(x)) - x| of every pixel in uint8 steps: [B,C,H,W], infinite where nothing finite came back.
+        """|decode(encode(x)) - x| of every pixel in uint8 steps, 1/255 of the range: [B,C,H,W].
+
+        It is infinite where nothing finite came back.
 
         Below half a step, rounding gives the pixel back exactly. `z` saves the encoding if the latents are there.
         """
         x = self._checked(x)
         # A codec of fewer than 8 bits can give back no more than its levels.
-        wanted = self.codec.decode(self.codec.encode(x)).double() if self.codec.exact else to_unit(x, torch.float64)
-        back = self.decode(self.encode(x)[0] if z is None else z, clamp=not self.codec.exact)
-        return (back.double() - wanted).abs().mul_(255).nan_to_num_(nan=math.inf)
+        exact, (low, high) = self.codec.exact, self.pixel_range.limits
+        floats = self.codec.decode(self.codec.encode(x)) if exact else self.pixel_range.to_floats(x, torch.float64)
+        back = self.decode(self.encode(x)[0] if z is None else z, clamp=not exact)
+        return (back.double() - floats.double()).abs().mul_(255 / (high - low)).nan_to_num_(nan=math.inf)
 
     @torch.no_grad()
     def flow_error(self, x: Tensor) -> Tensor:
@@ -217,7 +225,7 @@ class ConditionalFlow(nn.Module):
         """-log_prob / (d ln 2): [B]. ValueError: the codec has no levels."""
         if not self.codec.levels:
             raise ValueError(
-                "bits/dim are of pixel levels, and this flow models an autoencoder's latents: use "
+                "bits/dim are of pixel levels, and this flow models numbers without levels: use "
                 "-model.log_prob(x) / model.dim, in nats per number"
             )
         return -self.log_prob(x, y) / self.codec.divisor
@@ -257,7 +265,7 @@ class ConditionalFlow(nn.Module):
     def sample(
         self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None, source: str = "gaussian"
     ) -> Tensor:
-        """Images of the classes `y`: [B,C,H,W] float in [0,1], decoded from `sample_latents`."""
+        """Images of the classes `y`: [B,C,H,W] floats in the range, decoded from `sample_latents`."""
         return self.decode(self.sample_latents(y, temperature, generator, source))
 
     # ---- fitted to images ----------------------------------------------------------------------------------------

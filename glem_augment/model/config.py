@@ -15,6 +15,7 @@ from typing import Any
 from glem_augment.checks import HIGHEST_TEMPERATURE
 from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.statistics import can_be_whole
+from glem_augment.codec.pixel_range import UINT8, PixelRange
 from glem_augment.errors import ModelFileError
 from glem_augment.flows.build import check_spec, is_whole
 from glem_augment.images.sources import TIMM_PREFIXES
@@ -34,7 +35,8 @@ class GLEMConfig:
 
     Attributes:
         flow: the resolved numbers of the flow (see `flows.presets`), with `image_shape` [C, H, W].
-        bits: bits per channel that the flow models, 1 to 8.
+        bits: bits per channel that the flow models, 1 to 8; all bits of the dtype if the images are not uint8.
+        pixel_range: the dtype of the images and the range of their values, or its table; left out for uint8.
         psi: (a, b, c) of the variances, or None for plain variances.
         class_ids: folder names, WordNet ids or digits, in index order.
         class_names: names to show, in index order.
@@ -64,12 +66,13 @@ class GLEMConfig:
     covariance: str = "diagonal"
     autoencoder: dict[str, Any] | None = None
     privacy: dict[str, Any] | None = None
+    pixel_range: PixelRange = UINT8
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         self._check_flow()
-        _demand(is_whole(self.bits, 1, 8), "bits must be a whole number from 1 to 8", self.bits)
+        self._check_pixels()
         self._check_classes()
         if self.psi is not None:
             good = _is_list(self.psi, 3) and all(
@@ -107,6 +110,20 @@ class GLEMConfig:
             check_spec(self.flow)
         except (ValueError, TypeError) as error:  # TypeError: a list where a name belongs
             raise ModelFileError(f"the flow's description is not valid: {error}") from None
+
+    def _check_pixels(self) -> None:
+        found: Any = self.pixel_range
+        if not isinstance(found, PixelRange):
+            good = _is_table(found, {"dtype", "low", "high"}) and _are_names([found["dtype"]])
+            _demand(good, "pixel_range must have dtype, low and high", found)
+            try:
+                self.pixel_range = PixelRange(**found)
+            except ValueError as error:
+                raise ModelFileError(f"pixel_range: {error}") from None
+        most = self.pixel_range.bits
+        _demand(self.autoencoder is None or most == 8, "an autoencoder takes uint8 images", found)
+        least = 1 if most == 8 else most
+        _demand(is_whole(self.bits, least, most), f"bits must be a whole number from {least} to {most}", self.bits)
 
     def _check_classes(self) -> None:
         for name in ("class_ids", "class_names"):
@@ -146,6 +163,7 @@ class GLEMConfig:
             covariance="diagonal",
             autoencoder=None,
             privacy=None,
+            pixel_range=asdict(UINT8),
         )
         return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
 

@@ -26,10 +26,11 @@ from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.statistics import ClassStatistics, class_statistics
 from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
 from glem_augment.codec.codec import Codec
-from glem_augment.codec.levels import Levels
+from glem_augment.codec.levels import Levels, Values
+from glem_augment.codec.pixel_range import UINT8, PixelRange
 from glem_augment.errors import ModelFileError
 from glem_augment.flows import Flow, build_flow, check_flow, resolve_preset
-from glem_augment.images.dataset import ImageData, LabelledImages, as_image_data, images_for, open_data
+from glem_augment.images.dataset import ImageData, LabelledImages, Limits, as_image_data, images_for, open_data
 from glem_augment.images.matching import ONE_CLASS, ClassMap
 from glem_augment.model.conditional_flow import ConditionalFlow
 from glem_augment.model.config import GLEMConfig
@@ -50,6 +51,9 @@ from glem_augment.model.weights import (
 STANDARDISED_BY = 64  # images that standardise an autoencoder's latents, each at many positions
 # Least images per dimension of full covariances. At 4 plain variances do as well (benchmarks/results/covariances.md).
 _IMAGES_PER_DIMENSION = 8
+# The least variance of images that are not 8-bit, as a share of their mean variance. The noise of 8-bit levels gives
+# constant pixels about as much; floats and 16-bit levels would give them none.
+_LEAST_VARIANCE = 1e-5
 
 
 class GLEM(ConditionalFlow):
@@ -98,7 +102,8 @@ class GLEM(ConditionalFlow):
         if codec is None and config.autoencoder is not None:
             codec = named_autoencoder(config.autoencoder)
         if codec is None:
-            codec = Levels(config.image_shape, config.bits).to(dtype)
+            shape, pixels = config.image_shape, config.pixel_range
+            codec = (Values(shape, pixels) if pixels.continuous else Levels(shape, config.bits, pixels)).to(dtype)
         elif not isinstance(codec, Codec):
             codec = StandardisedAutoencoder(codec, config.image_shape, config.flow_shape)
         self.codec = codec
@@ -114,9 +119,10 @@ class GLEM(ConditionalFlow):
         image_shape: tuple[int, int, int],
         classes: Sequence[str],
         class_ids: Sequence[str] | None = None,
-        bits: int = 8,
+        bits: int | None = None,
         psi: tuple[float, float, float] | None = (0.5, 0.2, 0.05),
         autoencoder: str | nn.Module | None = None,
+        pixel_range: PixelRange = UINT8,
         **overrides: Any,
     ) -> GLEM:
         """An untrained model.
@@ -129,11 +135,12 @@ class GLEM(ConditionalFlow):
             preset: name of a flow size, see `flows.PRESETS`.
             image_shape: (C, H, W).
             classes, class_ids: names and identifiers in index order, by default the same.
-            bits: top bits of each channel that are modelled; 8 for augmentation, the paper reports 5.
+            bits: top bits of each channel that are modelled; the paper reports 5. None: all bits.
             psi: (a, b, c) of the variances, None for plain variances.
             autoencoder: the flow models its latents in place of pixels; it is frozen. "taef2" (in the package),
                 "hub:org/name[@revision]" (see `open_autoencoder`), a module of the protocol `Autoencoder`, or any
                 `Codec`.
+            pixel_range: of the images, such as `ImageData.pixel_range`.
             overrides: numbers of the preset to change.
 
         Raises:
@@ -144,6 +151,8 @@ class GLEM(ConditionalFlow):
         if isinstance(classes, int):
             raise TypeError(f"classes are a list of names, got {classes}: give [str(i) for i in range({classes})]")
         shape, facts = image_shape, None
+        if autoencoder is not None:
+            pixel_range.need_8_bits("an autoencoder (leave it out, for a model of the pixels)")
         if isinstance(autoencoder, str):
             autoencoder, facts = find_autoencoder(autoencoder)
         elif autoencoder is not None:
@@ -152,11 +161,12 @@ class GLEM(ConditionalFlow):
             shape = latent_shape(autoencoder, image_shape)
         config = GLEMConfig(
             flow=resolve_preset(preset, shape, **overrides),
-            bits=bits,
+            bits=pixel_range.bits if bits is None else bits,
             psi=psi,
             class_ids=[str(c) for c in (classes if class_ids is None else class_ids)],
             class_names=[str(c) for c in classes],
             autoencoder=None if facts is None else {**facts, "image_shape": [int(side) for side in image_shape]},
+            pixel_range=pixel_range,
         )
         return cls(config, codec=autoencoder)
 
@@ -205,12 +215,13 @@ class GLEM(ConditionalFlow):
         return model
 
     @classmethod
-    def from_bijection(cls, module: Flow, image_shape: tuple[int, int, int]) -> GLEM:
+    def from_bijection(cls, module: Flow, image_shape: tuple[int, int, int], pixel_range: PixelRange = UINT8) -> GLEM:
         """A model around a user's flow, in eval mode, with one class, "image", a standard normal; see `adapt`.
 
         Args:
             module: a subclass of `flows.Flow`. It is not copied, and from now on frozen and in eval mode.
             image_shape: (C, H, W).
+            pixel_range: see `create`.
 
         Raises:
             TypeError, ValueError: see `flows.check_flow`.
@@ -218,7 +229,8 @@ class GLEM(ConditionalFlow):
         check_flow(module, image_shape)
         config = GLEMConfig(
             flow={"image_shape": list(image_shape), "coupling": "custom", "module": type(module).__qualname__},
-            bits=8,
+            bits=pixel_range.bits,
+            pixel_range=pixel_range,
             psi=None,
             class_ids=[ONE_CLASS],
             class_names=[ONE_CLASS],
@@ -274,6 +286,7 @@ class GLEM(ConditionalFlow):
         public: LabelledImages = None,
         journal: str | os.PathLike[str] | None = None,
         image_size: int | tuple[int, int] | None = None,
+        value_range: Limits | None = None,
         classes: Sequence[str] | None = None,
         split: str = "train",
         rank: int = 64,
@@ -301,6 +314,7 @@ class GLEM(ConditionalFlow):
             journal: a file for the releases of a private model: an interrupted call goes on from it. Remove it with the
                 model saved.
             image_size: see `open_data`; by default the size that the images share.
+            value_range: see `open_data`; by default measured for int16 and float images.
             classes, split, rank, pooled, shrinkage, max_per_class, seed, progress: see `adapt`.
             parts: see `adapt`; None: 1, or with privacy as many as the noise allows.
             device: where the model computes.
@@ -311,14 +325,17 @@ class GLEM(ConditionalFlow):
         """
         if flow is not None and autoencoder is not None:
             raise ValueError("give an autoencoder or a flow, not both: a flow has its codec already")
-        images = cls.images_to_fit(data, flow, split=split, image_size=image_size, progress=progress)
+        reading = dict(split=split, image_size=image_size, value_range=value_range, progress=progress)
+        images = cls.images_to_fit(data, flow, **reading)
         if privacy is not None:
+            images.pixel_range.need_8_bits("a private model")
             if flow is not None or max_per_class is not None or pooled:
                 raise ValueError("leave flow, max_per_class and pooled out of a private fit")
             images = as_image_data(images, images.image_shape, classes)
             return cls._fit_private(images, autoencoder, privacy, parts, public, journal, device, progress)
         if flow is None:
-            base = cls.create("identity", images.image_shape, images.classes, autoencoder=autoencoder)
+            shape, pixel_range = images.image_shape, images.pixel_range
+            base = cls.create("identity", shape, images.classes, autoencoder=autoencoder, pixel_range=pixel_range)
         else:
             base = as_model(flow)
         return (
@@ -375,9 +392,10 @@ class GLEM(ConditionalFlow):
             return data
         if flow is None:
             return open_data(data, **options)
-        if options.pop("image_size", None) is not None:
-            raise ValueError("image_size is for models without a flow, which has a size: leave it out")
-        return as_image_data(data, as_model(flow).image_shape, **options)
+        if [name for name in ("image_size", "value_range") if options.pop(name, None) is not None]:
+            raise ValueError("image_size and value_range are for models without a flow, which has both: leave them out")
+        model = as_model(flow)
+        return as_image_data(data, model.image_shape, pixel_range=model.pixel_range, **options)
 
     @torch.no_grad()
     def fit_modes(
@@ -452,8 +470,9 @@ class GLEM(ConditionalFlow):
     def _fit_classes(self, statistics: ClassStatistics, rank: int, shrinkage: float) -> Classes:
         # A flow leaves the dimensions of a class nearly independent. Pixels and latents of an autoencoder are not.
         identity, images = self.config.flow["coupling"] == "identity", int(statistics.counts().sum())
-        full = identity and statistics.whole and images >= _IMAGES_PER_DIMENSION * self.dim
-        return fit_classes(statistics, rank, shrinkage, self.config.psi, full)
+        eight = self.pixel_range.bits == 8
+        full = eight and identity and statistics.whole and images >= _IMAGES_PER_DIMENSION * self.dim
+        return fit_classes(statistics, rank, shrinkage, self.config.psi, full, 0.0 if eight else _LEAST_VARIANCE)
 
     @torch.no_grad()
     def adapt(
@@ -499,7 +518,7 @@ class GLEM(ConditionalFlow):
         seed, rank = check_whole("seed", seed, 0), check_whole("rank", rank, 1)
         # The variation of a class needs two images.
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
-        images = as_image_data(data, self.image_shape, classes, split=split, progress=progress)
+        images = as_image_data(data, self.image_shape, classes, self.pixel_range, split=split, progress=progress)
         rows = images.rows_of_classes(max_per_class)
         if not self.codec.ready:
             self = copy.deepcopy(self)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, Subset
-from torchvision.transforms.functional import to_pil_image
 
 from glem_augment.checks import check_number
 from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData, LabelledImages, open_data
 from glem_augment.images.matching import ClassMap, match_classes, of_hugging_face
+from glem_augment.images.readers import as_pil
 from glem_augment.images.sources import open_source
 from glem_augment.synthetic.dataset import SyntheticDataset
 
@@ -25,14 +25,15 @@ class RealAndSynthetic(Dataset):
     """The items of a real data set, then synthetic ones, with the real data's labels.
 
     Each data set applies its transform, and `transform` comes after (timm's create_loader sets it). Synthetic images
-    are like the real ones: PIL images of the same mode (RGB or L), or uint8 tensors beside an `ImageData`. A transform
-    of `synthetic` always gets PIL images. Classes are matched by name. If the real data names no classes, its labels
-    are the flow's indices. The `target_transform` of `synthetic`, or else of `real`, is applied to synthetic labels.
+    are like the real ones: PIL images of the same mode (RGB or L), or tensors beside an `ImageData` and for images that
+    are not 8-bit grey or RGB. A transform of `synthetic` gets its items. Classes are matched by name. If the real data
+    names no classes, its labels are the flow's indices. The `target_transform` of `synthetic`, or else of `real`, is
+    applied to synthetic labels.
 
     Args:
         real: a data set with items (image, label), for example of torchvision or timm, an `ImageData`, a Subset, or
             any other argument of `open_data`. Names and Hugging Face data sets give PIL images as they are stored,
-            a pair (images, labels) gives uint8 tensors.
+            a pair (images, labels) gives tensors.
         synthetic: a `SyntheticDataset`, or the folder of an export, with at least `ratio * len(real)` images.
         ratio: synthetic images per real image: 1 doubles the data. Classes take turns, so each ratio keeps the balance
             of `synthetic`. None: all synthetic images, as for per_class="balance".
@@ -120,7 +121,7 @@ class RealAndSynthetic(Dataset):
         drawn, as_tensors = self.synthetic, isinstance(_innermost(self.real), ImageData)
         if isinstance(drawn, ImageData):
             images = drawn.subset(indices).tensor()
-            pictures: Iterable[Any] = images if as_tensors else map(to_pil_image, images)
+            pictures: Iterable[Any] = images if as_tensors else map(as_pil, images)
         elif as_tensors and drawn.transform is None:
             return drawn.images(indices)
         else:

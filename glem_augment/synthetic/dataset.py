@@ -16,15 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from glem_augment.checks import FORMATS, DrawSource, Format, check_choice, check_whole
 from glem_augment.images.dataset import check_indices
 from glem_augment.images.matching import ClassMap
+from glem_augment.images.readers import as_pil
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.synthetic.sampler import (
@@ -45,11 +44,11 @@ BLOCK = 64  # images that are decoded together; another number would change thei
 class SyntheticDataset(Dataset):
     """A map-style data set of synthetic images, in the order of the classes, with torchvision's attributes.
 
-    Items are (PIL image, int). The first use of an image decodes its block, which stays in a cache. Every DataLoader
-    worker has a cache. So for workers, and for shuffled sets larger than the cache, call `preload` first, or `export`
-    and read the files.
+    Items are (PIL image, int). Images that are not 8-bit grey or RGB are tensors [C,H,W] of the data's dtype. The first
+    use of an image decodes its block, which stays in a cache. Every DataLoader worker has a cache. So for workers, and
+    for shuffled sets larger than the cache, call `preload` first, or `export` and read the files.
 
-    An image with values that leave [0, 1] by more than 1, or are not finite, is drawn again up to 4 times.
+    An image with values that leave the range by more than its width, or are not finite, is drawn again up to 4 times.
 
     Args:
         model: a GLEM (with fitted modes for source "rfcm"), or its name (see `GLEM.from_pretrained`). It must not
@@ -59,7 +58,7 @@ class SyntheticDataset(Dataset):
         temperature: factor on the standard deviation. None: 0.9, or 1.0 for a private model, for whose sets lower
             temperatures were worse.
         seed: int >= 0; seed, class and place within the class fix an item's latent.
-        transform: PIL image -> anything; target_transform: int -> anything.
+        transform: PIL image (or tensor) -> anything; target_transform: int -> anything.
         source: "gaussian": the diagonal Gaussian of the class. "rfcm": mean and full covariance of its real latents.
             "mixup": two images of `real` mixed along the class's modes, as GLEMAugment does; the latents of `real` take
             N * d * 4 bytes of memory. None: rfcm, or gaussian if the model has no modes.
@@ -80,7 +79,7 @@ class SyntheticDataset(Dataset):
         per_class: PerClass = 100,
         temperature: float | None = None,
         seed: int = 0,
-        transform: Callable[[Image.Image], Any] | None = None,
+        transform: Callable[[Any], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
         source: DrawSource | None = None,
         device: torch.device | str | None = None,
@@ -101,6 +100,7 @@ class SyntheticDataset(Dataset):
         order, name = label_order(self.counts, matched), None if sampler.real is None else sampler.real.name
         self.plan = Plan(self.model, self.counts, order, BLOCK, {**sampler.settings(), "block": BLOCK}, name)
         self.image_shape: tuple[int, int, int] = self.model.image_shape
+        self.pixel_range = self.model.pixel_range
         self.classes, self.class_ids = list(self.model.classes), list(self.model.class_ids)
         self.class_to_idx = dict(self.model.class_to_idx)
         self.targets: list[int] = np.repeat(np.arange(self.model.num_classes), self.counts).tolist()
@@ -136,19 +136,17 @@ class SyntheticDataset(Dataset):
 
     def pictures(self, indices: Sequence[int]) -> list[Any]:
         """The images of several items, after the transform."""
-        if self.image_shape[0] not in (1, 3):
-            raise ValueError(f"a PIL image has 1 or 3 channels, this flow {self.image_shape[0]}: use images(indices)")
-        pictures = map(to_pil_image, self.images(indices))
+        pictures = map(as_pil, self.images(indices))
         return [picture if self.transform is None else self.transform(picture) for picture in pictures]
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        """Images of several items, uint8 [n, C, H, W] on the CPU, any number of channels."""
+        """Images of several items, [n, C, H, W] of the data's dtype on the CPU."""
         chosen = check_indices(indices, len(self))
         if self._preloaded is not None:
             return self._preloaded[torch.from_numpy(chosen)]
-        out = torch.empty(len(chosen), *self.image_shape, dtype=torch.uint8)
+        out = torch.empty(len(chosen), *self.image_shape, dtype=self.pixel_range.torch_dtype)
         for block, rows, places in self._blocks(chosen):
-            out[rows] = self._cached(*block)[places]
+            out.numpy()[rows] = self._cached(*block).numpy()[places]  # torch can't index uint16
         return out
 
     def latents(self, indices: Sequence[int]) -> Tensor:
@@ -161,9 +159,9 @@ class SyntheticDataset(Dataset):
 
     def preload(self, progress: bool = True) -> None:
         """Decode all images now and keep them in memory. DataLoader workers that start later share it."""
-        out = torch.empty(len(self), *self.image_shape, dtype=torch.uint8)
+        out = torch.empty(len(self), *self.image_shape, dtype=self.pixel_range.torch_dtype)
         for rows in tqdm(torch.arange(len(self)).split(BLOCK), unit="block", desc="preload", disable=not progress):
-            out[rows] = self.images(rows)
+            out[int(rows[0]) : int(rows[-1]) + 1] = self.images(rows)
         self._preloaded = out
         self._cached.cache_clear()
 
@@ -199,8 +197,9 @@ class SyntheticDataset(Dataset):
         shard, for `sha256sum --check`.
 
         Args:
-            format: "imagefolder" (folder/<class>/NNNNNN.png), or "webdataset" (data/train-*.tar, which timm and the Hub
-                read; packed at the end from an ImageFolder in a hidden folder).
+            format: "imagefolder" (folder/<class>/NNNNNN.png of 8 bits or grey of 16 bits, .npy of other images), or
+                "webdataset" (data/train-*.tar of 8-bit grey or RGB images, which timm and the Hub read; packed at the
+                end from an ImageFolder in a hidden folder).
             overwrite: replace an export of other images.
             license: the licence of the flow's training images, which samples inherit. None: the licence in the flow's
                 record; for mixtures no licence, because it also depends on their real images.
@@ -236,7 +235,9 @@ class SyntheticDataset(Dataset):
     @functools.cached_property
     def _cached(self) -> Any:
         """The images of a block, of which the last ones are kept."""
-        blocks = max(1, self.cache_bytes // (BLOCK * math.prod(self.image_shape)))
+        blocks = max(
+            1, self.cache_bytes // (BLOCK * math.prod(self.image_shape) * self.pixel_range.torch_dtype.itemsize)
+        )
         return functools.lru_cache(blocks)(lambda cls, number: self.draw(cls, number).images)
 
     def _blocks(self, index: np.ndarray) -> Iterator[tuple[tuple[int, int], list[int], np.ndarray]]:

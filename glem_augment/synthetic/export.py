@@ -23,8 +23,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from huggingface_hub import CommitInfo
+from PIL import Image
 from torchvision.io import encode_png
 from tqdm import tqdm
 
@@ -43,6 +45,7 @@ from glem_augment.synthetic.sampler import Drawn, Plan
 CHECKSUMS = "checksums.sha256"
 # Many shards, since a loader gives each worker whole shards.
 MAX_SHARDS, MIN_SHARD = 64, 32
+_IN_PNG = ((1, "uint8"), (3, "uint8"), (1, "uint16"))  # channels and dtypes that PNG files hold
 _WORK = ".glem-export"  # the hidden folder with the images of shards
 # Files beside the shards: a description for timm's reader, a card, and the picture of a quality report.
 _SHARDS_INFO, _CARD, _PICTURE = "data/_info.json", "README.md", "report.png"
@@ -88,9 +91,8 @@ def export_set(
     Returns:
         How many images without a plausible draw all ranks wrote in this call.
     """
-    channels = plan.model.config.image_shape[0]
-    if channels not in (1, 3):
-        raise ValueError(f"a PNG file has 1 or 3 channels, this flow {channels}")
+    if form == "webdataset":
+        plan.need_8_bits()
     folder, facts = expand(folder), facts or CardFacts()
     ranks = _Ranks(0, 1, None)
     if distributed and world_size() > 1:
@@ -146,6 +148,7 @@ def push_dataset(
         HubError: no network, no permission, ...; nothing has been committed then.
         OSError: no space for temporary files, which take twice the space of the images.
     """
+    plan.need_8_bits()
     if report is not None:
         plan.model.refuse_if_private("a report on the card")
     facts = CardFacts(license, license_name, license_link, report=report)
@@ -240,7 +243,7 @@ def check_folder(folder: Path) -> dict[str, Any] | None:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         parent, _, file = name.rpartition("/")
-        number = re.fullmatch(r"(\d{6}|[1-9]\d{6,})\.png", file)
+        number = re.fullmatch(r"(\d{6}|[1-9]\d{6,})\.(png|npy)", file)
         image = number is not None and int(number[1]) < counts.get(parent, 0)
         if not (image or _LEFT_OVER.fullmatch(file) or (name in known and not path.is_symlink())):
             found = "no earlier export, which --overwrite needs" if old is None else f"{name!r}, which no export wrote"
@@ -303,10 +306,12 @@ def _remove(folder: Path, old: dict[str, Any]) -> None:
 def _write_images(
     plan: Plan, draw: Draw, folders: dict[int, str], root: Path, ranks: _Ranks, progress: bool
 ) -> tuple[list[str], int]:
-    """Write root/<class>/NNNNNN.png. Returns the paths of all images, and the number of implausible draws."""
+    """Write root/<class>/NNNNNN.png, or .npy. Returns the paths of all images, and the number of implausible draws."""
+    channels, dtype = plan.model.image_shape[0], plan.model.pixel_range.dtype
+    ending = "png" if (channels, dtype) in _IN_PNG else "npy"
     blocks = []  # (class, number, paths), class after class in the order of the labels
     for cls in plan.order:
-        images = [f"{folders[cls]}/{i:06d}.png" for i in range(plan.counts[cls])]
+        images = [f"{folders[cls]}/{i:06d}.{ending}" for i in range(plan.counts[cls])]
         starts = range(0, len(images), plan.block)
         blocks += [(cls, number, images[first : first + plan.block]) for number, first in enumerate(starts)]
     # Sorted by size, so that no rank gets all the small blocks at the ends of the classes.
@@ -320,7 +325,7 @@ def _write_images(
     ):
         for cls, number, paths in missing:
             drawn = draw(cls, number)
-            list(pool.map(_write_png, (root / path for path in paths), drawn.images))
+            list(pool.map(_write_image, (root / path for path in paths), drawn.images))
             implausible += int(drawn.implausible.sum())
             bar.update(len(paths))
     ranks.gather(None)
@@ -332,10 +337,15 @@ def _is_there(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def _write_png(path: Path, image: torch.Tensor) -> None:
+def _write_image(path: Path, image: torch.Tensor) -> None:
     # A sync of every small file takes longer than everything else.
     with atomic_write(path, sync=False) as file:
-        file.write(encode_png(image).numpy().tobytes())
+        if path.suffix == ".npy":
+            np.lib.format.write_array(file, image.numpy(), allow_pickle=False)
+        elif image.dtype == torch.uint8:
+            file.write(encode_png(image).numpy().tobytes())
+        else:
+            Image.fromarray(image[0].numpy()).save(file, "PNG")
 
 
 # ---- shards --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from glem_augment.checks import SOURCES, DrawSource, check_choice, check_number, check_whole
 from glem_augment.classes.modes import mix_along_modes
-from glem_augment.codec.plausible import MARGIN, plausible, to_uint8
 from glem_augment.images.dataset import ImageData, LabelledImages, as_image_data
 from glem_augment.images.matching import ClassMap, check_targets, match_classes
 from glem_augment.images.readers import Source
@@ -75,6 +74,10 @@ class Plan:
     block: int
     settings: dict[str, Any]
     real_name: str | None = None
+
+    def need_8_bits(self) -> None:
+        """DataError: readers of shards would not decode the images."""
+        self.model.pixel_range.need_8_bits("the format webdataset", self.model.image_shape[0])
 
 
 def label_order(counts: Sequence[int], real: Real | None) -> list[int]:
@@ -151,7 +154,7 @@ class RealLatents:
                 "will be copies of it: give more, or take another source",
                 stacklevel=4,
             )
-        images = as_image_data(real.data, model.image_shape)
+        images = as_image_data(real.data, model.image_shape, pixel_range=model.pixel_range)
         self.name, pixels, parts = images.name, hashlib.sha256(self.counts.tobytes()), []
         with torch.no_grad(), evaluating(model):
             for x, _ in images.batches(np.argsort(real.targets, kind="stable"), 256):
@@ -161,7 +164,7 @@ class RealLatents:
 
 
 class Drawn(NamedTuple):
-    """Latents [n, d] on the model's device; images uint8 [n, C, H, W] on the CPU; which are implausible, bool [n]."""
+    """Latents [n, d] on the model's device; images [n, C, H, W] on the CPU; which are implausible, bool [n]."""
 
     latents: Tensor
     images: Tensor
@@ -219,19 +222,20 @@ class Sampler:
     @torch.no_grad()
     def draw(self, cls: np.ndarray, within: np.ndarray) -> Drawn:
         """Draw the items of the classes cls at the places within, int64 [n], up to MAX_ATTEMPTS times."""
-        with evaluating(self.model):
+        model = self.model
+        with evaluating(model):
             z = self.latents(cls, within)
-            x = self.model.decode(z, clamp=False)
-            bad = ~plausible(x, MARGIN)
+            x = model.decode(z, clamp=False)
+            bad = ~model.pixel_range.plausible(x)
             for attempt in range(1, MAX_ATTEMPTS):
                 rows = bad.nonzero()[:, 0]
                 if not len(rows):
                     break
                 again = rows.cpu().numpy()
                 z[rows] = self.latents(cls[again], within[again], attempt)
-                x[rows] = self.model.decode(z[rows], clamp=False)
-                bad[rows] = ~plausible(x[rows], MARGIN)
-        return Drawn(z, to_uint8(x).cpu(), bad.cpu().numpy())
+                x[rows] = model.decode(z[rows], clamp=False)
+                bad[rows] = ~model.pixel_range.plausible(x[rows])
+        return Drawn(z, model.pixel_range.from_floats(x).cpu(), bad.cpu().numpy())
 
     def latents(self, cls: np.ndarray, within: np.ndarray, attempt: int = 0) -> Tensor:
         """Latents float32 [n, d] of one attempt, on the model's device."""

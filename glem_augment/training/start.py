@@ -31,6 +31,7 @@ def new_model(
     data: ImageData, config: TrainConfig, objective: Objective, init_model: GLEM | None, begun: Checkpoint | None
 ) -> GLEM:
     """The model that is trained: with the flow of `init_model`, with the weights still to come from `begun`, or new."""
+    data.pixel_range.need_8_bits("training a flow (GLEM.fit needs no training)")
     torch.manual_seed(config.seed)
     if begun is not None:
         # All weights are in the checkpoint, so `init_model` is not needed.

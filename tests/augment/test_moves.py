@@ -88,7 +88,7 @@ def test_changed_rows_are_partners_first_and_all_rows_equally_likely(model: GLEM
 def test_a_row_without_a_partner_moves_towards_a_draw_of_its_class(
     model: GLEM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("glem_augment.augment.transform.MARGIN", 9.0)
+    monkeypatch.setattr("glem_augment.codec.pixel_range.MARGIN", 9.0)
     x, y = images(3) / 255, torch.tensor([2, 0, 1])
     aug = GLEMAugment(model, Mixup(alpha=1e6), p=1.0, modes=64, seed=0)  # keep = 1/2
     params = aug.draw(x, y)

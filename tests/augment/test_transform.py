@@ -272,7 +272,7 @@ def test_bad_moves_are_rejected_with_their_labels(
     assert torch.equal(target[0], torch.eye(4)[y[0]]) and torch.equal(target[1:], soft[1:])
     assert aug.stats["rejected"] == 1
     inside = GLEMAugment(model, Mixup(partner="any"), p=1.0, seed=0)
-    monkeypatch.setattr("glem_augment.augment.transform.MARGIN", 2.5)
+    monkeypatch.setattr("glem_augment.codec.pixel_range.MARGIN", 2.5)
     inside.replay(x, y, params)
     assert inside.stats["rejected"] == int(not moved or not abs(bad) < 3)
 

@@ -90,6 +90,7 @@ OPTIONS = {
 
 PYTHON_AND_COMMANDS = {
     "README.md": 4,
+    "docs/arrays.md": 4,
     "docs/fit.md": 5,
     "docs/flows.md": 3,
     "docs/hub.md": 10,

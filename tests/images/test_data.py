@@ -251,8 +251,12 @@ def broken_folder(folder: Path) -> tuple[dict[str, str], list[str]]:
     add("empty.jpg", b"", "cannot be read")
     add("page.jpg", b"<html>404</html>", "cannot be read")
     add("text.png", b"hello\n" * 100, "cannot be read")
-    add("deep.png", encoded(Image.fromarray(np.full((8, 8), 4000, np.uint16)), "PNG"), "more than 8 bits")
-    add("float.tif", encoded(Image.fromarray(np.full((8, 8), 0.5, np.float32)), "TIFF"), "more than 8 bits")
+    add(
+        "deep.png",
+        encoded(Image.fromarray(np.full((8, 8), 4000, np.uint16)), "PNG"),
+        "has 1 channel of uint16, and most images have 3 channels of uint8",
+    )
+    add("float.tif", encoded(Image.fromarray(np.full((8, 8), 0.5, np.float32)), "TIFF"), "has 1 channel of float32")
     # A few hundred bytes that unfold into gigabytes: the header alone says so.
     bomb = bytearray(encoded(Image.new("1", (8, 8)), "PNG"))
     for name, side in (("bomb.png", 30_000), ("limit.png", 5_800)):
@@ -327,7 +331,7 @@ def test_large_jpegs_are_decoded_at_a_quarter_and_other_large_images_are_refused
     source = readers.FolderSource("photos", ["a"], ["a"], np.zeros(len(paths), np.int64), paths)
     for row, (name, size) in enumerate(files):
         small = (32, 16) if size == (128, 64) else size
-        assert source.header(row) == (name == "grey.jpg", *small[::-1])
+        assert source.header(row) == (1 if name == "grey.jpg" else 3, *small[::-1], "uint8")
         with Image.open(paths[row]) as expected:
             if small != size:
                 expected.draft(None, small)
@@ -466,8 +470,8 @@ def test_tensors() -> None:
     many = torch.cat([x, x[:, :2]], 1)  # channels
     assert torch.equal(open_data((many, y), image_size=4)[3][0], fit(many[3], 4, 4))
     for given, message in (
-        ((x.float(), y), "images must be uint8"),
-        ([(x[0].float(), 0)], "image 0 of list.*float32"),
+        ((x.double(), y), "images must be uint8"),
+        ([(x[0].double(), 0)], "image 0 of list.*float64"),
         ([5], "targets"),
         ((i for i in "ab"), "got generator"),
         ((x, y.float()), "labels must be integers, got float32"),

@@ -121,5 +121,5 @@ def test_augmentation_is_deterministic_uint8_and_pure(shape: tuple[int, ...]) ->
         parts = [augment_batch(x[part.rows], names, generator(1), part) for part in shares]
         assert torch.equal(torch.cat(parts), out)
     noise = [draw_noise(x[part.rows], generator(1), part) for part in shares]
-    wanted = to_levels(x, 8, torch.float32, generator(1))
-    assert torch.equal(to_levels(x, 8, torch.float32, torch.cat(noise)), wanted)
+    wanted = to_levels(x, 256, torch.float32, generator(1))
+    assert torch.equal(to_levels(x, 256, torch.float32, torch.cat(noise)), wanted)
