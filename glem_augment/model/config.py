@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -25,6 +24,7 @@ MAX_CLASSES, MAX_MODES = 200_000, 4096
 MAX_DEPTH, LARGEST_SIDE, MAX_PARTS = 20, 2**14, 256
 # The names of 200,000 classes fit. A parsed value takes up to 30 times its text, so their number is bounded too.
 MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 8 * 2**20, 600_000
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # but for line breaks and tabs
 LOWEST_VARIANCE, HIGHEST_VARIANCE = 1e-30, 1e6  # float32 holds such numbers and their inverses
 
 
@@ -267,7 +267,7 @@ def _check_readable(value: Any, depth: int = 0) -> None:
     """
     if depth > MAX_DEPTH:
         raise ModelFileError(f"it is nested more than {MAX_DEPTH} deep")
-    if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value if c not in "\n\t"):
+    if isinstance(value, str) and _UNPRINTABLE.search(value):
         raise ModelFileError(f"it holds characters that can't be printed: {_short(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ModelFileError("it holds a number that is not finite")
