@@ -1,4 +1,4 @@
-"""Checks of arguments, and the names and numbers in the help of the command line. This module never imports torch.
+"""What arguments may be: names, limits and checks, for the help of the command line as well; torch is never imported.
 
 Each error names the argument, its value and the allowed values.
 """

@@ -24,7 +24,7 @@ ROOMS = (
     "flows",
 )
 # Imports inside functions: downloads of GLEM.from_pretrained, GLEM.push_to_hub, and aug.wrap with its siblings.
-AUG_WRAP = {("augment.transform", f"augment.{name}") for name in ("loader", "mixup_fn", "collate", "samples")}
+AUG_WRAP = {("augment.transform", f"augment.{name}") for name in ("loops", "samples")}
 LOOK_UPS = {("model.weights", "hub"), ("model.glem", "hub"), *AUG_WRAP}
 
 

@@ -1,4 +1,4 @@
-"""The contract of a codec: image <-> the numbers that a flow models."""
+"""The contract of a codec, image <-> the numbers that a flow models, with the checks of its images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 # Where dequantisation noise comes from, see `levels.to_levels`.
 Dequantisation: TypeAlias = torch.Generator | int | Tensor | None
 _RANGE_TOLERANCE = 1e-3  # resizing with antialias leaves [0, 1] by rounding only
+MARGIN = 1.0  # decoded images that leave [0, 1] by more are not plausible
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights with which PIL turns RGB into "L"
 
 
@@ -86,7 +87,7 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int], any_range: bool =
         raise TypeError(f"images must be a Tensor [B,C,H,W], got {type(x).__name__}")
     if x.ndim != 4 or tuple(x.shape[1:]) != tuple(image_shape):
         c, h, w = image_shape
-        raise ValueError(f"images must have shape [B,{c},{h},{w}] for this flow, got {list(x.shape)}")
+        raise ValueError(f"images must have shape [B,{c},{h},{w}] for this model, got {list(x.shape)}")
     if x.dtype != torch.uint8 and not x.is_floating_point():
         raise TypeError(f"images must be uint8, or float in [0,1]; got {x.dtype}")
     if x.is_floating_point() and not any_range and x.device.type == "cpu" and x.numel():
@@ -109,3 +110,19 @@ def value_range(x: Tensor) -> tuple[float, float]:
 def to_unit(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Images, uint8 or float in [0,1], as floats of `dtype` in [0,1]."""
     return x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
+
+
+def plausible(decoded: Tensor, margin: float) -> Tensor:
+    """Which of the images [n, C, H, W] are finite and leave [0, 1] by `margin` at most: bool [n]."""
+    low, high = decoded.flatten(1).aminmax(dim=1)
+    return (low >= -margin) & (high <= 1.0 + margin)  # NaN compares false
+
+
+def in_range(x: Tensor) -> Tensor:
+    """Decoded images in [0,1]: NaN becomes grey, other values are clamped. Differentiable."""
+    return x.nan_to_num(nan=0.5, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Decoded images, float of any values, as uint8."""
+    return in_range(x).mul_(255).round_().to(torch.uint8)

@@ -191,7 +191,7 @@ def licence_id(value: object) -> str | None:
 
 
 def records(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The record of a training, followed by the records of the flows from which the model was adapted."""
+    """The record of a training, followed by the records of the models from which it was adapted."""
     found = [training]
     while isinstance(before := found[-1].get("adapted_from"), dict) and isinstance(before.get("training"), dict):
         found.append(before["training"])
@@ -210,7 +210,7 @@ def data_name(spec: object) -> str:
 
 
 def data_names(training: Mapping[str, Any]) -> list[str]:
-    """Public names of the data that the flow was trained on, and of the data that it was then adapted to."""
+    """Public names of the data that the model was trained on, and of the data that it was then adapted to."""
     unnamed = "data that its record does not name"
     return [data_name(record["data"]) if record.get("data") else unnamed for record in reversed(records(training))]
 

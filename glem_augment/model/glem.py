@@ -17,9 +17,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from glem_augment.checks import DEFAULT_MODES, Preset, check_number, check_whole
-from glem_augment.classes.calibrate import KEPT
 from glem_augment.classes.classes import Classes
-from glem_augment.classes.fit import fit_classes, fit_modes
+from glem_augment.classes.fit import KEPT, fit_classes, fit_modes
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import ClassModes
 from glem_augment.classes.privacy import Privacy
@@ -392,18 +391,18 @@ class GLEM(ConditionalFlow):
         """Estimate each class's mean and principal modes from the latents of `data` (RFCM); saved with the model.
 
         Args:
-            data: an `ImageData` of the flow's shape, or anything else that `open_data` takes, which is then resized.
-                Labels of data that name no classes are the flow's indices.
+            data: an `ImageData` of the model's shape, or anything else that `open_data` takes, which is then resized.
+                Labels of data that name no classes are the model's indices.
             rank: k modes per class; the variation outside them is kept as a variance per dimension.
             max_per_class: use only the first images of every class, at most this many.
-            class_map: how the data's classes map to the flow's, see `match_classes`.
+            class_map: how the data's classes map to the model's, see `match_classes`.
             seed: of the dequantisation noise.
             count: a function of the number of encoded images, called after each batch.
 
         All ranks call this together. Each encodes its share of the images, and all get the modes.
 
         Raises:
-            DataError: a class of the flow without at least two images, or images of another shape. ValueError: `rank`
+            DataError: a class of the model without at least two images, or images of another shape. ValueError: `rank`
                 or `max_per_class` below 1.
         """
         self.refuse_if_private("fit_modes")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from glem_augment import GLEM, ImageData
-from glem_augment.codec.plausible import MARGIN, plausible
+from glem_augment.codec.codec import MARGIN, plausible
 from glem_augment.synthetic.dataset import SyntheticDataset
 
 NAMES = ["T-shirt/top", "Ankle boot", "Bag"]
