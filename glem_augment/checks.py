@@ -12,15 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 Preset = Literal[
-    "mef_tiny",
-    "mef_small",
-    "mef_cifar",
-    "mef_glem",
-    "glow_tiny",
-    "glow_fast",
-    "latent",
-    "identity",
-    "stationary",
+    "mef_tiny", "mef_small", "mef_cifar", "mef_glem", "glow_tiny", "glow_fast", "latent", "identity", "stationary"
 ]
 DrawSource = Literal["gaussian", "rfcm", "mixup"]  # the source of a SyntheticDataset's latents
 Format = Literal["imagefolder", "webdataset"]  # of an export

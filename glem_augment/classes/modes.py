@@ -94,13 +94,7 @@ class ClassModes(ClassSampler):
     shared_scales: Tensor
 
     def __init__(
-        self,
-        num_classes: int,
-        rank: int,
-        dim: int,
-        parts: int = 1,
-        shared_rank: int | None = None,
-        tied: bool = False,
+        self, num_classes: int, rank: int, dim: int, parts: int = 1, shared_rank: int | None = None, tied: bool = False
     ) -> None:
         super().__init__()
         rows, shared = num_classes * parts, shared_rank or rank

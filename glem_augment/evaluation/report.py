@@ -145,11 +145,7 @@ def _nearest_pairs(made: ImageData, real: ImageData, distance: Tensor, twin: Ten
 
 
 def _some(
-    data: LabelledImages,
-    count: int,
-    progress: bool,
-    shape: tuple[int, int, int] | None = None,
-    split: str = "train",
+    data: LabelledImages, count: int, progress: bool, shape: tuple[int, int, int] | None = None, split: str = "train"
 ) -> ImageData:
     """At most `count` images, evenly spread, resized to `shape` if given. Only these images are decoded."""
     data = data if isinstance(data, ImageData) else open_source(data, split)

@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import PurePath
 from typing import Any
 
@@ -139,15 +139,8 @@ class GLEMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of `config.json`. Optional fields are left out where they have their default."""
-        newer = dict(
-            posterior_temperature=1.0,
-            modes_parts=1,
-            modes_tied=False,
-            covariance="diagonal",
-            autoencoder=None,
-            privacy=None,
-        )
-        return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
+        optional = {f.name: f.default for f in fields(self) if f.name not in ("modes_rank", "format_version")}
+        return {name: value for name, value in asdict(self).items() if value != optional.get(name, MISSING)}
 
     def to_json(self) -> bytes:
         """The bytes of `config.json`. TypeError, ValueError: a training record that could not be read again."""
