@@ -30,7 +30,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from glem_augment.checks import HIGHEST_TEMPERATURE, INITIAL_VARIANCE, LOWEST_SHARE, check_whole
+from glem_augment.checks import HIGHEST_TEMPERATURE, INITIAL_VARIANCE, LOWEST_SHARE
 from glem_augment.classes.classes import Classes
 from glem_augment.classes.gaussians import INNER, ClassGaussians
 from glem_augment.classes.modes import ClassModes
@@ -54,13 +54,13 @@ def fit_classes(
     """Gaussians, modes and temperature of the classes, on the CPU.
 
     Args:
-        rank: modes to keep per class, or per part; more than d become d.
+        rank: modes to keep per class, or per part, at least 1; more than d become d.
         shrinkage: k, in images, >= 0.
         psi: of the model's Gaussians; the new ones get a wider psi where this one can't hold their variances.
         full: the class densities have full covariances (`ClassModes.log_prob`); the scatter must be whole.
 
     Raises:
-        DataError: variances above 1e5. ValueError: the rank is below 1.
+        DataError: variances above 1e5.
     """
     found = Classes(_fit_gaussians(statistics, shrinkage, psi), fit_modes(statistics, rank, full), full)
     if not statistics.kept:
@@ -80,7 +80,7 @@ def fit_classes(
 def fit_modes(statistics: ClassStatistics, rank: int, full: bool = False) -> ClassModes:
     """Means, principal modes and remaining variances, on the CPU; arguments and errors as for `fit_classes`."""
     dim = statistics.dim
-    rank = min(check_whole("rank", rank, 1), dim)
+    rank = min(rank, dim)
     modes = ClassModes(len(statistics.classes), rank, dim, statistics.most_parts, dim if full else None)
     pooled, freedom = statistics.pooled, statistics.pooled.count
     for y, parts in enumerate(statistics.parts):

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -412,7 +411,8 @@ class GLEM(ConditionalFlow):
         seed, images = check_whole("seed", seed, 0), images_for(self, data, class_map)
         rows = images.rows_of_classes(max_per_class)
         parts = self.modes.parts if self.adapted and self.modes else 1
-        statistics = self._statistics(images, rows, rank, parts, seed, count)
+        latents = self.latents_of_classes(images, rows, seed, count)
+        statistics = class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
         if self.adapted:  # the Gaussians come from images, too
             found = self._fit_classes(statistics, rank, self.config.training["adapt"]["shrinkage"])
         else:
@@ -434,19 +434,6 @@ class GLEM(ConditionalFlow):
     def adapted(self) -> bool:
         """Whether the Gaussians were fitted to latents (`fit`, `adapt`), not trained with the flow."""
         return isinstance(self.config.training.get("adapt"), dict)
-
-    def _statistics(
-        self,
-        images: ImageData,
-        rows: Sequence[np.ndarray],
-        rank: int,
-        parts: int,
-        seed: int,
-        count: Callable[[int], object] | None,
-    ) -> ClassStatistics:
-        """One pass over the images `rows` of every class."""
-        latents = self.latents_of_classes(images, rows, seed, count)
-        return class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
 
     def _fit_classes(self, statistics: ClassStatistics, rank: int, shrinkage: float) -> Classes:
         # A flow leaves the dimensions of a class nearly independent. Pixels and latents of an autoencoder are not.
@@ -505,7 +492,8 @@ class GLEM(ConditionalFlow):
             self.codec.fit(images.some(STANDARDISED_BY))
         counts = [len(found) for found in rows]
         with tqdm(total=sum(counts), unit="image", desc="fit", disable=not progress, dynamic_ncols=True) as bar:
-            statistics = self._statistics(images, rows, rank, parts, seed, bar.update)
+            latents = self.latents_of_classes(images, rows, seed, bar.update)
+            statistics = class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
         if pooled:
             statistics = statistics.as_one_class()
         found = self._fit_classes(statistics, rank, shrinkage)
