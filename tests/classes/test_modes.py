@@ -148,8 +148,6 @@ def test_errors_name_the_class() -> None:
     ):
         with pytest.raises(DataError, match=message):
             fit(latents, 2)
-    with pytest.raises(ValueError, match="rank"):
-        fit([good], rank=0)
     assert fit([good], rank=1).rank == 1
 
 
