@@ -16,8 +16,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/glem demo --out demo-out
 
+# The tests of a file share its fixtures, so they run in one process.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 -m slow
@@ -27,7 +28,7 @@ floor:
 	$(PYTHON) -m venv .venv-floor
 	sed -nE 's/^ +"([A-Za-z-]+)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml > .venv-floor/floor.txt
 	.venv-floor/bin/python -m pip install --quiet -c .venv-floor/floor.txt -e '.[test]'
-	.venv-floor/bin/python -m pytest -q -n 2
+	.venv-floor/bin/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(CODE)

@@ -1,4 +1,4 @@
-"""Checks of arguments, and the names and numbers in the help of the command line. This module never imports torch.
+"""What arguments may be: names, limits and checks, for the help of the command line as well; torch is never imported.
 
 Each error names the argument, its value and the allowed values.
 """
@@ -12,15 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 Preset = Literal[
-    "mef_tiny",
-    "mef_small",
-    "mef_cifar",
-    "mef_glem",
-    "glow_tiny",
-    "glow_fast",
-    "latent",
-    "identity",
-    "stationary",
+    "mef_tiny", "mef_small", "mef_cifar", "mef_glem", "glow_tiny", "glow_fast", "latent", "identity", "stationary"
 ]
 DrawSource = Literal["gaussian", "rfcm", "mixup"]  # the source of a SyntheticDataset's latents
 Format = Literal["imagefolder", "webdataset"]  # of an export

@@ -16,7 +16,7 @@ class BadImageError(DataError):
 
 
 class ClassMismatchError(DataError):
-    """The classes of a data set cannot be matched one to one with the classes of a flow."""
+    """The classes of a data set cannot be matched one to one with the classes of a model."""
 
 
 class ModelFileError(GLEMError, ValueError):
@@ -29,3 +29,11 @@ class HubError(ModelFileError):
 
 class TrainingError(GLEMError, RuntimeError):
     """Training cannot go on (for example, the loss stayed non-finite over several steps)."""
+
+
+# The exit status for TimeUpError; in sysexits.h EX_TEMPFAIL, "the user is invited to retry".
+EXIT_TIME_UP = 75
+
+
+class TimeUpError(GLEMError):
+    """The run stopped, with a checkpoint, because `max_minutes` were over. Nothing went wrong: resume it."""

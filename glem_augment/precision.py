@@ -1,4 +1,4 @@
-"""True float32 inside a block, and which devices lack bfloat16."""
+"""True float32 inside a block."""
 
 from __future__ import annotations
 
@@ -9,20 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-
-
-def lacks_bf16(device: torch.device) -> bool:
-    """Whether `device` is a CPU on which bfloat16 is some ten times slower than float32.
-
-    Older versions of torch do not report AVX512-BF16 and AMX; without AVX512 there is neither.
-    """
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if "avx512_bf16" in known:
-        fast = known["avx512_bf16"] or known["amx_bf16"]
-    else:
-        fast = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
-    return device.type == "cpu" and not fast
-
 
 # Torch's switches are global. Threads that are in `full_precision` at the same time share one change of them.
 _lock = threading.Lock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -24,10 +25,11 @@ ROOMS = (
     "flows",
 )
 # Imports inside functions: downloads of GLEM.from_pretrained, GLEM.push_to_hub, and aug.wrap with its siblings.
-AUG_WRAP = {("augment.transform", f"augment.{name}") for name in ("loader", "mixup_fn", "collate", "samples")}
+AUG_WRAP = {("augment.transform", f"augment.{name}") for name in ("loops", "samples")}
 LOOK_UPS = {("model.weights", "hub"), ("model.glem", "hub"), *AUG_WRAP}
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Every module of the package by its dotted name without "glem_augment."; a room by its folder's name."""
     found = {}
@@ -37,8 +39,10 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path, known: dict[str, Path]) -> tuple[set[str], set[str]]:
+@cache
+def imports(path: Path) -> tuple[set[str], set[str]]:
     """The package's modules that a file imports at its top (type-only imports too), and inside functions."""
+    known = modules()
     top: set[str] = set()
     inner: set[str] = set()
 
@@ -78,8 +82,7 @@ def test_every_module_is_in_a_room_or_a_single_file() -> None:
 
 def upward(inside_functions: bool) -> list[tuple[str, str]]:
     """Imports of a higher room, at the top of files or inside functions."""
-    known = modules()
-    found = [(name, other) for name, path in known.items() if name for other in imports(path, known)[inside_functions]]
+    found = [(name, other) for name, path in modules().items() if name for other in imports(path)[inside_functions]]
     return [(name, other) for name, other in found if floor(other) < floor(name)]
 
 
@@ -93,8 +96,7 @@ def test_three_methods_look_upwards() -> None:
 
 def test_imports_make_no_circle() -> None:
     """Imports inside functions count too, but for the methods that look upwards."""
-    known = modules()
-    found = {name: set.union(*imports(path, known)) - {name} for name, path in known.items() if name}
+    found = {name: set.union(*imports(path)) - {name} for name, path in modules().items() if name}
     graph = {name: {other for other in others if (name, other) not in LOOK_UPS} for name, others in found.items()}
     state: dict[str, int] = {}
 

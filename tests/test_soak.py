@@ -38,6 +38,7 @@ labels = partial(any_labels, classes=len(CLASSES))
 PROC = Path("/proc/self")
 MIB = 2**20
 
+SLOW = (pytest.mark.slow, pytest.mark.timeout(3600))
 needs_proc = pytest.mark.skipif(not (PROC / "statm").exists(), reason="needs Linux's /proc")
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 
@@ -122,8 +123,11 @@ def augmented_batches(aug: GLEMAugment, loader: DataLoader) -> Iterator[tuple[Te
 
 
 @needs_proc
-@pytest.mark.parametrize("policy", ["mixup", "noise", "adversarial"])
-@pytest.mark.parametrize("count", [640, pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize(
+    ("policy", "count"),
+    [("mixup", 640), ("adversarial", 640)]
+    + [pytest.param(policy, 20_000, marks=SLOW) for policy in ("mixup", "noise", "adversarial")],
+)
 def test_memory_stays_constant(model: GLEM, policy: str, count: int) -> None:
     adversarial = policy == "adversarial"
     count //= 10 if adversarial else 1

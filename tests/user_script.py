@@ -1,4 +1,4 @@
-"""A user's small script, for `test_types`: it needs no cast, and each line with an ignored error must be one."""
+"""A user's small script, for mypy (`make lint`): it needs no cast, and each line with an ignored error must be one."""
 
 from __future__ import annotations
 

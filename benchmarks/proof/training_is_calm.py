@@ -33,10 +33,10 @@ from benchmarks.paper.methods import METHODS
 from benchmarks.paper.research import ResearchTrainer, split_settings
 from glem_augment import GLEM, ImageData, open_data
 from glem_augment.errors import TrainingError
+from glem_augment.evaluation.metrics import held_out
 from glem_augment.flows.presets import PRESETS
 from glem_augment.io import atomic_write
 from glem_augment.training import TimeUpError, TrainConfig
-from glem_augment.training.measure import held_out
 
 NAME = "training_is_calm"
 POINTS, MEASURED = 12, 200  # of a curve; held-out images

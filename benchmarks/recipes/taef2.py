@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from glem_augment.codec.taesd import load_taesd
+from glem_augment.codec.published import load_taesd
 from glem_augment.io import atomic_write
 
 OUT = Path(__file__).parents[2] / "glem_augment" / "bundled" / "autoencoders" / "taef2"

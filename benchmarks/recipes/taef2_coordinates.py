@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from glem_augment.codec.autoencoder import StandardisedAutoencoder
 from glem_augment.codec.codec import LUMA
-from glem_augment.codec.taesd import load_taesd
+from glem_augment.codec.published import load_taesd
 from glem_augment.flows.stationary import StationaryFlow
 from glem_augment.io import atomic_write
 from glem_augment.model.private_fit import clip_ratio

@@ -67,7 +67,7 @@ class Size:
     steps: int = 150  # of each training
 
 
-QUICK = Size(photographs=2, per_class=2, images=200, round_trip=20, epsilon=50.0, seeds=2, steps=3)
+QUICK = Size(photographs=2, per_class=2, images=100, round_trip=20, epsilon=50.0, seeds=2, steps=3)
 DELTA = 1e-4
 
 
@@ -162,7 +162,7 @@ def synthetic(out: Path, size: Size, progress: bool) -> tuple[Part, dict[str, An
 
     data, folder = SyntheticDataset(COLOUR, per_class=size.per_class, seed=0), out / "synthetic"
     data.export(folder, progress=progress, overwrite=True)
-    cells = data.images(range(len(data))).unflatten(0, (-1, size.per_class))
+    cells = open_data(folder, progress=progress).tensor().unflatten(0, (-1, size.per_class))
     part = Part(
         {"per_class": size.per_class, "folder": shlex.quote(str(folder))},
         [f"{len(data)} images in {len(data.classes)} class folders lie in {folder}."],

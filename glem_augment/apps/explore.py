@@ -80,7 +80,7 @@ def build_page(gr: Any, explorer: Explorer, real: bool) -> Any:
     """The page as a `gradio.Blocks`. A model without modes has no tab for moves; without real images, none for data."""
     model, images = explorer.model, f"images of `{explorer.data.name}`" if real else "of its samples"
     with gr.Blocks(title="glem explore", analytics_enabled=False, delete_cache=(600, 600)) as page:
-        gr.Markdown(f"# Explore a flow\n\n`{model!r}`, and {len(explorer.data)} {images}")
+        gr.Markdown(f"# Explore a model\n\n`{model!r}`, and {len(explorer.data)} {images}")
         with gr.Tab("Samples"), gr.Row():
             inputs = sample_controls(gr, explorer)
             with pictures(gr):
@@ -189,7 +189,7 @@ def data_tab(gr: Any, explorer: Explorer) -> None:
     def entry(row: int, text: str) -> tuple[Image.Image, str]:
         return shown(explorer.shown[row][0]), f"{text}, {'/'.join(Path(data.where(row)).parts[-2:])}"
 
-    button = gr.Button(f"Measure the flow on {len(data)} images", variant="primary")
+    button = gr.Button(f"Measure the model on {len(data)} images", variant="primary")
     outputs = [gr.Markdown()]
     for title, there in (("The least likely images", True), ("The least likely labels", len(names) > 1)):
         settings = {"height": "auto", "interactive": False, "format": "png", "buttons": ["download"]}

@@ -49,7 +49,7 @@ class Explorer:
 
     Args:
         model: with modes, if images will be moved.
-        sets: images of the flow's shape, labelled by its class indices, and optionally training images. Pictures show
+        sets: images of the model's shape, labelled by its class indices, and optionally training images. Pictures show
             the first set at full size.
         progress: show a bar on stderr while images are measured.
     """
@@ -90,14 +90,14 @@ class Explorer:
         return compose(f"Nearest real images: {self.model.classes[cls]}", note, sections), text
 
     def picked(self, index: int, upload: str | None = None) -> tuple[Tensor, int]:
-        """An uploaded file and its class by the flow, or else image `index` of the data and its class."""
+        """An uploaded file and its class by the model, or else image `index` of the data and its class."""
         if upload is None:
             return self.shown[index]
         image = read_upload(upload)
         return image, int(self.model.predict(self._small(image)))
 
     def _small(self, *images: Tensor) -> Tensor:
-        """The images in the flow's size and channels, uint8 [n, C, H, W]."""
+        """The images in the model's size and channels, uint8 [n, C, H, W]."""
         for image in images:
             self.pixels.check(image[None])
         return torch.cat([to_uint8(self.pixels.to_flow(self.pixels.to_floats(image[None]))) for image in images])
@@ -145,7 +145,7 @@ class Explorer:
         """The straight line in latent space between two images.
 
         Returns:
-            The image with that share of the second image, in the flow's size; 41 shares from 0 to 1; their
+            The image with that share of the second image, in the model's size; 41 shares from 0 to 1; their
             posteriors [41, K].
         """
         start, end = self.model.encode(self._small(first, second))[0]

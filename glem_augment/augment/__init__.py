@@ -1,1 +1,1 @@
-"""GLEMAugment: moves of real images along the modes of their classes, and the ways into a training loop."""
+"""GLEMAugment: moves of real images along the modes of their classes, in any training loop."""

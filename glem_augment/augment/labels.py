@@ -1,4 +1,4 @@
-"""Soft labels, and labels of mixed images."""
+"""Soft labels."""
 
 from __future__ import annotations
 

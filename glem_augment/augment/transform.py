@@ -251,7 +251,7 @@ class GLEMAugment(nn.Module):
         back = torch.ones(len(z), dtype=torch.bool, device=z.device)
         if self._inverse.due(self.model.flow):
             # Information lost in encoding is invisible in z, so z is decoded. The limit is half of 1/255 of the range.
-            back = model.flow_error(small) < 0.5 / 255
+            back = model.flow_error(small, z) < 0.5 / 255
             self._inverse.saw(back)
         return small if model.codec.exact else model.pixel_range.clamp(model.decode(z, clamp=False)), back
 
@@ -320,20 +320,20 @@ class GLEMAugment(nn.Module):
     # ---- ways into a training loop ---------------------------------------------------------------------------
 
     def wrap(self, loader: Any, device: torch.device | str | None = None, off_epoch: int | None = None) -> Any:
-        """The loader with its batches augmented, on `device` or where they are: see `loader.AugmentedLoader`."""
-        from glem_augment.augment.loader import AugmentedLoader  # imported here because `loader` imports this module
+        """The loader with its batches augmented, on `device` or where they are: see `loops.AugmentedLoader`."""
+        from glem_augment.augment.loops import AugmentedLoader  # imported here because `loops` imports this module
 
         return AugmentedLoader(loader, self, device=device, off_epoch=off_epoch)
 
     def as_mixup_fn(self, smoothing: float = 0.0, mixup: Any = None, data: Any = None) -> Any:
-        """A function in the place of timm's `mixup_fn`, whose labels are always soft: see `mixup_fn.MixupFn`."""
-        from glem_augment.augment.mixup_fn import MixupFn
+        """A function in the place of timm's `mixup_fn`, whose labels are always soft: see `loops.MixupFn`."""
+        from glem_augment.augment.loops import MixupFn
 
         return MixupFn(self, smoothing, mixup, data)
 
     def collate_fn(self, base: Callable[[list[Any]], Any] | None = None, data: Any = None) -> Any:
-        """A collate function for workers, on whose CPUs the model then runs: see `collate.AugmentingCollate`."""
-        from glem_augment.augment.collate import AugmentingCollate
+        """A collate function for workers, on whose CPUs the model then runs: see `loops.AugmentingCollate`."""
+        from glem_augment.augment.loops import AugmentingCollate
 
         return AugmentingCollate(self, base, data)
 

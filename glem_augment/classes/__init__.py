@@ -1,1 +1,1 @@
-"""Classes in the latent space: statistics, Gaussians, modes, and the release of statistics with a privacy guarantee."""
+"""Classes in the latent space, fitted to statistics of their latents, which may be released privately."""

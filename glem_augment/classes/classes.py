@@ -21,11 +21,7 @@ class Classes(nn.Module):
     """
 
     def __init__(
-        self,
-        gaussians: ClassGaussians,
-        modes: ClassModes | None = None,
-        full: bool = False,
-        temperature: float = 1.0,
+        self, gaussians: ClassGaussians, modes: ClassModes | None = None, full: bool = False, temperature: float = 1.0
     ) -> None:
         super().__init__()
         self.gaussians, self.modes, self.full, self.temperature = gaussians, modes, full, temperature

@@ -51,7 +51,8 @@ class ClassSampler(nn.Module):
         check_number("temperature", temperature, 0.0, math.inf)
         some = next(chain(self.parameters(), self.buffers()))
         noise = torch.randn(len(y), self.noise_size, generator=generator, dtype=some.dtype).to(some.device)
-        return self.sample_from_noise(y.to(some.device), noise, temperature)
+        with full_precision(some.device.type):
+            return self.sample_from_noise(y.to(some.device), noise, temperature)
 
 
 class ClassGaussians(ClassSampler):
@@ -119,6 +120,18 @@ class ClassGaussians(ClassSampler):
         low, high = INNER
         share = torch.sigmoid(self.psi[1] * self.s)
         return ((share < low) | (share > high)).float().mean()
+
+    @torch.no_grad()
+    def summary(self) -> dict[str, float]:
+        """max |mu|, smallest and mean pairwise KLD in nats, and the part of saturated variances."""
+        k, kld = self.num_classes, self.kld_matrix()
+        pairs = kld[~torch.eye(k, dtype=torch.bool, device=kld.device)] if k > 1 else kld.flatten()
+        return {
+            "mu_max": float(self.mu.abs().max()),
+            "kld_min": float(pairs.min()),
+            "kld_mean": float(pairs.mean()),
+            "saturated_variances": float(self.saturated_share()),
+        }
 
     # ---- densities and samples -----------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ def _per_row(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, y: Tens
     """Apply `function` to rows [m, 1, *] and the modes [m, k, d] of each row: one product per row, a few at a time."""
     step = max(1, GATHER_FLOATS // directions[0].numel())
     pairs = zip(rows.split(step), y.split(step), strict=True)
-    with full_precision(rows.device.type):
+    with torch.autocast(rows.device.type, enabled=False):
         return torch.cat([function(r[:, None], directions[c])[:, 0] for r, c in pairs])
 
 
@@ -94,13 +94,7 @@ class ClassModes(ClassSampler):
     shared_scales: Tensor
 
     def __init__(
-        self,
-        num_classes: int,
-        rank: int,
-        dim: int,
-        parts: int = 1,
-        shared_rank: int | None = None,
-        tied: bool = False,
+        self, num_classes: int, rank: int, dim: int, parts: int = 1, shared_rank: int | None = None, tied: bool = False
     ) -> None:
         super().__init__()
         rows, shared = num_classes * parts, shared_rank or rank

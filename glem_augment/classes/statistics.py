@@ -5,7 +5,7 @@ covariance, shrinkage and discriminant are fitted to these alone (`classes.fit`)
 the roots l of its eigenvalues, S = V^T diag(l^2) V, and its diagonal. In up to `WHOLE_DIM` dimensions V is whole.
 Above, V has the strongest rows only, and the diagonal is exact.
 
-A few latents are kept to fit the temperature of the posterior (`classes.calibrate`). They may be left out.
+A few latents are kept to fit the temperature of the posterior (`classes.fit`). They may be left out.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 
 from glem_augment import distributed
-from glem_augment.classes.decomposition import leading_modes
 from glem_augment.classes.groups import k_means
 from glem_augment.errors import DataError
 
 # Scatter is whole up to these limits: dimensions, and numbers in all.
 WHOLE_DIM, _MOST_WHOLE = 1024, 2**26
 IMAGES_PER_MODE = 8  # of a pooled covariance that whitens
+# Eigenvalues below this share of the largest are rounding, not variation: their directions would be noise.
+RELATIVE_TOLERANCE = 1e-10
+# Up to this size an eigendecomposition takes seconds; above it, randomised subspace iteration finds the leading modes.
+MAX_EIGH = 4096
 
 
 @dataclass(frozen=True)
@@ -255,3 +258,43 @@ def centred(latents: Tensor, name: str, least: int = 2) -> tuple[Tensor, Tensor]
     if not bool(rows.isfinite().all()):
         raise DataError(f"{name} has latents that are not finite: check the flow with model.check_invertibility")
     return mean, rows
+
+
+def leading_modes(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The leading right singular vectors [r, d] and values [r], descending, of rows [n, d] float64.
+
+    r <= min(rank, n, d): values that are numerically zero are left out. The largest entry of a vector is positive, so
+    that fits can be compared.
+    """
+    rows = rows[rows.abs().amax(1) > 0]
+    values, directions = _decomposed(rows, min(rank, *rows.shape))
+    real = values > math.sqrt(RELATIVE_TOLERANCE) * values[:1]
+    values, directions = values[real], directions[real]
+    # Vectors from a Gram matrix are orthogonal up to rounding relative to the largest singular value. So weak vectors
+    # are not quite orthogonal to strong ones. A QR decomposition (Gram-Schmidt in the order of strength) mends that.
+    directions = torch.linalg.qr(directions.T).Q.T
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    return directions * largest.sign(), values
+
+
+def _decomposed(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Singular values [rank] and right singular vectors [rank, d], not quite orthonormal, by the fastest method."""
+    n, dim = rows.shape
+    if not n:
+        return rows.new_zeros(0), rows
+    if min(n, dim) > MAX_EIGH:
+        with torch.random.fork_rng(devices=[]):  # a fit is repeatable
+            torch.manual_seed(0)
+            _, values, right = torch.svd_lowrank(rows, q=min(n, dim, 2 * rank + 16), niter=12)
+        return values[:rank], right[:, :rank].T
+    try:
+        # The eigenvectors of the smaller of the two Gram matrices take a fraction of the time of an SVD.
+        values, vectors = torch.linalg.eigh(rows @ rows.T if n <= dim else rows.T @ rows)
+    except torch.linalg.LinAlgError:  # repeated eigenvalues can keep it from converging
+        _, values, right = torch.linalg.svd(rows, full_matrices=False)
+        return values[:rank], right[:rank]
+    values = values.flip(0)[:rank].clamp_min(0).sqrt()
+    vectors = vectors.flip(1)[:, :rank].T
+    if n <= dim:
+        vectors = vectors @ rows
+    return values, vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-300)

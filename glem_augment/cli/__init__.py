@@ -15,9 +15,9 @@ from glem_augment.cli.common import Parser
 from glem_augment.errors import GLEMError
 
 DESCRIPTION = """\
-Synthetic-data augmentation from a class-conditional normalizing flow.
+Synthetic-data augmentation from class-conditional models.
 
-A flow learns your labelled images once (glem train), or gets your classes in one pass (glem fit). Then it moves
+A model learns your labelled images once (glem train), or gets your classes in one pass (glem fit). Then it moves
 real images within their class, draws new images (glem generate), and classifies (glem eval).
 
 DATA is one of
@@ -46,17 +46,16 @@ GLEM_DEBUG=1 prints the traceback of an error. Exit codes: 0 done, 2 an error, 7
 # Each command has the file of its name, which is imported when it is called, and a line in the overview.
 COMMANDS = {
     "demo": "show the library on one page, in about a minute",
-    "train": "fit a flow to your images",
+    "train": "train a model of your images",
     "fit": "make a model of your images in one pass, nothing is trained",
-    "adapt": "another name of fit",
     "eval": "accuracy, bits/dim, calibration and round trip, as JSON",
-    "generate": "draw a synthetic data set from a flow",
+    "generate": "draw a synthetic data set from a model",
     "preview": "a picture of augmentations, samples, interpolations",
     "compare": "does augmentation help on your images? a table, a sentence of advice",
     "explore": "a local web page: samples, moves, lines, surprising images",
     "info": "describe a model and its training",
-    "list": "the flows inside the package",
-    "push": "upload a flow to the Hugging Face Hub",
+    "list": "the models inside the package",
+    "push": "upload a model to the Hugging Face Hub",
 }
 
 

@@ -88,8 +88,8 @@ def add_class_map(parser: argparse._ActionsContainer) -> None:
         "--class-map",
         type=lambda text: text if text == "order" else table(text, as_text=True),
         metavar="FILE|order",
-        help="a YAML or JSON table from class names of DATA to class names of the flow, or 'order' to match classes by "
-        "number (default: by id or name)",
+        help="a YAML or JSON table from class names of DATA to class names of the model, or 'order' to match classes "
+        "by number (default: by id or name)",
     )
 
 
@@ -237,7 +237,7 @@ def load_model(args: argparse.Namespace) -> GLEM:
 
 
 def open_resized(model: GLEM, spec: str, split: str, **options: Any) -> ImageData:
-    """Data resized to the flow's size and converted to its channels. Images that were left out are named on stderr."""
+    """Data resized to the model's size and converted to its channels. Images that were left out are named on stderr."""
     from glem_augment.images.dataset import as_image_data
 
     data = as_image_data(spec, model.image_shape, pixel_range=model.pixel_range, split=split, **options)
@@ -252,7 +252,7 @@ def name_skipped(data: ImageData) -> None:
 
 
 def open_for(model: GLEM, spec: str, split: str, class_map: ClassMap = None, **options: Any) -> ImageData:
-    """Data in the flow's shape with the flow's class indices as labels; see `open_resized` and `images_for`."""
+    """Data in the model's shape with the model's class indices as labels; see `open_resized` and `images_for`."""
     from glem_augment.images.dataset import images_for
 
     data = images_for(model, spec, class_map, split=split, **options)

@@ -1,4 +1,4 @@
-"""`glem eval`: measure a flow on labelled images."""
+"""`glem eval`: measure a model on labelled images."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import argparse
 from glem_augment.cli import common
 
 DESCRIPTION = """\
-Classify labelled images with a flow, and measure its likelihoods. Prints one JSON object:
+Classify labelled images with a model, and measure its likelihoods. Prints one JSON object:
 
-  accuracy, top5      share of images whose class is the most likely (among the 5 most likely) under the flow
-  bits_per_dim        -log2 p(image | its class) per pixel and channel, at the flow's bit depth ("bits")
+  accuracy, top5      share of images whose class is the most likely (among the 5 most likely) under the model
+  bits_per_dim        -log2 p(image | its class) per pixel and channel, at the model's bit depth ("bits")
   bits_per_dim_marginal  the same for p(image), all classes equally likely
   ece                 expected calibration error of the posterior, 15 bins
   round_trip          image -> latent -> image without clamping: errors in uint8 steps, share within half a step
@@ -18,7 +18,7 @@ Classify labelled images with a flow, and measure its likelihoods. Prints one JS
                       by mixup, and by noise of several strengths
   skipped             images left out, with --skip-bad
 
-Images are converted to the flow's size and channels.
+Images are converted to the model's size and channels.
 """
 EXAMPLES = """\
   glem eval bundled:fashion-mnist bundled:fashion-mnist
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     reading = {"skip_bad": args.skip_bad, "progress": not args.quiet}
     data = common.open_for(model, args.data, args.split or "test", args.class_map, **reading)
     if whole_folder and data.name == model.config.training.get("data"):
-        common.note(f"the flow may have been trained on these images ({data.name}): measure it on other images")
+        common.note(f"the model may have been trained on these images ({data.name}): measure it on other images")
     if args.limit is not None and args.limit < len(data):
         data = data.subset(metrics.spread(len(data), args.limit))
     split = None if whole_folder else args.split or "test"

@@ -9,7 +9,7 @@ from glem_augment.checks import BUNDLED_IMAGES
 from glem_augment.cli import common
 
 DESCRIPTION = """\
-Start a local web page to explore a flow: samples, images of DATA (without it: samples) or files moved along the modes
+Start a local web page to explore a model: samples, images of DATA (without it: samples) or files moved along the modes
 of their classes, lines between two images, and the likelihoods of DATA. Needs the extra "explore".
 """
 EXAMPLES = "  glem explore bundled:fashion-mnist\n  glem explore runs/photos photos/ --split val\n"

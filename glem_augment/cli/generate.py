@@ -1,4 +1,4 @@
-"""`glem generate`: draw a synthetic data set from a flow."""
+"""`glem generate`: draw a synthetic data set from a model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from glem_augment.checks import DEFAULT_MODES, FORMATS, SOURCES
 from glem_augment.cli import common
 
 DESCRIPTION = """\
-Draw new images of every class from a flow. glem-provenance.json records the flow and the settings. The same seed draws
-the same images for any classes and any number of images. Prints a JSON summary.
+Draw new images of every class from a model. glem-provenance.json records the model and the settings. The same seed
+draws the same images for any classes and any number of images. Prints a JSON summary.
 
   --format imagefolder             PNG files, a folder per class; the same command again writes missing files.
                                    A class without images has no folder; classes.json has the label of every class.
@@ -27,9 +27,9 @@ the same images for any classes and any number of images. Prints a JSON summary.
   --source gaussian                from the class's Gaussian
   --source mixup --real DATA       two images of DATA mixed along the class's modes
 
-  --report DIR --real DATA         compare up to 5000 images with equally many of DATA, the flow's training images: FID,
-                                   coverage, label reliability, and memorisation if DATA has test images. The judge is
-                                   a small classifier, which is trained on DATA for about a minute.
+  --report DIR --real DATA         compare up to 5000 images with equally many of DATA, the model's training images:
+                                   FID, coverage, label reliability, and memorisation if DATA has test images. The
+                                   judge is a small classifier, which is trained on DATA for about a minute.
 
 A private model (glem fit --epsilon) refuses balance and mixup, which look at real images. A report on it looks at them
 too: it stays outside --out, and must not be shared.
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_out(parser, "folder to write to")
     common.add_seed(parser)
     parser.add_argument("--format", choices=FORMATS, default="imagefolder", help="see above (default: %(default)s)")
-    licence = "licence of the flow's training images, such as mit or cc-by-4.0; samples inherit it"
+    licence = "licence of the model's training images, such as mit or cc-by-4.0; samples inherit it"
     parser.add_argument("--license", metavar="ID", help=licence)
     parser.add_argument("--overwrite", action="store_true", help="write over an earlier export in DIR")
     common.add_machine(parser)

@@ -1,4 +1,4 @@
-"""`glem list`: the flows inside the package."""
+"""`glem list`: the models inside the package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 from glem_augment.cli import common
 
 DESCRIPTION = """\
-List the flows inside the package. Accuracy and bits/dim were recorded in training, on held-out training images. bytes
+List the models inside the package. Accuracy and bits/dim were recorded in training, on held-out training images. bytes
 is the size of the weights. license is the licence of the training images, which samples inherit.
 """
 EXAMPLES = """\
@@ -26,12 +26,12 @@ def run(args: argparse.Namespace) -> None:
     from glem_augment.model.config import licence_id
     from glem_augment.model.weights import WEIGHTS, bundled_models, local_folder, read_config
 
-    flows = {}
+    models = {}
     for name in (f"bundled:{each}" for each in bundled_models()):
         folder = local_folder(name)
         assert folder is not None
         config = read_config(folder)
-        flows[name] = {
+        models[name] = {
             "image_shape": list(config.image_shape),
             "bits": config.bits,
             "classes": config.class_names,
@@ -39,4 +39,4 @@ def run(args: argparse.Namespace) -> None:
             **held_out(config.training),
             "license": licence_id(config.training.get("license")),
         }
-    common.show(flows, args.json)
+    common.show(models, args.json)

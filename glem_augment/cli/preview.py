@@ -10,8 +10,8 @@ from glem_augment.cli import common
 DESCRIPTION = """\
 Draw one labelled picture: real images and their augmentations at rising strength, samples of each class at several
 temperatures, and interpolations within and between classes. Images are shown at full size, up to 224 pixels. The change
-is made at the flow's size and added. Look at the picture before you train with a flow: an augmented image should still
-show its class.
+is made at the model's size and added. Look at the picture before you train with a model: an augmented image should
+still show its class.
 """
 EXAMPLES = """\
   glem preview bundled:fashion-mnist bundled:fashion-mnist --out preview.png
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_class_map(parser)
     parser.add_argument("--out", type=common.out_path, required=True, metavar="FILE.png", help="the picture")
     common.add_count(parser, "--rows", "real images to augment", 6)
-    moves = "mixup with an image of the class, noise along the modes, adversarial against the flow (default: all)"
+    moves = "mixup with an image of the class, noise along the modes, adversarial against the model (default: all)"
     parser.add_argument("--policy", choices=("all", *POLICIES), default="all", help=moves)
     common.add_count(parser, "--modes", "modes to move along (default: all)")
     channels = "three channels to show as red, green and blue, or one (default: the first three, or the first of two)"

@@ -1,4 +1,4 @@
-"""`glem push`: upload a flow to the Hugging Face Hub."""
+"""`glem push`: upload a model to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from glem_augment.cli import common
 
 DESCRIPTION = """\
-Upload a flow to the Hugging Face Hub in one commit: weights, config, a model card from the flow's records, and a
+Upload a model to the Hugging Face Hub in one commit: weights, config, a model card from the model's records, and a
 picture of samples. A missing repository is made. Prints a JSON summary. Its "pinned" is a name for MODEL that always
 means the same weights.
 

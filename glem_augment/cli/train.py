@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_image_size(view, "above 64 a flow is slow on a CPU (default: the common size of the images)")
     view.add_argument("--channels", type=int, choices=(1, 3), help="grey or RGB (default: as in the files)")
     switch = argparse.BooleanOptionalAction
-    unlabelled = "train by likelihood on all images in DATA and its folders; glem fit gives the flow classes later"
+    unlabelled = "train by likelihood on all images in DATA and its folders; glem fit gives the model classes later"
     view.add_argument("--unlabelled", action=switch, help=f"{unlabelled} (default: learn classes)")
     bad = "leave out images that can't be read, and list them in DIR/skipped.json (default: stop at the first)"
     view.add_argument("--skip-bad", action=switch, help=bad)
@@ -257,7 +257,7 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
     if trainer.total_steps < FEW_STEPS and not args.quiet:
         common.note(
             f"glem: {trainer.total_steps} steps are few: a flow takes thousands. Give more --epochs, or give a trained "
-            "flow your classes in seconds with glem fit"
+            "model your classes in seconds with glem fit"
         )
     if trainer.config.sample_every and find_spec("matplotlib") is None:
         common.note("glem: curves.png is left out, because matplotlib is not installed: pip install matplotlib")
@@ -273,7 +273,7 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
     if model.config.training["worse_than_independent_pixels"]:
         common.note(
             f"glem: that is worse than independent pixels, {model.config.training['independent_pixels']:.3f}: "
-            "the flow has not learned the images. Train for more --epochs, or at a lower --lr"
+            "the model has not learned the images. Train for more --epochs, or at a lower --lr"
         )
     return 0
 

@@ -1,4 +1,4 @@
-"""The contract of a codec: image <-> the numbers that a flow models."""
+"""The contract of a codec, image <-> the numbers that a flow models, with the checks of its images."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from glem_augment.codec.pixel_range import UINT8, PixelRange
 # Where dequantisation noise comes from, see `levels.to_levels`.
 Dequantisation: TypeAlias = torch.Generator | int | Tensor | None
 _RANGE_TOLERANCE = 1e-3  # resizing with antialias leaves [0, 1] by rounding only
+MARGIN = 1.0  # decoded images that leave [0, 1] by more are not plausible
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights with which PIL turns RGB into "L"
 
 
@@ -91,7 +92,7 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int], pixel_range: Pixe
         raise TypeError(f"images must be a Tensor [B,C,H,W], got {type(x).__name__}")
     if x.ndim != 4 or tuple(x.shape[1:]) != tuple(image_shape):
         c, h, w = image_shape
-        raise ValueError(f"images must have shape [B,{c},{h},{w}] for this flow, got {list(x.shape)}")
+        raise ValueError(f"images must have shape [B,{c},{h},{w}] for this model, got {list(x.shape)}")
     wanted = pixel_range or UINT8
     if x.dtype != wanted.torch_dtype and not x.is_floating_point():
         either = "floating point" if wanted.continuous else f"{wanted.dtype}, or float in [0,1]"

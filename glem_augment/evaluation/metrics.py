@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from tqdm import tqdm
 
 from glem_augment.augment.policies import Mixup, Noise, Policy
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.classes.calibrate import fit_temperature
-from glem_augment.distributed import gather, share
+from glem_augment.classes.fit import fit_temperature
+from glem_augment.distributed import Share, add_up, gather, share
 from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData, LabelledImages, images_for
 from glem_augment.model.conditional_flow import psnr, summarise_errors
@@ -110,7 +111,7 @@ def rejected_moves(model: GLEM, data: ImageData, progress: bool = False) -> dict
 def evaluate(
     model: GLEM, data: ImageData, batch_size: int = 256, round_trip: int = 1000, progress: bool = True
 ) -> dict[str, Any]:
-    """Measure `model` as a classifier and as a density on `data`, whose targets are the flow's class indices.
+    """Measure `model` as a classifier and as a density on `data`, whose targets are the model's class indices.
 
     Predictions use the middle of the bin. The dequantisation noise of likelihoods depends on each image alone. All
     ranks call this together, and each measures its share of the batches. A single process gives the same numbers, bit
@@ -172,3 +173,20 @@ def evaluate(
         "ece": calibration_error(confidence, right),
         "round_trip": invertibility,
     }
+
+
+@torch.no_grad()
+def held_out(model: GLEM, batches: Iterable[tuple[Tensor, Tensor, Share]]) -> dict[str, float]:
+    """Number of images, NF accuracy unless there is one class, and the likelihood given the class.
+
+    The numbers are over the images of all ranks. `batches` come from `ImageData.shared_batches`.
+    """
+    sums, (key, _, unit) = torch.zeros(3, dtype=torch.float64), model.likelihood
+    for x, y, _ in batches:
+        scores = model.log_prob_per_class(x)
+        nll = float(-scores.gather(1, y[:, None]).double().sum()) / unit
+        sums += torch.tensor([len(y), int((scores.argmax(1) == y).sum()), nll], dtype=torch.float64)
+    add_up(sums)
+    images, right, nll = sums.tolist()
+    accuracy = {"val_accuracy": right / images} if model.num_classes > 1 else {}
+    return {"val_images": int(images), **accuracy, f"val_{key}": nll / images}

@@ -61,7 +61,7 @@ def preview(
 
     Args:
         model: without stored class modes, augmentations and RFCM samples are left out.
-        data: real images of any size, labelled by the flow's class indices.
+        data: real images of any size, labelled by the model's class indices.
         rows: real images to augment, of as many classes as possible.
         modes: principal modes to move along, by default all stored modes.
         seed: the same call gives the same picture.

@@ -49,9 +49,9 @@ def quality_report(
 
     Args:
         synthetic: a `SyntheticDataset`, or any argument of `open_data`, such as the folder of an export.
-        real: the flow's training images, with class names (of a name the training split); resized like `synthetic`.
-        held_out: real images outside the flow's training, such as a test split. Without them every fifth image of
-            `real` is held out from the judge. The flow was trained on these images, so memorisation is left out.
+        real: the model's training images, with class names (of a name the training split); resized like `synthetic`.
+        held_out: real images outside the model's training, such as a test split. Without them every fifth image of
+            `real` is held out from the judge. The model was trained on these images, so memorisation is left out.
         out: a folder for report.json and report.png, which shows synthetic images beside the nearest images of `real`:
             the nearest pairs of all, and pairs evenly spread over the synthetic images.
         network, mean, std: the judge, a timm classifier of the classes of `synthetic`, see `features_and_logits`; it
@@ -146,11 +146,7 @@ def _nearest_pairs(made: ImageData, real: ImageData, distance: Tensor, twin: Ten
 
 
 def _some(
-    data: LabelledImages,
-    count: int,
-    progress: bool,
-    shape: tuple[int, int, int] | None = None,
-    split: str = "train",
+    data: LabelledImages, count: int, progress: bool, shape: tuple[int, int, int] | None = None, split: str = "train"
 ) -> ImageData:
     """At most `count` images, evenly spread, resized to `shape` if given. Only these images are decoded."""
     data = data if isinstance(data, ImageData) else open_source(data, split)

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glem_augment.precision import full_precision
-
 # Relative truncation error that is left to the series. Beyond it, rounding dominates.
 _TOLERANCE = {torch.float32: 2.5e-7, torch.float64: 2e-16}
 # Up to this size n multiply-adds over planes of pixels are faster than one batched product of tiny matrices.
@@ -113,7 +111,7 @@ class _ExpmApply(torch.autograd.Function):
         s, *starts = ctx.saved_tensors
         layout, step, terms = ctx.plan
         left, right = [], []
-        with full_precision(g.device.type):  # A backward pass may be called under autocast.
+        with torch.autocast(g.device.type, enabled=False):  # under which a backward pass may be called
             g = g.contiguous()  # Batched products of rows with a stride run one by one.
             transposed, zero = s.transpose(*layout.rows_and_columns), g.new_zeros((1,) * g.ndim)
             for start in reversed(starts):
@@ -183,7 +181,7 @@ class _ExpOfGenerators(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (generators,) = ctx.saved_tensors
-        with full_precision(g.device.type):
+        with torch.autocast(g.device.type, enabled=False):
             x = generators.transpose(1, 2) * ctx.sign
             blocks = torch.cat([torch.cat([x, g], 2), torch.cat([torch.zeros_like(x), x], 2)], 1)
             c = x.shape[1]

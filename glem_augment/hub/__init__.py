@@ -226,7 +226,7 @@ def write_card(card: RepoCard, folder: Path) -> None:
     if card.data.get("license") is None:
         _log.warning(
             "no licence is given, so the card says that it is unknown. Samples inherit the licence of the images that "
-            "the flow was trained on: state it with license= (--license)"
+            "the model was trained on: state it with license= (--license)"
         )
     with atomic_write(folder / CARD, "w") as file:
         file.write(f"{card}\n{_GENERATED}\n")

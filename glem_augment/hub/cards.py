@@ -17,7 +17,7 @@ from glem_augment.model.config import data_name, data_names, licence_id, records
 from glem_augment.model.glem import GLEM
 
 LIBRARY, SAMPLES = "glem-augment", "samples.png"
-# The Hub's task for models that draw images. The flow classifies too, but the Hub's widgets cannot run it for
+# The Hub's task for models that draw images. The model classifies too, but the Hub's widgets cannot run it for
 # "image-classification".
 PIPELINE = "unconditional-image-generation"
 _TAGS = [LIBRARY, "normalizing-flow", "class-conditional", "data-augmentation", "synthetic-data"]
@@ -68,7 +68,7 @@ class CardFacts:
         return {"license": self.license, "license_name": self.license_name, "license_link": self.license_link}
 
     def sentence(self) -> str:
-        """A sentence on the licence that images drawn by the flow inherit."""
+        """A sentence on the licence that images drawn by the model inherit."""
         if self.license is None:
             return "**The licence was not stated: ask the publisher before you use this.**"
         named = f"{self.license_name} ({self.license})" if self.license_name else self.license
@@ -118,7 +118,7 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
         "classes": ", ".join(map(escape, model.classes)),
         "training": escape(trained) or "no record",
     }
-    noise = "**After its training this flow was worse than independent pixels: images drawn from it are noise.**\n\n"
+    noise = "**After its training this model was worse than independent pixels: images drawn from it are noise.**\n\n"
     text = _filled(
         "model_card.md",
         metadata,
@@ -222,8 +222,8 @@ def dataset_card(manifest: Mapping[str, Any], name: str, facts: CardFacts) -> Da
         derived = f"Mixtures derive from real images ({escape(manifest['real'] or 'not recorded')}) and"
     about = {
         "generator": manifest["generator"],
-        "flow": f"{loaded}, weights with SHA-256 `{manifest['weights_sha256']}`",
-        "the flow was trained on": trained_on(manifest["trained_on"]),
+        "model": f"{loaded}, weights with SHA-256 `{manifest['weights_sha256']}`",
+        "the model was trained on": trained_on(manifest["trained_on"]),
         **{key: escape(value) for key, value in manifest["settings"].items()},
     }
     text = _filled(
@@ -273,7 +273,7 @@ def trained_on(names: Sequence[str]) -> str:
 
 
 def base_model(training: Mapping[str, Any]) -> str | None:
-    """The repository of the flow that was adapted or fine-tuned; None if that flow is not from the Hub."""
+    """The repository of the model that was adapted or fine-tuned; None if that model is not from the Hub."""
     for record in records(training):
         before = record.get("adapted_from") or record.get("init_from")
         repo_id = str(before.get("origin")).partition("@")[0] if isinstance(before, dict) else ""

@@ -163,28 +163,30 @@ class ConditionalFlow(nn.Module):
         return self.decode(lines.flatten(0, 1)).unflatten(0, (x1.shape[0], steps))
 
     @torch.no_grad()
-    def round_trip_error(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+    def round_trip_error(self, x: Tensor) -> Tensor:
         """|decode(encode(x)) - x| of every pixel in uint8 steps, 1/255 of the range: [B,C,H,W].
 
         It is infinite where nothing finite came back.
 
-        Below half a step, rounding gives the pixel back exactly. `z` saves the encoding if the latents are there.
+        Below half a step, rounding gives the pixel back exactly.
         """
         x = self._checked(x)
         # A codec of fewer than 8 bits can give back no more than its levels.
         exact, (low, high) = self.codec.exact, self.pixel_range.limits
         floats = self.codec.decode(self.codec.encode(x)) if exact else self.pixel_range.to_floats(x, torch.float64)
-        back = self.decode(self.encode(x)[0] if z is None else z, clamp=not exact)
+        back = self.decode(self.encode(x)[0], clamp=not exact)
         return (back.double() - floats.double()).abs().mul_(255 / (high - low)).nan_to_num_(nan=math.inf)
 
     @torch.no_grad()
-    def flow_error(self, x: Tensor) -> Tensor:
+    def flow_error(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """The largest |inverse(f(h)) - h| of each image's numbers h: [B], infinite where nothing finite came back.
 
-        The unit is the range of a pixel, or the standard deviation of a channel of the autoencoder's latents.
+        The unit is the range of a pixel, or the standard deviation of a channel of the autoencoder's latents. `z` saves
+        the encoding if the latents are there.
         """
         h = torch.cat([self.numbers(chunk) for chunk in self._checked(x).split(self.codec.most)])
-        back = torch.cat([self.flow.inverse(self.flow(chunk)[0])[0] for chunk in h.split(_CHUNK)])
+        z = torch.cat([self.flow(chunk)[0] for chunk in h.split(_CHUNK)]) if z is None else z
+        back = torch.cat([self.flow.inverse(chunk)[0] for chunk in z.split(_CHUNK)])
         return (back - h).abs().flatten(1).amax(1).nan_to_num(nan=math.inf)
 
     def check_invertibility(self, x: Tensor) -> dict[str, float]:
@@ -305,7 +307,7 @@ class ConditionalFlow(nn.Module):
             raise ValueError(f"labels must be whole numbers of shape [{batch or 'B'}], got {y.dtype} {list(y.shape)}")
         if y.device.type == "cpu" and y.numel() and not (0 <= int(y.min()) and int(y.max()) < self.num_classes):
             raise ClassMismatchError(
-                f"unknown class: labels run from {int(y.min())} to {int(y.max())}, the flow has classes 0 to "
+                f"unknown class: labels run from {int(y.min())} to {int(y.max())}, the model has classes 0 to "
                 f"{self.num_classes - 1} ({', '.join(self.classes[:5])}{', ...' if self.num_classes > 5 else ''})"
             )
         return y.to(self.device, torch.int64)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import PurePath
 from typing import Any
 
@@ -26,6 +25,7 @@ MAX_CLASSES, MAX_MODES = 200_000, 4096
 MAX_DEPTH, LARGEST_SIDE, MAX_PARTS = 20, 2**14, 256
 # The names of 200,000 classes fit. A parsed value takes up to 30 times its text, so their number is bounded too.
 MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 8 * 2**20, 600_000
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # but for line breaks and tabs
 LOWEST_VARIANCE, HIGHEST_VARIANCE = 1e-30, 1e6  # float32 holds such numbers and their inverses
 
 
@@ -156,16 +156,8 @@ class GLEMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of `config.json`. Optional fields are left out where they have their default."""
-        newer = dict(
-            posterior_temperature=1.0,
-            modes_parts=1,
-            modes_tied=False,
-            covariance="diagonal",
-            autoencoder=None,
-            privacy=None,
-            pixel_range=asdict(UINT8),
-        )
-        return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
+        optional = {f.name: f.default for f in fields(self) if f.name not in ("modes_rank", "format_version")}
+        return {n: value for n, value in asdict(self).items() if getattr(self, n) != optional.get(n, MISSING)}
 
     def to_json(self) -> bytes:
         """The bytes of `config.json`. TypeError, ValueError: a training record that could not be read again."""
@@ -209,7 +201,7 @@ def licence_id(value: object) -> str | None:
 
 
 def records(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The record of a training, followed by the records of the flows from which the model was adapted."""
+    """The record of a training, followed by the records of the models from which it was adapted."""
     found = [training]
     while isinstance(before := found[-1].get("adapted_from"), dict) and isinstance(before.get("training"), dict):
         found.append(before["training"])
@@ -228,7 +220,7 @@ def data_name(spec: object) -> str:
 
 
 def data_names(training: Mapping[str, Any]) -> list[str]:
-    """Public names of the data that the flow was trained on, and of the data that it was then adapted to."""
+    """Public names of the data that the model was trained on, and of the data that it was then adapted to."""
     unnamed = "data that its record does not name"
     return [data_name(record["data"]) if record.get("data") else unnamed for record in reversed(records(training))]
 
@@ -285,7 +277,7 @@ def _check_readable(value: Any, depth: int = 0) -> None:
     """
     if depth > MAX_DEPTH:
         raise ModelFileError(f"it is nested more than {MAX_DEPTH} deep")
-    if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value if c not in "\n\t"):
+    if isinstance(value, str) and _UNPRINTABLE.search(value):
         raise ModelFileError(f"it holds characters that can't be printed: {_short(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ModelFileError("it holds a number that is not finite")

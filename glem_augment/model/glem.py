@@ -11,15 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from glem_augment.checks import DEFAULT_MODES, Preset, check_number, check_whole
-from glem_augment.classes.calibrate import KEPT
 from glem_augment.classes.classes import Classes
-from glem_augment.classes.fit import fit_classes, fit_modes
+from glem_augment.classes.fit import KEPT, fit_classes, fit_modes
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import ClassModes
 from glem_augment.classes.privacy import Privacy
@@ -410,18 +408,18 @@ class GLEM(ConditionalFlow):
         """Estimate each class's mean and principal modes from the latents of `data` (RFCM); saved with the model.
 
         Args:
-            data: an `ImageData` of the flow's shape, or anything else that `open_data` takes, which is then resized.
-                Labels of data that name no classes are the flow's indices.
+            data: an `ImageData` of the model's shape, or anything else that `open_data` takes, which is then resized.
+                Labels of data that name no classes are the model's indices.
             rank: k modes per class; the variation outside them is kept as a variance per dimension.
             max_per_class: use only the first images of every class, at most this many.
-            class_map: how the data's classes map to the flow's, see `match_classes`.
+            class_map: how the data's classes map to the model's, see `match_classes`.
             seed: of the dequantisation noise.
             count: a function of the number of encoded images, called after each batch.
 
         All ranks call this together. Each encodes its share of the images, and all get the modes.
 
         Raises:
-            DataError: a class of the flow without at least two images, or images of another shape. ValueError: `rank`
+            DataError: a class of the model without at least two images, or images of another shape. ValueError: `rank`
                 or `max_per_class` below 1.
         """
         self.refuse_if_private("fit_modes")
@@ -431,7 +429,8 @@ class GLEM(ConditionalFlow):
         seed, images = check_whole("seed", seed, 0), images_for(self, data, class_map)
         rows = images.rows_of_classes(max_per_class)
         parts = self.modes.parts if self.adapted and self.modes else 1
-        statistics = self._statistics(images, rows, rank, parts, seed, count)
+        latents = self.latents_of_classes(images, rows, seed, count)
+        statistics = class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
         if self.adapted:  # the Gaussians come from images, too
             found = self._fit_classes(statistics, rank, self.config.training["adapt"]["shrinkage"])
         else:
@@ -453,19 +452,6 @@ class GLEM(ConditionalFlow):
     def adapted(self) -> bool:
         """Whether the Gaussians were fitted to latents (`fit`, `adapt`), not trained with the flow."""
         return isinstance(self.config.training.get("adapt"), dict)
-
-    def _statistics(
-        self,
-        images: ImageData,
-        rows: Sequence[np.ndarray],
-        rank: int,
-        parts: int,
-        seed: int,
-        count: Callable[[int], object] | None,
-    ) -> ClassStatistics:
-        """One pass over the images `rows` of every class."""
-        latents = self.latents_of_classes(images, rows, seed, count)
-        return class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
 
     def _fit_classes(self, statistics: ClassStatistics, rank: int, shrinkage: float) -> Classes:
         # A flow leaves the dimensions of a class nearly independent. Pixels and latents of an autoencoder are not.
@@ -525,7 +511,8 @@ class GLEM(ConditionalFlow):
             self.codec.fit(images.some(STANDARDISED_BY))
         counts = [len(found) for found in rows]
         with tqdm(total=sum(counts), unit="image", desc="fit", disable=not progress, dynamic_ncols=True) as bar:
-            statistics = self._statistics(images, rows, rank, parts, seed, bar.update)
+            latents = self.latents_of_classes(images, rows, seed, bar.update)
+            statistics = class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
         if pooled:
             statistics = statistics.as_one_class()
         found = self._fit_classes(statistics, rank, shrinkage)

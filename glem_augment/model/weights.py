@@ -25,9 +25,8 @@ from glem_augment.classes.modes import SHRUNK
 from glem_augment.codec.autoencoder import latent_shape
 from glem_augment.codec.published import open_autoencoder
 from glem_augment.errors import HubError, ModelFileError
-from glem_augment.io import atomic_write, expand
+from glem_augment.io import Limits, atomic_write, expand, header_bytes, load_weights, open_tensors
 from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMConfig
-from glem_augment.tensor_file import Limits, header_bytes, load_weights, open_tensors
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CUSTOM = "custom"  # the name of a user's module in a config
@@ -49,7 +48,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def bundled_models() -> list[str]:
-    """Names of the flows shipped inside the package, as used after `bundled:`."""
+    """Names of the models shipped inside the package, as used after `bundled:`."""
     return sorted(entry.name for entry in _BUNDLED.iterdir() if entry.is_dir())
 
 

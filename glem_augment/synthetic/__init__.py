@@ -1,1 +1,1 @@
-"""Synthetic data sets: images drawn from the classes of a flow, alone, beside real images, or written to disk."""
+"""Synthetic data sets: images drawn from the classes of a model, alone, beside real images, or written to disk."""

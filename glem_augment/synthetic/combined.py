@@ -27,7 +27,7 @@ class RealAndSynthetic(Dataset):
     Each data set applies its transform, and `transform` comes after (timm's create_loader sets it). Synthetic images
     are like the real ones: PIL images of the same mode (RGB or L), or tensors beside an `ImageData` and for images that
     are not 8-bit grey or RGB. A transform of `synthetic` gets its items. Classes are matched by name. If the real data
-    names no classes, its labels are the flow's indices. The `target_transform` of `synthetic`, or else of `real`, is
+    names no classes, its labels are the model's indices. The `target_transform` of `synthetic`, or else of `real`, is
     applied to synthetic labels.
 
     Args:
@@ -37,7 +37,7 @@ class RealAndSynthetic(Dataset):
         synthetic: a `SyntheticDataset`, or the folder of an export, with at least `ratio * len(real)` images.
         ratio: synthetic images per real image: 1 doubles the data. Classes take turns, so each ratio keeps the balance
             of `synthetic`. None: all synthetic images, as for per_class="balance".
-        class_map: how the real data's classes map to the flow's, see `match_classes`. The real data may have more
+        class_map: how the real data's classes map to the model's, see `match_classes`. The real data may have more
             classes than the flow. The flow may have further classes, if `synthetic` has no images of them.
         transform: applied to every image, real and synthetic. For a DataLoader it must make tensors of one size from
             PIL images.

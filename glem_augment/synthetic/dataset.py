@@ -66,7 +66,7 @@ class SyntheticDataset(Dataset):
         cache_bytes: memory for decoded images in each process, at least one block.
         real: real images, see `open_data`, for "balance" and "mixup". Exports take the class numbers of `real`.
         modes, alpha: settings of source "mixup", as in GLEMAugment (64 modes, or as many as there are).
-        class_map: how the classes of `real` map to the flow's, see `match_classes`.
+        class_map: how the classes of `real` map to the model's, see `match_classes`.
 
     Raises:
         ValueError: "balance" or "mixup" with a private model, since real images would decide the set; or arguments that
@@ -187,8 +187,8 @@ class SyntheticDataset(Dataset):
     ) -> Path:
         """Write all images, without the transforms, and glem-provenance.json; every file is written atomically.
 
-        Labels are the class numbers of `real`, followed by further classes of the flow that have images. Without `real`
-        labels are the flow's class numbers. A class without images has no folder, and torchvision's ImageFolder would
+        Labels are the class numbers of `real`, then of further classes of the model that have images. Without `real`
+        labels are the model's class numbers. A class without images has no folder, and torchvision's ImageFolder would
         number the later folders differently. So classes.json holds the label of every folder, for `open_data` and
         `RealAndSynthetic`.
 
@@ -201,7 +201,7 @@ class SyntheticDataset(Dataset):
                 "webdataset" (data/train-*.tar of 8-bit grey or RGB images, which timm and the Hub read; packed at the
                 end from an ImageFolder in a hidden folder).
             overwrite: replace an export of other images.
-            license: the licence of the flow's training images, which samples inherit. None: the licence in the flow's
+            license: the licence of the model's training images, which samples inherit. None: the licence in the model's
                 record; for mixtures no licence, because it also depends on their real images.
             distributed: share the blocks among all ranks of the process group, which must all make this call and see
                 the same folder. The files do not depend on the number of ranks.

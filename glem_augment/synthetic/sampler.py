@@ -24,6 +24,7 @@ from glem_augment.images.matching import ClassMap, check_targets, match_classes
 from glem_augment.images.readers import Source
 from glem_augment.images.sources import open_source
 from glem_augment.model.glem import GLEM
+from glem_augment.precision import full_precision
 from glem_augment.tensors import evaluating
 
 NOISE_BLOCK = 16  # items of a class that share a generator; another number would change the draws
@@ -33,13 +34,13 @@ REAL_IMAGES = "real_images_sha256"  # the key in an export's settings that ident
 PerClass = int | Literal["balance"] | Sequence[int] | Mapping[Any, int]
 
 _ADAPT = (
-    "A flow makes images of its classes only: adapt it to the data (model.adapt(data), or glem fit), or leave all "
+    "A model makes images of its classes only: adapt it to the data (model.adapt(data), or glem fit), or leave all "
     "further classes out of the data."
 )
 
 
 class Real(NamedTuple):
-    """Real images, with the flow's class of each image (`targets`, int64 [N]) and of each real class (`classes`)."""
+    """Real images, with the model's class of each image (`targets`, int64 [N]) and of each real class (`classes`)."""
 
     data: Source | ImageData
     targets: np.ndarray
@@ -47,7 +48,7 @@ class Real(NamedTuple):
 
 
 def open_real(model: GLEM, data: LabelledImages, class_map: ClassMap = None) -> Real:
-    """Open real images; only labels are read now. Labels of data without class names are the flow's indices."""
+    """Open real images; only labels are read now. Labels of data without class names are the model's indices."""
     source = data if isinstance(data, ImageData) else open_source(data)
     if source.named or class_map is not None:
         index = match_classes(model, source, class_map, fix=_ADAPT)
@@ -61,7 +62,7 @@ class Plan:
     """The images of a set.
 
     Attributes:
-        counts: images of each of the flow's K classes.
+        counts: images of each of the model's K classes.
         order: the classes of an export, in the order of their labels.
         block: images of one class that are decoded together.
         settings: the other settings that decide the images, as JSON can hold them.
@@ -81,13 +82,13 @@ class Plan:
 
 
 def label_order(counts: Sequence[int], real: Real | None) -> list[int]:
-    """The flow's classes in the order of the real data's labels, then further classes that get images."""
+    """The model's classes in the order of the real data's labels, then further classes that get images."""
     named = list(range(len(counts))) if real is None else real.classes.tolist()
     return [*named, *(cls for cls, count in enumerate(counts) if count and cls not in named)]
 
 
 def class_counts(model: GLEM, per_class: PerClass, real: Real | None) -> list[int]:
-    """The number of images of each of the flow's K classes; see `per_class` of `SyntheticDataset`."""
+    """The number of images of each of the model's K classes; see `per_class` of `SyntheticDataset`."""
     k = model.num_classes
     if isinstance(per_class, str):
         if per_class != "balance":
@@ -110,17 +111,19 @@ def class_counts(model: GLEM, per_class: PerClass, real: Real | None) -> list[in
 
 
 def class_values(model: GLEM, values: Any, argument: str, default: Any) -> list[Any]:
-    """K values, one per class of the flow. Classes that a mapping leaves out get `default`."""
+    """K values, one per class of the model. Classes that a mapping leaves out get `default`."""
     if not isinstance(values, Mapping):
         given = values.tolist() if isinstance(values, Tensor) else np.asarray(values).tolist()
         if not isinstance(given, list) or len(given) != model.num_classes:
-            raise ValueError(f"{argument} must be {model.num_classes} values, one per class of the flow; got {given!r}")
+            raise ValueError(
+                f"{argument} must be {model.num_classes} values, one for each of its classes; got {given!r}"
+            )
         return given
     known = (range(model.num_classes), model.class_ids, model.classes)  # a name comes before an id
     index = {key: i for keys in known for i, key in enumerate(keys)}
     unknown = [key for key in values if key not in index]
     if unknown:
-        raise ValueError(f"{argument} names {unknown[0]!r}; the flow has {', '.join(model.classes[:20])}")
+        raise ValueError(f"{argument} names {unknown[0]!r}; the model has {', '.join(model.classes[:20])}")
     found = {index[key]: value for key, value in values.items()}
     if len(found) < len(values):
         raise ValueError(f"{argument} has a class twice, under two of its names: {list(values)[:20]}")
@@ -172,7 +175,7 @@ class Drawn(NamedTuple):
 
 
 class Sampler:
-    """Draws latents and images of a flow's classes.
+    """Draws latents and images of a model's classes.
 
     - "gaussian": z = mu_y + T sigma_y eps, from the class's diagonal Gaussian.
     - "rfcm": the mean and full covariance of the class's real latents, as stored in `model.modes`.
@@ -242,13 +245,13 @@ class Sampler:
         model = self.model
         if self.source == "mixup":
             return self._mix(cls, within, attempt)
-        part = model.modes if self.source == "rfcm" else model.gaussians
-        assert part is not None
+        part = model.latent_classes.sampler(self.source)
         noise = np.empty((len(cls), part.noise_size), dtype=np.float32)
         for generator, _, rows, places in self._generators(cls, within, attempt):
             noise[rows] = generator.standard_normal((NOISE_BLOCK, noise.shape[1]), dtype=np.float32)[places]
         eps = torch.from_numpy(noise).to(model.device, model.dtype)
-        return part.sample_from_noise(torch.from_numpy(cls).to(model.device), eps, self.temperature)
+        with full_precision(model.device.type):
+            return part.sample_from_noise(torch.from_numpy(cls).to(model.device), eps, self.temperature)
 
     def _mix(self, cls: np.ndarray, within: np.ndarray, attempt: int) -> Tensor:
         real, fitted, device = self.real, self.model.modes, self.model.device
@@ -265,9 +268,9 @@ class Sampler:
             away[rows] = np.minimum(mix, 1 - mix)[places]
         z, other = (real.z[rows].to(device) for rows in (first, second))
         part = fitted.covariance_rows(fitted.rows_of(torch.from_numpy(cls).to(device), z))
-        return mix_along_modes(
-            z, other, 1 - torch.from_numpy(away).to(device), part, fitted.directions[:, : self.modes]
-        )[0]
+        keep, directions = 1 - torch.from_numpy(away).to(device), fitted.directions[:, : self.modes]
+        with full_precision(device.type):
+            return mix_along_modes(z, other, keep, part, directions)[0]
 
     def _generators(
         self, cls: np.ndarray, within: np.ndarray, attempt: int

@@ -88,7 +88,7 @@ class TrainConfig:
         64, int, "principal modes per class, fitted at the end; 0 for none", high=4096, group="class Gaussians"
     )
     augment: tuple[str, ...] = _setting(
-        (), "names", f"augmentations of the flow's training images, separated by commas: {', '.join(AUGMENTATIONS)}, "
+        (), "names", f"augmentations of the model's training images, separated by commas: {', '.join(AUGMENTATIONS)}, "
         "or none; the paper uses all four. Do not flip digits: samples would be flipped too", shown="none",
         group="data",
     )  # fmt: skip

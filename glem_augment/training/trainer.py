@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,14 @@ import torch
 from torch import Tensor
 
 from glem_augment.distributed import add_up, is_primary, wait
-from glem_augment.errors import TrainingError
-from glem_augment.evaluation.metrics import calibrate
+from glem_augment.errors import TimeUpError, TrainingError
+from glem_augment.evaluation.metrics import calibrate, held_out
 from glem_augment.evaluation.pictures import compose
 from glem_augment.evaluation.preview import class_samples
 from glem_augment.images.dataset import ImageData
 from glem_augment.io import expand, lock_folder, save_png
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
-from glem_augment.precision import lacks_bf16
 from glem_augment.training.batches import EVAL_BATCH, Augment, Batches
 from glem_augment.training.checkpoint import (
     Checkpoint,
@@ -44,12 +45,17 @@ from glem_augment.training.config import TrainConfig
 from glem_augment.training.guard import DivergenceError, LossGuard
 from glem_augment.training.latents import latent_views, model_of_images, model_of_latents
 from glem_augment.training.log import Callback, MetricsLog, plot_curves, progress_bar, without_infinities
-from glem_augment.training.measure import gaussian_state, held_out
 from glem_augment.training.objective import Objective, Progress, objective_of
-from glem_augment.training.optim import load_optimizer_tensors, optimizer_tensors
 from glem_augment.training.start import INIT_IMAGES, initialise, new_model
-from glem_augment.training.steps import EStep, GaussianSteps, MStep, training_mode
-from glem_augment.training.stop import TimeUpError, stop_between_steps
+from glem_augment.training.steps import (
+    EStep,
+    GaussianSteps,
+    MStep,
+    lacks_bf16,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    training_mode,
+)
 
 _STEP_ROWS_EVERY = 50
 ROLLBACK_FACTOR, MAX_ROLLBACKS = 0.5, 3
@@ -199,7 +205,7 @@ class Trainer:
         metrics = None
         self.saved_at = time.monotonic()
         self.bar = progress_bar("train", self.total_steps, "step", self.shown, self.step)
-        with closing(self.bar), stop_between_steps(self):
+        with closing(self.bar), _stop_between_steps(self):
             self._begin()
             while self.step < self.total_steps:
                 epoch, first = divmod(self.step, per_epoch)
@@ -315,7 +321,7 @@ class Trainer:
         """Metrics of the held-out images, or of D_g if none are held out; and the Gaussians' state."""
         split = self.batches.split
         metrics = held_out(self.evaluated(), self.batches.read(split.val if len(split.val) else split.g, EVAL_BATCH))
-        return {**metrics, **gaussian_state(self.model.gaussians)}
+        return {**metrics, **self.model.gaussians.summary()}
 
     def seconds(self) -> float:
         """Wall-clock seconds of the run so far, over all its pieces, without steps lost to kills."""
@@ -510,3 +516,26 @@ def _warn_of_another_split(before: dict[str, Any], data: ImageData, config: Trai
             f"high, and its temperature too low: train with {' and '.join(changed)}, as that model was",
             stacklevel=4,
         )
+
+
+@contextmanager
+def _stop_between_steps(run: Trainer) -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into requests to stop, since a checkpoint holds whole steps only.
+
+    A second Ctrl-C ends the run at once.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no signal handlers
+        yield
+        return
+
+    def on_signal(number: int, frame: object) -> None:
+        if run.stop_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        run.stop_requested = True
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 
 from glem_augment import GLEM, ClassMismatchError, GLEMAugment, open_data
 from glem_augment import Mixup as ModeMixup
-from glem_augment.augment.loader import AugmentedLoader
+from glem_augment.augment.loops import AugmentedLoader
 
 CLASSES = ["bird", "cat", "dog"]
 images, labels = partial(any_images, channels=3), partial(any_labels, classes=3)

@@ -259,8 +259,8 @@ def test_bad_moves_are_rejected_with_their_labels(
         out[0, 0, 3, 3] = bad
         return out
 
-    def lost(self: GLEM, x: Tensor) -> Tensor:
-        return torch.cat([torch.tensor([bad]), error(self, x)[1:]])
+    def lost(self: GLEM, x: Tensor, z: Tensor) -> Tensor:
+        return torch.cat([torch.tensor([bad]), error(self, x, z)[1:]])
 
     x, y = images(6) / 255, labels(6)
     aug = GLEMAugment(model, Mixup(partner="any"), p=1.0, seed=0)
@@ -412,7 +412,7 @@ def test_a_batch_enters_few_files_of_the_package(policy: Policy, bundled_train: 
     x, y = bundled_train.tensor()[:16], torch.from_numpy(bundled_train.targets[:16])
     aug(x, y)  # constants are computed once
     passed, moves = files_passed(lambda: aug(x, y), leave_out=("flows/", "classes/"))
-    assert len(set(passed)) <= 11 and moves <= 125, (sorted(set(passed)), moves)
+    assert len(set(passed)) <= 10 and moves <= 110 and passed.count("precision.py") <= 4, (sorted(set(passed)), moves)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

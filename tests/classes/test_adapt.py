@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from glem_augment import GLEM, GLEMAugment, ImageData, Noise, open_data
-from glem_augment.classes.calibrate import KEPT, fit_temperature
 from glem_augment.classes.classes import Classes
-from glem_augment.classes.fit import REST_FLOOR, fit_classes, fit_modes, psi_that_holds
+from glem_augment.classes.fit import KEPT, REST_FLOOR, fit_classes, fit_modes, fit_temperature, psi_that_holds
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import SHRUNK
 from glem_augment.classes.statistics import ClassStatistics, Moments, class_statistics
@@ -183,7 +182,8 @@ def test_the_command_from_end_to_end(image_folder: Path, tmp_path: Path, capsys:
     for path in (image_folder / "dog").glob("[123].png"):
         path.unlink()
     tiny_model(shape=(1, 8, 8), classes=("a", "b")).save(tmp_path / "base")
-    command = ["adapt", str(tmp_path / "base"), str(image_folder), "--out", str(tmp_path / "new"), "--rank", "3"]
+    command = ["fit", str(image_folder), "--flow", str(tmp_path / "base"), "--rank", "3"]
+    command += ["--out", str(tmp_path / "new")]
     assert main(command) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["classes"] == ["bird", "cat", "dog"] and summary["images_per_class"] == [1, 4]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from glem_augment.classes.calibrate import fit_temperature
+from glem_augment.classes.fit import fit_temperature
 from glem_augment.classes.gaussians import ClassGaussians
 
 Psi = tuple[float, float, float] | None

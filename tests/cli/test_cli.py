@@ -112,7 +112,7 @@ def test_a_config_file_and_flags_that_override_it(image_folder: Path, tmp_path: 
     assert used["flow_options"] == {"depth": [1, 1], "width": [8, 8]}
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "adapt"])  # another name of fit
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(command: str, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
@@ -216,7 +216,7 @@ def test_quiet_silences_every_bar(trained: Path, tmp_path: Path, output: Output)
     data = images_of(trained)
     commands = (
         ["eval", str(trained), data],
-        ["adapt", str(trained), data, "--out", str(tmp_path / "a")],
+        ["fit", data, "--flow", str(trained), "--out", str(tmp_path / "a")],
         ["generate", str(trained), "--per-class", "2", "--out", str(tmp_path / "g")],
         ["generate", str(trained), "--per-class", "2", "--out", str(tmp_path / "w"), "--format", "webdataset"],
         ["train", data, "--out", str(tmp_path / "t"), "--epochs", "1", "--objective", "hybrid", *TINY],
@@ -477,7 +477,7 @@ def test_a_flow_of_images_without_classes_is_given_some(image_folder: Path, tmp_
     model = GLEM.from_pretrained(run)
     assert model.classes == ["image"] and set(model.config.training["held_out"]) == {"val_images", "val_bits_per_dim"}
     assert float(model.gaussians.mu.abs().max()) > 0  # learned with the flow
-    assert main(["adapt", run, str(image_folder), "--rank", "2", "--out", mine, "--quiet"]) == 0
+    assert main(["fit", str(image_folder), "--flow", run, "--rank", "2", "--out", mine, "--quiet"]) == 0
     data = open_data(image_folder)
     aug = GLEMAugment(GLEM.from_pretrained(mine), p=1.0)
     x, y = aug(data.tensor(), torch.from_numpy(data.targets))
@@ -566,7 +566,7 @@ def test_help_and_slips_are_answered_without_torch(tmp_path: Path) -> None:
         "the following arguments are required: COMMAND": [],
         "argument --threads: must be at most ": ["eval", "m", "d", "--threads", "100000"],
         f"argument --out: cannot write {file}: {file} is a file, not a folder": ["train", "x", "--out", file],
-        f"cannot write {file}/a/b: {file} is a file, not a folder": ["adapt", "m", "d", "--out", f"{file}/a/b"],
+        f"cannot write {file}/a/b: {file} is a file, not a folder": ["fit", "d", "--out", f"{file}/a/b"],
         f"cannot write {tmp_path}: {tmp_path} is a folder, not a file": ["eval", "m", "d", "--out", str(tmp_path)],
         "~nobody-here/x: that user has no home folder": ["preview", "m", "d", "--out", "~nobody-here/x"],
     }
@@ -628,7 +628,7 @@ def test_a_flow_that_has_learned_nothing_says_so(image_folder: Path, tmp_path: P
     bits, pixels = re.search(line, out).groups()  # type: ignore[union-attr]
     assert float(bits) > float(pixels) and f"worse than independent pixels, {pixels}: " in err.splitlines()[-1]
     model = GLEM.from_pretrained(tmp_path / "run")
-    assert "this flow was worse than independent pixels" in model_card(model, "a/b").text
+    assert "this model was worse than independent pixels" in model_card(model, "a/b").text
 
 
 def test_a_run_says_what_it_trains_before_the_flow_is_initialised(

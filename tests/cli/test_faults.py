@@ -27,7 +27,11 @@ from glem_augment.training.checkpoint import GOOD, NEWEST, from_bytes, has_check
 
 # In the fast suite, and in the slow one.
 SLOW = (pytest.mark.slow, pytest.mark.timeout(3600))
-KILLS = [4, pytest.param(50, marks=SLOW)]
+
+
+def every(stride: int) -> pytest.MarkDecorator:
+    """A fault at every so many operations on files in the fast suite, and at each operation in the slow one."""
+    return pytest.mark.parametrize("stride", [stride, pytest.param(1, marks=SLOW)])
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +106,9 @@ def same_end(out: Path, whole: Path) -> None:
 # ---- kills -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", KILLS)
-@pytest.mark.parametrize("poison", [False, True], ids=["plain", "diverging"])
+@pytest.mark.parametrize(
+    ("kills", "poison"), [(3, True), pytest.param(50, False, marks=SLOW), pytest.param(50, True, marks=SLOW)]
+)
 def test_training_killed_at_random_moments(
     tmp_path: Path, images: Path, undisturbed: Undisturbed, kills: int, poison: bool
 ) -> None:
@@ -134,7 +139,7 @@ def test_training_killed_at_random_moments(
     assert runs >= 1
 
 
-@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=SLOW)])
+@every(29)
 def test_training_killed_before_operations_on_files(
     tmp_path: Path, images: Path, undisturbed: Undisturbed, stride: int
 ) -> None:
@@ -184,7 +189,7 @@ def finished(out: Path, whole: dict[str, bytes]) -> dict[Path, int]:
     return {path: path.stat().st_ino for paths in complete for path in paths}
 
 
-@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=SLOW)])
+@every(29)
 def test_an_export_killed_in_the_middle_of_operations_on_files(
     tmp_path: Path, undisturbed: Undisturbed, stride: int
 ) -> None:
@@ -280,7 +285,7 @@ def full_disks(tmp_path: Path, stride: int, work: Callable[[Path], object]) -> I
             return
 
 
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=SLOW)])
+@every(13)
 def test_training_where_any_operation_on_a_file_may_find_the_disk_full(
     tmp_path: Path, toy_run: Path, stride: int
 ) -> None:
@@ -299,7 +304,7 @@ def test_training_where_any_operation_on_a_file_may_find_the_disk_full(
     assert failures >= 20 // stride
 
 
-@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=SLOW)])
+@every(17)
 def test_an_export_where_any_operation_on_a_file_may_find_the_disk_full(
     tmp_path: Path, toy_run: Path, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

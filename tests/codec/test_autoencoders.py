@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import glem_augment
 from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
-from glem_augment.codec.published import open_autoencoder
-from glem_augment.codec.taesd import TAESD, load_taesd
+from glem_augment.codec.published import TAESD, load_taesd, open_autoencoder
 from glem_augment.errors import ModelFileError
 from glem_augment.io import file_sha256
 

@@ -108,6 +108,7 @@ def test_the_code_of_a_page_runs(
     """Python and glem commands, in order, on small images and flows under the names that the pages use. (The code of
     docs/plugin.md is run in tests/augment/test_loops.py.)"""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("glem_augment.synthetic.dataset.BLOCK", 4)  # whole blocks would be decoded for a few images
     for folder in ("photos", "photos-test"):
         write_images(tmp_path / folder, ("ant", "cat", "dog"), (20, 24), 6)
     (tmp_path / "photos" / "dog" / "0.png").unlink()  # so that there is something to balance
@@ -197,6 +198,7 @@ def test_every_method_and_preset_is_described() -> None:
     assert all(f"`{name}`" in (ROOT / "CHANGELOG.md").read_text() for name in PRESETS)
 
 
+@pytest.mark.slow
 def test_the_site_builds(tmp_path: Path) -> None:
     """As `make docs` does, with warnings as errors; nothing in it is loaded from elsewhere."""
     for module in ("material", "mkdocstrings_handlers.python", "latex2mathml"):

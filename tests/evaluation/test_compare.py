@@ -245,7 +245,7 @@ def test_the_command_writes_a_report_and_a_picture(
     for i, (x, y) in enumerate(zip(data.tensor(), data.targets, strict=True)):
         (tmp_path / "photos" / "ab"[y]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / "photos" / "ab"[y] / f"{i}.png")
-    options = ["--image-size", "16", "--minutes", "30", "--seeds", "2", "--threads", "1", "--quiet"]
+    options = ["--image-size", "16", "--minutes", "600", "--seeds", "2", "--threads", "1", "--quiet"]
     assert main(["compare", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), *options]) == 0
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "report.json").read_text())

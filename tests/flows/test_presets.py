@@ -9,10 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from glem_augment.flows import build_flow, create_flow, resolve_preset
+from glem_augment.checks import PRESET_NAMES
+from glem_augment.flows import PRESETS, build_flow, create_flow, resolve_preset
 from glem_augment.flows.build import check_spec
 
 SMALL = dict(depth=[1, 2], blocks=[1, 1], width=[6, 8])
+
+
+def test_the_types_name_every_preset() -> None:
+    assert set(PRESET_NAMES) == set(PRESETS)
 
 
 @pytest.mark.parametrize(("preset", "published"), [("mef_cifar", 37_683_752), ("mef_glem", 42_815_440)])

@@ -20,7 +20,7 @@ from safetensors.torch import save as safetensors_bytes
 import glem_augment
 from glem_augment import GLEM, HubError, ModelFileError, SyntheticDataset
 from glem_augment.cli import main
-from glem_augment.codec.taesd import TAESD
+from glem_augment.codec.published import TAESD
 from glem_augment.hub import HubName, hub_errors
 from glem_augment.hub.cards import CardFacts, model_card, trained_on
 from glem_augment.model.config import MAX_CONFIG_BYTES, data_name, data_names

@@ -93,6 +93,6 @@ def test_the_card_tells_mixtures_of_real_images_from_draws(tmp_path: Path) -> No
     drawn, mixed = SyntheticDataset(model, 2), SyntheticDataset(model, 2, source="mixup", real=real)
     folders = [data.export(tmp_path / data.source, "webdataset", progress=False) for data in (drawn, mixed)]
     cards = [(folder / "README.md").read_text() for folder in folders]
-    assert all("| the flow was trained on | large |" in card for card in cards)
+    assert all("| the model was trained on | large |" in card for card in cards)
     assert ["derive from real images (photos) and from" in card for card in cards] == [False, True]
     assert "not stated; samples inherit" in json.loads((folders[1] / PROVENANCE).read_text())["license"]

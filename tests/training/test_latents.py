@@ -40,7 +40,7 @@ def test_views_are_the_image_its_flip_and_crops(photos: ImageData) -> None:
     assert torch.equal(chosen[20:40], part)  # whatever the number of ranks
 
 
-@pytest.mark.parametrize("objective", ["hybrid", "glem"])
+@pytest.mark.parametrize("objective", ["hybrid", pytest.param("glem", marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_goes_on_to_the_same_model_of_images(
     photos: ImageData, tmp_path: Path, objective: str
 ) -> None:

@@ -1,21 +1,25 @@
-"""A loader whose batches are augmented."""
+"""The ways into the training loops of timm and torch: a loader, a `mixup_fn` and a collate function that augment."""
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from timm.data.loader import PrefetchLoader
-from torch.utils.data import IterableDataset
+from timm.data.mixup import FastCollateMixup, Mixup
+from torch import Tensor
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
+from glem_augment.augment.labels import soft_labels
 from glem_augment.augment.samples import augment_batch
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.checks import check_whole
+from glem_augment.checks import check_number, check_whole
 from glem_augment.codec.resize import for_channels
 from glem_augment.distributed import world_size
 
@@ -121,3 +125,94 @@ def _warn_unless_sharded(loader: Any) -> bool:
             )
         warnings.warn(text, stacklevel=4)
     return True
+
+
+class MixupFn:
+    """`(x, y) -> (x', y')` with y' always soft [B, K'], as timm's training loop calls its `mixup_fn`.
+
+    With `mixup_enabled = False` images do not change and labels are only smoothed.
+
+    Args:
+        smoothing: label smoothing s: 1 - s + s / K' for the class, s / K' for other classes.
+        mixup: a timm `Mixup` to apply afterwards, without its label_smoothing; None: none.
+        data: the data set, whose classes are checked; None: nothing is checked.
+    """
+
+    def __init__(self, aug: GLEMAugment, smoothing: float = 0.0, mixup: Mixup | None = None, data: Any = None) -> None:
+        if isinstance(mixup, FastCollateMixup):
+            raise TypeError("a FastCollateMixup goes to the DataLoader, as aug.collate_fn(base=FastCollateMixup(...))")
+        aug.check_data(data)
+        self.aug, self.mixup = aug, mixup
+        self.label_smoothing = check_number("smoothing", smoothing, 0.0, 1.0)
+        self.mixup_enabled = True
+
+    def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Augment images [B, C, H, W] with targets int64 [B], or soft [B, K'], which are not smoothed again."""
+        classes = self.aug.num_classes
+        self.aug.classes_of(target, len(x))
+        soft = soft_labels(target, classes)
+        if self.mixup_enabled:
+            x, soft = self.aug(x, soft)
+            if self.mixup is not None:
+                x, soft = _mix_soft(self.mixup, x, soft)
+        # Smoothing comes last, so that mixed labels are smoothed like any other label.
+        s = self.label_smoothing if target.ndim == 1 else 0.0
+        return x, soft * (1.0 - s) + s / classes if s else soft
+
+
+def _mix_soft(mixup: Mixup, x: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply timm's Mixup or CutMix, without its smoothing, to images [B, C, H, W] and soft labels [B, K'].
+
+    timm takes only integer labels. From row numbers as classes it makes the weights that mix the soft labels.
+    """
+    weights_only = copy.copy(mixup)
+    weights_only.num_classes, weights_only.label_smoothing, weights_only.multi_label = len(x), 0.0, False
+    x, weights = weights_only(x.clone(), torch.arange(len(x), device=soft.device))  # Mixup overwrites its input
+    return x, weights.to(soft.dtype) @ soft
+
+
+class AugmentingCollate(FastCollateMixup):
+    """Collates samples with `base` and augments the batch, in the CPU workers of a DataLoader.
+
+    It is a `FastCollateMixup` by type only, because timm's loader looks for that type: `loader.mixup_enabled = False`
+    turns it off, in running workers too, and also a FastCollateMixup that is its `base`.
+
+    Args:
+        aug: the transform; its model must be on the CPU in forked workers.
+        base: a function from a list of samples to a batch of images and labels; None: torch's `default_collate`.
+        data: the data set, whose classes are checked now. Workers check their data set; without workers there is no
+            other check.
+    """
+
+    def __init__(self, aug: GLEMAugment, base: Callable[[list[Any]], Any] | None = None, data: Any = None) -> None:
+        aug.check_data(data)
+        self._checked = False
+        self.aug, self.base = aug, base or default_collate
+        # In shared memory, so that persistent workers see a change of the switch.
+        with torch.inference_mode(False):
+            self._on = torch.ones(1, dtype=torch.bool, device="cpu").share_memory_()
+        super().__init__(num_classes=aug.num_classes)  # which switches it on
+
+    @property
+    def mixup_enabled(self) -> bool:
+        """Whether batches are changed."""
+        return bool(self._on[0])
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, value: bool) -> None:
+        self._on[0] = bool(value)
+
+    def __call__(self, batch: list[Any], _: Any = None) -> Any:
+        """A batch of the type that `base` gives. ClassMismatchError: the worker's data has other classes."""
+        worker = get_worker_info()
+        if worker is not None and not self._checked:
+            self.aug.check_data(worker.dataset)
+            self._checked = True
+        on = self.mixup_enabled
+        if isinstance(self.base, FastCollateMixup):
+            self.base.mixup_enabled = on
+        return augment_batch(self.aug, self.base(batch), on)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._on.share_memory_()  # for the workers of this copy
