@@ -48,6 +48,7 @@ COMMANDS = {
     "demo": "show the library on one page, in about a minute",
     "train": "train a model of your images",
     "fit": "make a model of your images in one pass, nothing is trained",
+    "adapt": "another name of fit",
     "eval": "accuracy, bits/dim, calibration and round trip, as JSON",
     "generate": "draw a synthetic data set from a model",
     "preview": "a picture of augmentations, samples, interpolations",

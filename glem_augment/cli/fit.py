@@ -42,6 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_data(parser, split="train")
     parser.add_argument("--autoencoder", metavar="NAME", help="taef2 or hub:ORG/NAME: model its latents")
     parser.add_argument("--flow", metavar="MODEL", help=f"model the latents of its flow: {common.MODEL_HELP}")
+    add_options(parser)
+    group = parser.add_argument_group("differential privacy")
+    epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak"
+    group.add_argument("--epsilon", type=common.number(0.01, 50), metavar="E", help=epsilon)
+    delta = "probability with which the promise may fail; below one over the number of images (default: %(default)g)"
+    group.add_argument("--delta", type=common.number(0, 0.1), default=1e-6, metavar="D", help=delta)
+    persons = "the most images of one person: the noise grows with it"
+    common.add_count(group, "--images-per-person", persons, 1)
+    public = "public images like yours, for the coordinates (default: those that ship with taef2)"
+    group.add_argument("--public", metavar="DATA", help=public)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `glem adapt` has, too."""
     common.add_image_size(parser, "without a flow (default: the common size of the images)")
     common.add_value_range(parser)
     common.add_out(parser, "folder for the model")
@@ -56,15 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_seed(parser, "the dequantisation noise")
     parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
     common.add_machine(parser)
-    group = parser.add_argument_group("differential privacy")
-    epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak"
-    group.add_argument("--epsilon", type=common.number(0.01, 50), metavar="E", help=epsilon)
-    delta = "probability with which the promise may fail; below one over the number of images (default: %(default)g)"
-    group.add_argument("--delta", type=common.number(0, 0.1), default=1e-6, metavar="D", help=delta)
-    persons = "the most images of one person: the noise grows with it"
-    common.add_count(group, "--images-per-person", persons, 1)
-    public = "public images like yours, for the coordinates (default: those that ship with taef2)"
-    group.add_argument("--public", metavar="DATA", help=public)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -101,12 +101,17 @@ def test_a_codec_of_the_users_is_one_class(tmp_path: Path) -> None:
     assert torch.equal(again.log_prob(x), model.log_prob(x))
 
 
-def test_the_command(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_and_its_other_name(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["--image-size", "16", "--rank", "3", "--quiet"]
     argv = ["fit", str(image_folder), "--autoencoder", "taef2", *base]
     passed, moves = files_passed(lambda: main([*argv, "--out", str(tmp_path / "a")]), leave_out=("flows/", "classes/"))
     assert json.loads(capsys.readouterr().out)["classes"] == ["bird", "cat", "dog"]
     assert len(set(passed)) <= 20 and len(returns(passed)) <= 23, (len(set(passed)), len(returns(passed)), passed)
+    argv = ["adapt", "identity", str(image_folder), "--autoencoder", "taef2", *base, "--out", str(tmp_path / "b")]
+    assert main(argv) == 0
+    assert "glem fit DATA" in capsys.readouterr().err
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     argv = ["fit", str(image_folder), "--flow", str(tmp_path / "a"), *base]
     assert main([*argv, "--out", str(tmp_path / "c")]) == 2
     assert "image_size" in capsys.readouterr().err
