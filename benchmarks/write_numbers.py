@@ -39,6 +39,7 @@ from benchmarks.proof.augmentation.report import paired_gain, results_of, signed
 from benchmarks.proof.augmentation.settings import SETTINGS
 from benchmarks.proof.private import report as private_page
 from benchmarks.proof.private import summary as private_rows
+from benchmarks.proof.private_opponents import report as opponents_page
 from benchmarks.proof.samples_alone import as_long, commands
 from benchmarks.proof.samples_alone import report as samples_page
 from benchmarks.proof.unlabelled import report as unlabelled_page
@@ -51,6 +52,7 @@ REPORTS: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
     "fine_tuned": pretrained.report,
     "long_tails": long_tails.report,
     "private": private_page,
+    "private_opponents": opponents_page,
     "samples_alone": samples_page,
     "unlabelled": unlabelled_page,
 }
@@ -66,6 +68,7 @@ KEYS = {
     "photographs": "metric,per_class,stack,steps,seed",
     "pretrained": "setting,views,seed",
     "private": "data,method,judged,epsilon,delta,cells asked,temperature,seed",
+    "private_opponents": "data,method,epsilon,delta,judged,trial,seed",
     "samples_alone": "data,method,setting,metric,seed",
     "training_is_calm": "kind,preset,method",
     "unlabelled": "setting,method,tuned,moves,seed",
@@ -162,7 +165,8 @@ def private() -> Named:
     columns = sorted({line["epsilon"] for line in lines if line["epsilon"]})
     real = by_seed(stored("samples_alone"), "data", "method", "setting", "metric")
     rows = []
-    for data, shown in (("fashion-mnist", "Fashion-MNIST"), ("cifar10", "CIFAR-10")):
+    names = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+    for data, shown in names.items():
         own = {n["epsilon"]: n for n in lines if (n["data"], n["method"], n["judged"]) == (data, "taef2", "test")}
         cells = [
             ""
@@ -174,6 +178,12 @@ def private() -> Named:
             rows.append([shown, *cells, f"{statistics.mean(real[data, 'real', '', 'CNN-A'].values()):.1f}"])
     head = " | ".join(["", *(f"ε = {epsilon:g}" for epsilon in columns), "real images"])
     yield "private sets", table(head, rows)
+    methods = {"probe": "a linear layer on the latents", "dp-sgd": "a small network with tanh"}
+    found = [
+        [names[row["data"]], methods[row["method"]], f"{row['epsilon']:g}", f"{row['accuracy']:.1f} ± {row['+/-']:.1f}"]
+        for row in opponents_page(stored("private_opponents"))["rows"]
+    ]
+    yield "private classifiers", table("data | classifier | ε | accuracy", found)
 
 
 KINDS = {
