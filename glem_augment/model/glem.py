@@ -483,7 +483,7 @@ class GLEM(ConditionalFlow):
 
         Args:
             data: see `fit_modes`.
-            classes: names to use instead of the data's (of a pair: "0", "1", ...).
+            classes: names to use instead of the data's (of a pair: the names given to `create`, or else "0", "1", ...).
             split: split to open, for data given by name.
             rank, max_per_class, seed: see `fit_modes`.
             parts: number of groups of similar latents per class, each with its modes; for classes with hundreds of
@@ -505,6 +505,8 @@ class GLEM(ConditionalFlow):
         # The variation of a class needs two images.
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
         images = as_image_data(data, self.image_shape, classes, self.pixel_range, split=split, progress=progress)
+        made_for = classes is None and isinstance(data, tuple) and not self.config.training
+        named = self if made_for and len(images.classes) == self.num_classes else images
         rows = images.rows_of_classes(max_per_class)
         if not self.codec.ready:
             self = copy.deepcopy(self)
@@ -520,8 +522,8 @@ class GLEM(ConditionalFlow):
         config = replace(
             copy.deepcopy(self.config),
             psi=found.gaussians.psi,
-            class_ids=[ONE_CLASS] if pooled else list(images.class_ids),
-            class_names=[ONE_CLASS] if pooled else list(images.classes),
+            class_ids=[ONE_CLASS] if pooled else list(named.class_ids),
+            class_names=[ONE_CLASS] if pooled else list(named.classes),
             training={
                 "data": images.name,
                 "images": sum(counts),

@@ -269,3 +269,10 @@ def test_parts_of_a_class_are_drawn_as_often_as_they_have_images() -> None:
     assert torch.allclose(variance[0].float(), latents.var(0), rtol=1e-3)
     with pytest.raises(DataError, match="parts"):
         statistics_of([latents[:5]], 3, 3)
+
+
+def test_a_pair_gets_the_names_that_the_model_was_made_with() -> None:
+    pair = (torch.randint(0, 256, (20, 1, 4, 4), dtype=torch.uint8), torch.arange(20) % 2)
+    first = GLEM.create("identity", (1, 4, 4), ["cat", "dog"]).adapt(pair, rank=2, progress=False)
+    assert first.classes == ["cat", "dog"]
+    assert first.adapt(pair, rank=2, progress=False).classes == ["0", "1"]  # perhaps other classes
