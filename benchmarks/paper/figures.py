@@ -15,7 +15,7 @@ from benchmarks.paper.research import Research, ResearchObjective
 from benchmarks.paper.tables import Cell
 from glem_augment import GLEM, GLEMAugment
 from glem_augment.classes.gaussians import ClassGaussians
-from glem_augment.codec.plausible import in_range
+from glem_augment.codec.image_range import in_range
 from glem_augment.io import write_json
 from glem_augment.training.objective import Progress
 from glem_augment.training.statistics import LatentStatistics

@@ -29,7 +29,7 @@ from benchmarks.paper.rfcm import ThinCovariances, fit_covariances
 from benchmarks.paper.scales import SCALES, DataSpec, Scale
 from benchmarks.paper.tables import Cell
 from glem_augment import GLEM, ImageData, open_data
-from glem_augment.codec.plausible import in_range
+from glem_augment.codec.image_range import in_range
 from glem_augment.evaluation import coverage, evaluate, feature_fid, label_reliability
 from glem_augment.evaluation.metrics import spread
 from glem_augment.io import atomic_write, write_json

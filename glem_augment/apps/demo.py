@@ -137,7 +137,8 @@ def private(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
     shared = GLEM.fit(train, "taef2", privacy=Privacy(size.epsilon, DELTA), progress=progress)
     drawn = SyntheticDataset(shared, per_class=each, seed=0)
     samples = ImageData.from_tensors(drawn.images(range(len(drawn))), drawn.targets, drawn.classes)
-    sets, accuracies = {"real images": train, "private samples": samples}, {}
+    sets = {"real images": train, "private samples": samples}
+    accuracies: dict[str, list[float]] = {}
     for name, data in sets.items():
         accuracies[name] = []
         for seed in range(size.seeds):

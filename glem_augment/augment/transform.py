@@ -21,7 +21,7 @@ from glem_augment.augment.labels import soft_labels
 from glem_augment.augment.policies import AugmentParams, Batch, Classifier, ClassMap, Policy, Selected, as_policy
 from glem_augment.augment.state import InverseTest, MoveCounts, RandomState
 from glem_augment.checks import PolicyName, check_number
-from glem_augment.codec.plausible import MARGIN, in_range, plausible
+from glem_augment.codec.image_range import MARGIN, in_range, near_range
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.errors import ClassMismatchError
 from glem_augment.images.matching import check_class_map, match_classes, named_classes
@@ -220,7 +220,7 @@ class GLEMAugment(nn.Module):
             if moved.shape != z.shape:
                 raise ValueError(f"{self.policy!r}.move gives {list(moved.shape)}: give latents {list(z.shape)}")
             decoded = model.decode(moved, clamp=False)
-        good = plausible(decoded, MARGIN) & back
+        good = near_range(decoded, MARGIN) & back
         self._counts.add(selected, selected - n, (~good).sum())
         changed = good & (moved != z).any(dim=1)
         out = torch.where(changed[:, None, None, None], self._images(decoded, images, base, x.dtype), originals)

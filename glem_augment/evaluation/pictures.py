@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from glem_augment.codec.plausible import in_range
+from glem_augment.codec.image_range import in_range
 
 __all__ = ["LARGEST", "SMALLEST", "Section", "compose", "short", "unit", "visible"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.codec.plausible import to_uint8
+from glem_augment.codec.image_range import to_uint8
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.evaluation.classifier import MEAN, STD, fit_network, new_network, normalised
 from glem_augment.evaluation.stacks import Stack

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from glem_augment.checks import SOURCES, DrawSource, check_choice, check_number, check_whole
 from glem_augment.classes.modes import mix_along_modes
-from glem_augment.codec.plausible import MARGIN, plausible, to_uint8
+from glem_augment.codec.image_range import MARGIN, near_range, to_uint8
 from glem_augment.images.dataset import ImageData, LabelledImages, as_image_data
 from glem_augment.images.matching import ClassMap, check_targets, match_classes
 from glem_augment.images.readers import Source
@@ -161,11 +161,11 @@ class RealLatents:
 
 
 class Drawn(NamedTuple):
-    """Latents [n, d] on the model's device; images uint8 [n, C, H, W] on the CPU; which are implausible, bool [n]."""
+    """Latents [n, d] on the model's device; images uint8 [n, C, H, W] on the CPU; which are out of range, bool [n]."""
 
     latents: Tensor
     images: Tensor
-    implausible: np.ndarray
+    out_of_range: np.ndarray
 
 
 class Sampler:
@@ -222,7 +222,7 @@ class Sampler:
         with evaluating(self.model):
             z = self.latents(cls, within)
             x = self.model.decode(z, clamp=False)
-            bad = ~plausible(x, MARGIN)
+            bad = ~near_range(x, MARGIN)
             for attempt in range(1, MAX_ATTEMPTS):
                 rows = bad.nonzero()[:, 0]
                 if not len(rows):
@@ -230,7 +230,7 @@ class Sampler:
                 again = rows.cpu().numpy()
                 z[rows] = self.latents(cls[again], within[again], attempt)
                 x[rows] = self.model.decode(z[rows], clamp=False)
-                bad[rows] = ~plausible(x[rows], MARGIN)
+                bad[rows] = ~near_range(x[rows], MARGIN)
         return Drawn(z, to_uint8(x).cpu(), bad.cpu().numpy())
 
     def latents(self, cls: np.ndarray, within: np.ndarray, attempt: int = 0) -> Tensor:

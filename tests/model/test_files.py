@@ -17,7 +17,7 @@ from model_cases import images, tiny_model
 from safetensors.torch import load_file, save_file
 
 from glem_augment import GLEM
-from glem_augment.codec.plausible import to_uint8
+from glem_augment.codec.image_range import to_uint8
 from glem_augment.errors import ModelFileError
 from glem_augment.model.weights import WEIGHTS, bundled_models, local_folder, stored, weights_sha256
 

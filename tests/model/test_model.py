@@ -13,7 +13,7 @@ from model_cases import images, seeded, tiny_model
 from torch import Tensor
 
 from glem_augment import GLEM, ImageData
-from glem_augment.codec.plausible import in_range, to_uint8
+from glem_augment.codec.image_range import in_range, to_uint8
 from glem_augment.errors import ClassMismatchError, DataError
 from glem_augment.model.glem import as_model
 

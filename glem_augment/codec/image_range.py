@@ -1,15 +1,18 @@
-"""Decoded images: which of them are plausible, and their conversion to the range of images."""
+"""Decoded images: which are far outside the range of images, and their conversion to it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-MARGIN = 1.0  # decoded images that leave [0, 1] by more are not plausible
+MARGIN = 1.0  # decoded images that leave [0, 1] by more are a failure of the decoding
 
 
-def plausible(decoded: Tensor, margin: float) -> Tensor:
-    """Which of the images [n, C, H, W] are finite and leave [0, 1] by `margin` at most: bool [n]."""
+def near_range(decoded: Tensor, margin: float) -> Tensor:
+    """Which of the images [n, C, H, W] are finite and leave [0, 1] by `margin` at most: bool [n].
+
+    This finds numerical failures. An image within the range may still be a ghost of no class.
+    """
     low, high = decoded.flatten(1).aminmax(dim=1)
     return (low >= -margin) & (high <= 1.0 + margin)  # NaN compares false
 
