@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from glem_augment import GLEM, GLEMAugment, ImageData, Privacy, SyntheticDataset, __version__, open_data
+from glem_augment import GLEM, GLEMAugment, ImageData, Noise, Privacy, SyntheticDataset, __version__, open_data
 from glem_augment.evaluation import (
     Section,
     classifier,
@@ -37,7 +37,6 @@ from glem_augment.evaluation import (
     label_reliability,
     spread,
 )
-from glem_augment.evaluation.stacks import ADVISED
 from glem_augment.io import atomic_write, finite, save_png, write_json
 
 COLOUR, FASHION = "bundled:cifar10", "bundled:fashion-mnist"
@@ -61,6 +60,7 @@ QUICK = Size(per_class=2, images=200, measured=50, round_trip=20, epsilon=50.0, 
 DELTA = 1e-4
 # Of few images: images per class and per step, and pixels of the random crop.
 FEW, FEW_BATCH, CROP = 10, 20, 2
+ADVISED = Noise(strength=0.5)  # as README.md advises
 
 
 @dataclass
