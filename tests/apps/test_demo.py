@@ -93,7 +93,7 @@ def test_photographs_ship_with_their_terms() -> None:
 
 def test_the_networks_of_a_pair_differ_by_the_moves_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Moves of no length give the same networks: the same images, start, order and crops."""
-    size, arms = replace(QUICK, steps=6), {}
+    size, arms = replace(QUICK, few_steps=6), {}
     for policy in (Noise(0.0), Noise(0.5)):
         monkeypatch.setattr("glem_augment.apps.demo.ADVISED", policy)
         found = moves(size, False)[1]["arms"]
