@@ -308,10 +308,13 @@ def single_files() -> Named:
     record = stored("trained_flow")["measured"]
     yield "trained_flow: accuracy", f"{100 * record['accuracy']:.1f}"
     yield "trained_flow: bits_per_dim", f"{record['bits_per_dim']:.3f}"
-    plain, *rows = stored("overhead")["rows"]
-    for row in rows:
-        longer = sorted({round(row["longer by %"]), round(100 * (row["ms per step"] / plain["ms per step"] - 1))})
-        yield f"overhead: {row['policy']}", " to ".join(map(str, longer))
+    _, *rows = stored("overhead")["rows"]
+    share = {
+        (row["codec"], row["policy"]): f"{row['% of the step']:.{int(row['% of the step'] < 10)}f}" for row in rows
+    }
+    policies = list(dict.fromkeys(policy for _, policy in share))
+    lines = [[codec, *(share[codec, each] for each in policies)] for codec in dict.fromkeys(c for c, _ in share)]
+    yield "costs", table(" | ".join(["modes of", *policies]), lines)
     for row in stored("kld")["rows"]:
         yield f"kld: {row['pass']}, seconds", f"{row['median s']:.1f}"
         yield f"kld: {row['pass']}, memory", f"{row['peak extra memory / mu']:.1f}"

@@ -1,4 +1,4 @@
-"""Synthetic-data augmentation for timm and torchvision from a class-conditional normalizing flow (GLEM).
+"""Moves along class modes (PCA jitter per class) and synthetic images for timm and torchvision (GLEM).
 
 Public names and sub-packages (`glem_augment.training`, ...) are imported when they are first used, and torch with them.
 So `glem --help` does not wait for torch.

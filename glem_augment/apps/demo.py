@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
@@ -18,25 +17,15 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from glem_augment import (
-    GLEM,
-    DataError,
-    GLEMAugment,
-    ImageData,
-    Mixup,
-    Noise,
-    Policy,
-    Privacy,
-    SyntheticDataset,
-    __version__,
-    open_data,
-)
+from glem_augment import GLEM, GLEMAugment, ImageData, Noise, Privacy, SyntheticDataset, __version__, open_data
 from glem_augment.evaluation import (
     Section,
     classifier,
@@ -48,27 +37,33 @@ from glem_augment.evaluation import (
     label_reliability,
     spread,
 )
-from glem_augment.images import images_for, open_source
 from glem_augment.io import atomic_write, finite, save_png, write_json
 
-PHOTOGRAPHS, COLOUR, FASHION = "bundled:photographs", "bundled:cifar10", "bundled:fashion-mnist"
+COLOUR, FASHION = "bundled:cifar10", "bundled:fashion-mnist"
 
 
 @dataclass
 class Size:
     """How much the demo does."""
 
-    photographs: int = 4  # at most
     per_class: int = 10  # images of each class in the synthetic set
     images: int = 1000  # of Fashion-MNIST in each split, evenly over the classes; at most 1000
-    round_trip: int = 250  # of the test images
+    measured: int = 500  # test images for the flow
+    round_trip: int = 100  # of these
     epsilon: float = 10.0  # of the private model
     seeds: int = 3  # networks for each kind of training images
-    steps: int = 150  # of each training
+    few_seeds: int = 5  # networks with moves and without, each pair on other images
+    steps: int = 120  # of each training
+    few_steps: int = 150  # of each training on few images; training images beside these few chose it over 120
 
 
-QUICK = Size(photographs=2, per_class=2, images=100, round_trip=20, epsilon=50.0, seeds=2, steps=3)
+QUICK = Size(
+    per_class=2, images=200, measured=50, round_trip=20, epsilon=50.0, seeds=2, few_seeds=2, steps=3, few_steps=3
+)
 DELTA = 1e-4
+# Of few images: images per class and per step, and pixels of the random crop.
+FEW, FEW_BATCH, CROP = 10, 20, 2
+ADVISED = Noise(strength=0.5)  # as README.md advises
 
 
 @dataclass
@@ -86,23 +81,20 @@ class Part:
     table: list[Sequence[str]] = field(default_factory=list)
 
 
-def make_page(out: Path, photos: str = PHOTOGRAPHS, quick: bool = False, progress: bool = True) -> None:
+def make_page(out: Path, quick: bool = False, progress: bool = True) -> None:
     """Write index.html, report.json, synthetic/ and a picture of each part to `out`, and print the results.
 
     Args:
-        photos: photographs for the first part, see `open_data`; they need no classes.
         quick: a smoke test of seconds, whose numbers mean little.
     """
     # The networks are small. Beside other busy processes a second thread would make them slower by far.
     torch.set_num_threads(1)
     began, say = time.monotonic(), partial(print, flush=True)
-    if not len(open_source(photos, unlabelled=True)):  # an error now, before anything is written
-        raise DataError(f"{photos} holds no images")
     size = QUICK if quick else Size()
     say("glem demo: four parts, about a minute" if not quick else "glem demo, quick: the numbers mean little")
     makers: dict[str, Callable[[Size, bool], tuple[Part, dict[str, Any]]]] = {
         "private": private,
-        "photographs": partial(photographs, photos),
+        "moves": moves,
         "synthetic": partial(synthetic, out),
         "flow": measured_flow,
     }
@@ -126,37 +118,6 @@ def make_page(out: Path, photos: str = PHOTOGRAPHS, quick: bool = False, progres
 # ---- the parts -------------------------------------------------------------------------------------------------------
 
 
-def photographs(spec: str, size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
-    """Photographs, moved by noise of two strengths and by mixup with the next one."""
-
-    model = GLEM.from_pretrained(PHOTOGRAPHS)
-    side = model.image_shape[1:]
-    source = open_source(spec, unlabelled=True)
-    rows = spread(len(source), min(size.photographs, len(source)))
-    x = open_data(Subset(source, rows.tolist()), image_size=side, channels=3, progress=progress).tensor()
-    n, y = len(x), torch.zeros(len(x), dtype=torch.int64)
-    kinds: dict[str, Policy] = {"noise 0.5": Noise(0.5), "noise 1": Noise(1.0), "mixup": Mixup()}
-    columns, moves = {"original": x}, {}
-    for name, policy in tqdm(kinds.items(), desc="moving photographs", delay=2, disable=not progress):
-        aug = GLEMAugment(model, policy, p=1.0, seed=0)
-        drawn = aug.draw(x, y)
-        if name == "mixup":  # a photograph that is alone is mixed with a draw
-            partner = torch.arange(n).roll(-1) if n > 1 else torch.tensor([-1])
-            drawn = drawn.having(partner=partner, partner_cls=y, keep=torch.full((n,), 0.5))
-        columns[name] = aug.replay(x, y, drawn)[0]
-        change = (columns[name].float() - x.float()).abs().mean()
-        moves[name] = {"mean_change": float(change), "rejected": aug.stats["rejected"]}
-    unsorted = "" if spec == PHOTOGRAPHS else ", channels=3, unlabelled=True"
-    part = Part(
-        {"photos": n, "data": spec, "side": side[0], "modes": aug.modes, "opened": json.dumps(spec) + unsorted},
-        [f"{sum(move['rejected'] for move in moves.values())} of {3 * n} moves were rejected as not plausible."],
-        Section("", torch.stack(list(columns.values()), 1), list(columns)),
-        [("move", "mean change (0 to 255)", "rejected")],
-    )
-    part.table += [(name, f"{m['mean_change']:.1f}", f"{m['rejected']} of {n}") for name, m in moves.items()]
-    return part, {"data": spec, "images": n, "moves": moves}
-
-
 def synthetic(out: Path, size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
     """A synthetic set with equally many images of each class, exported to a folder."""
 
@@ -173,61 +134,81 @@ def synthetic(out: Path, size: Size, progress: bool) -> tuple[Part, dict[str, An
 
 
 def private(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
-    """Samples of a private model, and networks that are trained on them, on the real images, or on a control."""
-    flow = GLEM.from_pretrained(FASHION)
-    train, test = (fashion(flow, split, size) for split in ("train", "test"))
-    classes, each = len(train.classes), len(train) // len(flow.classes)
+    """Samples of a private model, and networks that are trained on them or on the real images."""
+    train, test = (fashion(split, size) for split in ("train", "test"))
+    classes, each = len(train.classes), len(train) // len(train.classes)
     shared = GLEM.fit(train, "taef2", privacy=Privacy(size.epsilon, DELTA), progress=progress)
-    pixels = GLEM.fit(train, progress=False)
-    sets = {"real images": train}
-    for name, model in (("private samples", shared), ("samples of the pixels' Gaussians", pixels)):
-        drawn = SyntheticDataset(model, per_class=each, seed=0)
-        sets[name] = ImageData.from_tensors(drawn.images(range(len(drawn))), drawn.targets, drawn.classes)
-    arms: dict[str, dict[str, Any]] = {}
-    normal = classifier.MEAN, classifier.STD
+    drawn = SyntheticDataset(shared, per_class=each, seed=0)
+    samples = ImageData.from_tensors(drawn.images(range(len(drawn))), drawn.targets, drawn.classes)
+    sets = {"real images": train, "private samples": samples}
+    accuracies: dict[str, list[float]] = {}
     for name, data in sets.items():
-        accuracies = []
+        accuracies[name] = []
         for seed in range(size.seeds):
-            bar = {"total": size.steps, "unit": "step", "desc": f"{name} {seed + 1}", "disable": not progress}
-            batches = tqdm(islice(classifier.random_batches(data, seed), size.steps), **bar)
+            batches = steps(classifier.random_batches(data, seed), size.steps, f"{name} {seed + 1}", progress)
             network = classifier.train_network(batches, size.steps, 1, classes, seed)
-            logits = features_and_logits(network, test.tensor(), *normal)[1]
-            accuracies.append(100 * label_reliability(logits, torch.from_numpy(test.targets)))
-        arms[name] = {"accuracies": accuracies, "mean": statistics.mean(accuracies), "interval": interval(accuracies)}
-    real, ours, control = arms
-    gains = {f"{a} over {b}": difference(arms[a], arms[b]) for a, b in ((real, ours), (ours, control))}
+            accuracies[name].append(accuracy(network, test))
     facts = shared.config.privacy
     assert facts is not None
     words: dict[str, Any] = {"train": f"{len(train):,}", "test": f"{len(test):,}", "seeds": size.seeds, "each": each}
     words |= {"network": classifier.NETWORK, "steps": size.steps, "batch": min(classifier.BATCH, len(train))}
-    part = Part(
-        words | {"epsilon": f"{size.epsilon:g}", "delta": f"{DELTA:g}", "modes": facts["expect"]["pooled_modes"]},
-        [sentence(what, *gain) for what, gain in gains.items()],
-        Section("", torch.stack([data.tensor()[::each] for data in sets.values()]), rows=["real", "private", "pixels"]),
-        [("trained on", "accuracy in %, 95 % interval", "each network")],
-    )
-    for name, arm in arms.items():
-        single = ", ".join(f"{value:.1f}" for value in arm["accuracies"])
-        part.table.append((name, f"{arm['mean']:.1f} ± {arm['interval']:.1f}", single))
-    differences = {what: {"mean": gain, "interval": half} for what, (gain, half) in gains.items()}
-    found = {"train": len(train), "test": len(test), "privacy": facts, "arms": arms, "differences": differences}
-    return part, found
+    words |= {"epsilon": f"{size.epsilon:g}", "delta": f"{DELTA:g}", "modes": facts["expect"]["pooled_modes"]}
+    section = Section("", torch.stack([data.tensor()[::each] for data in sets.values()]), rows=["real", "private"])
+    part, found = compared(words, "trained on", accuracies, section)
+    return part, found | {"train": len(train), "test": len(test), "privacy": facts}
+
+
+def moves(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
+    """Networks that learn from few images, with random crops, or with moves and the same crops; and moved images."""
+    train, test = (fashion(split, size) for split in ("train", "test"))
+    classes, by_class = len(train.classes), np.argsort(train.targets, kind="stable")
+    accuracies: dict[str, list[float]] = {"crop and moves": [], "crop": []}
+    for seed in range(size.few_seeds):
+        few = train.subset(by_class.reshape(classes, -1)[:, seed * FEW : (seed + 1) * FEW].ravel())
+        x, y = few.tensor(), torch.from_numpy(few.targets)
+        model = GLEM.fit(few, progress=False)
+        if seed == 0:
+            aug = GLEMAugment(model, ADVISED, p=1.0)
+            section = Section(
+                "", torch.stack([x, *(aug(x, y)[0] for _ in range(3))])[:, ::FEW], rows=["real", *3 * ["moved"]]
+            )
+        for name, values in accuracies.items():
+            order = torch.Generator().manual_seed(seed)
+            loader: Iterable[Any] = DataLoader(
+                TensorDataset(classifier.normalised(x), y), FEW_BATCH, shuffle=True, generator=order
+            )
+            if name != "crop":
+                aug = GLEMAugment(model, ADVISED, mean=[classifier.MEAN], std=[classifier.STD], seed=seed)
+                loader = aug.wrap(loader)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)  # torchvision's crops draw from torch's global generator
+                batches = steps(cropped(loader), size.few_steps, f"{name} {seed + 1}", progress)
+                values.append(accuracy(classifier.train_network(batches, size.few_steps, 1, classes, seed), test))
+    words = {
+        "few": FEW,
+        "few_steps": size.few_steps,
+        "pairs": size.few_seeds,
+        "few_batch": FEW_BATCH,
+        "crop": CROP,
+        "strength": ADVISED.strength,
+    }
+    part, found = compared(words, "training", accuracies, section)
+    return part, found | {"images_per_class": FEW, "test": len(test), "policy": repr(ADVISED)}
 
 
 def measured_flow(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
     """The bundled flow as a classifier, and its round trip."""
-
-    flow = GLEM.from_pretrained(FASHION)
-    test = fashion(flow, "test", size)
+    flow, test = GLEM.from_pretrained(FASHION), fashion("test", size)
+    test = test.subset(spread(len(test), size.measured))
     found = evaluate(flow, test, round_trip=size.round_trip, progress=progress)
-    trip, accuracy = found["round_trip"], found["accuracy"]
-    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(test))
+    trip, right = found["round_trip"], found["accuracy"]
+    half = 1.96 * math.sqrt(right * (1 - right) / len(test))
     part = Part(
         {"measured": f"{len(test):,}", "round_trip": size.round_trip},
         [f"Of {trip['images']} images {100 * trip['within_half_step']:.4g} % of the pixels come back exactly."],
         table=[
             ("measure", "value"),
-            ("accuracy in %, 95 % interval", f"{100 * accuracy:.1f} ± {100 * half:.1f}"),
+            ("accuracy in %, 95 % interval", f"{100 * right:.1f} ± {100 * half:.1f}"),
             ("calibration error", f"{found['ece']:.3f}"),
             ("bits per dimension, given the class", f"{found['bits_per_dim']:.2f}"),
             ("largest error of a round trip (0 to 255)", f"{trip['max_error']:.2g}"),
@@ -236,10 +217,48 @@ def measured_flow(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
     return part, found | {"accuracy_interval": half}
 
 
-def fashion(flow: GLEM, split: str, size: Size) -> ImageData:
+# ---- what the parts share --------------------------------------------------------------------------------------------
 
-    data = images_for(flow, FASHION, split=split, progress=False)
+
+def fashion(split: str, size: Size) -> ImageData:
+    data = open_data(FASHION, split)
     return data.subset(spread(len(data), size.images))
+
+
+def steps(batches: Iterable[Any], count: int, name: str, progress: bool) -> Iterable[Any]:
+    """The batches of one training, with a bar."""
+    return tqdm(islice(batches, count), total=count, unit="step", desc=name, disable=not progress)
+
+
+def cropped(loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of normalised images without end, each image shifted by up to CROP pixels over a black border."""
+    while True:
+        for x, y in loader:
+            crop = v2.RandomCrop(x.shape[-2:], padding=CROP, fill=-classifier.MEAN / classifier.STD)
+            yield torch.stack([crop(image) for image in x]), y
+
+
+def accuracy(network: torch.nn.Module, test: ImageData) -> float:
+    """Accuracy of a network in percent."""
+    logits = features_and_logits(network, test.tensor(), classifier.MEAN, classifier.STD)[1]
+    return 100 * label_reliability(logits, torch.from_numpy(test.targets))
+
+
+def compared(
+    words: dict[str, Any], head: str, accuracies: dict[str, list[float]], section: Section
+) -> tuple[Part, dict[str, Any]]:
+    """The part and the report of two kinds of training, with the same seeds."""
+    arms = {
+        name: {"accuracies": values, "mean": statistics.mean(values), "interval": interval(values)}
+        for name, values in accuracies.items()
+    }
+    (first, second), what = arms.values(), " over ".join(arms)
+    gain, half = difference(first, second)
+    part = Part(words, [sentence(what, gain, half)], section, [(head, "accuracy in %, 95 % interval", "each network")])
+    for name, arm in arms.items():
+        single = ", ".join(f"{value:.1f}" for value in accuracies[name])
+        part.table.append((name, f"{arm['mean']:.1f} ± {arm['interval']:.1f}", single))
+    return part, {"arms": arms, "difference": {"what": what, "mean": gain, "interval": half}}
 
 
 def sentence(what: str, gain: float, half: float) -> str:
@@ -266,24 +285,18 @@ def row(tag: str, texts: Sequence[str]) -> str:
 
 def picture(section: Section) -> str:
     """The cells of a section as a table of images, so that its labels are text that stays legible on a small screen."""
-    columns, small = list(section.columns), max(section.cells.shape[-2:]) <= 64
     rows = []
-    for number, images in enumerate(section.cells):
-        label = section.rows[number] if section.rows else ""
-        names = [f"{label} {columns[i] if columns else i + 1}".strip() for i in range(len(images))]
+    for label, images in zip(section.rows, section.cells, strict=True):
         cells = (
-            f'<td data-label="{escape(name)}"><img alt="{escape(name)}" src="{data_uri(image, small)}"></td>'
-            for name, image in zip(names, images, strict=True)
+            f'<td><img alt="{escape(f"{label} {number}")}" src="{data_uri(image)}"></td>'
+            for number, image in enumerate(images, 1)
         )
-        head = f"<th>{escape(label)}</th>" if section.rows else ""
-        rows.append(f"<tr>{head}{''.join(cells)}</tr>")
-    head = f"<thead>{row('th', columns)}</thead>" if columns else ""
-    return f'<table class="cells {"small" if small else "large"}">{head}<tbody>{"".join(rows)}</tbody></table>'
+        rows.append(f"<tr><th>{escape(label)}</th>{''.join(cells)}</tr>")
+    return f'<table class="cells"><tbody>{"".join(rows)}</tbody></table>'
 
 
-def data_uri(image: Tensor, lossless: bool) -> str:
-    """An image, uint8 [C,H,W], as PNG or JPEG inside an address."""
-
-    file, kind = io.BytesIO(), "png" if lossless else "jpeg"
-    to_pil_image(image).save(file, kind, quality=92)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+def data_uri(image: Tensor) -> str:
+    """An image, uint8 [C,H,W], as PNG inside an address."""
+    file = io.BytesIO()
+    to_pil_image(image).save(file, "png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -110,7 +110,7 @@ def move_tab(gr: Any, page: Any, explorer: Explorer, modes: int) -> None:
         moved = explorer.move(image, cls, "noise" if by_hand else policy, strength, seed, sliders if by_hand else None)
         change = moved.image.float() - image.float()
         largest = float(change.abs().max())
-        why = "it is not plausible, or the model does not give the original back"
+        why = "its values are out of range, or the model does not give the original back"
         fate = f"**GLEMAugment rejects**: {why}" if moved.rejected else "GLEMAugment uses"
         facts = (
             f"A move along the modes of {names[cls]}, which {fate}. {unit} given that class: {moved.likelihood[0]:.3f} "

@@ -128,7 +128,7 @@ class InverseTest:
 class MoveCounts:
     """Counts of rows over all calls, here and in DataLoader workers.
 
-    selected: rows chosen to be changed. rejected: chosen rows that were kept, since the decoded image was not plausible
+    selected: rows chosen to be changed. rejected: chosen rows that were kept, since the decoded image was out of range
     or the model did not give the original back. unmapped: chosen rows of a class that the model lacks.
     """
 
@@ -165,7 +165,7 @@ class MoveCounts:
         if rejected + unmapped > self.MOST * selected:
             warnings.warn(
                 f"of the first {selected} images chosen {rejected} were kept as they were because the moved ones were "
-                f"not plausible or the model does not give the originals back, and {unmapped} because the model does "
+                f"out of range or the model does not give the originals back, and {unmapped} because the model does "
                 "not have their class (see aug.stats). Fit the model to images like these (model.adapt), lower the "
                 "strength, or put the transform before strong crops, RandAugment and RandomErasing",
                 stacklevel=5,

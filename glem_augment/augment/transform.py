@@ -222,7 +222,7 @@ class GLEMAugment(nn.Module):
             if moved.shape != z.shape:
                 raise ValueError(f"{self.policy!r}.move gives {list(moved.shape)}: give latents {list(z.shape)}")
             decoded = model.decode(moved, clamp=False)
-        good = model.pixel_range.plausible(decoded) & back
+        good = model.pixel_range.near(decoded) & back
         self._counts.add(selected, selected - n, (~good).sum())
         changed = good & (moved != z).any(dim=1)
         new = self._images(decoded, images, base, x.dtype).view(bits)

@@ -15,10 +15,12 @@ from glem_augment.cli.common import Parser
 from glem_augment.errors import GLEMError
 
 DESCRIPTION = """\
-Synthetic-data augmentation from class-conditional models.
+Augmentation along the directions in which each class varies, and synthetic images, also with differential privacy.
 
-A model learns your labelled images once (glem train), or gets your classes in one pass (glem fit). Then it moves
-real images within their class, draws new images (glem generate), and classifies (glem eval).
+glem fit makes a model of your labelled images in one pass: a Gaussian and principal modes of each class, of the pixels
+or of an autoencoder's latents. The advised moves are noise along the pixels' modes: PCA jitter per class, as AlexNet's
+colour PCA was for colours. A model also draws new images (glem generate) and classifies (glem eval). glem train fits a
+class-conditional normalizing flow, whose latents can take the place of the pixels.
 
 DATA is one of
   a folder with one folder of images per class, or with such folders in train/ and test/ (or val/);
@@ -34,7 +36,7 @@ HF_HUB_OFFLINE=1 uses the cache alone.
 EPILOG = """\
 examples:
   glem demo --out demo-out
-  glem train photos/ --image-size 32 --augment flip,crop --out runs/photos
+  glem fit photos/ --image-size 64 --out runs/photos
   glem preview runs/photos photos/ --out preview.png
 
 Completion with the Tab key (after pip install argcomplete): eval "$(register-python-argcomplete glem)"

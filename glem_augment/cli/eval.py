@@ -15,7 +15,8 @@ Classify labelled images with a model, and measure its likelihoods. Prints one J
   ece                 expected calibration error of the posterior, 15 bins
   round_trip          image -> latent -> image without clamping: errors in uint8 steps, share within half a step
   rejected_moves      how many of the moves of 128 images (8 with an autoencoder) GLEMAugment would reject, from 0 to 1:
-                      by mixup, and by noise of several strengths
+                      by mixup, and by noise of several strengths. Rejection finds numerical failures alone: glem
+                      preview shows whether moved images still look real
   skipped             images left out, with --skip-bad
 
 Images are converted to the model's size and channels.

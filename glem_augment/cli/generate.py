@@ -13,7 +13,9 @@ from glem_augment.cli import common
 
 DESCRIPTION = """\
 Draw new images of every class from a model. glem-provenance.json records the model and the settings. The same seed
-draws the same images for any classes and any number of images. Prints a JSON summary.
+draws the same images for any classes and any number of images. Prints a JSON summary. Its out_of_range counts images
+whose values are not finite or leave the range by more than its width; whether images look real is judged by --report
+alone.
 
   --format imagefolder             PNG files, a folder per class; the same command again writes missing files.
                                    A class without images has no folder; classes.json has the label of every class.
@@ -119,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
     writing = {"overwrite": args.overwrite, "progress": progress, "distributed": True, "command": f"run: {command}"}
     try:
         facts = CardFacts(args.license)
-        implausible = export_set(dataset.plan, dataset.draw, args.out, args.format, facts, **writing)
+        out_of_range = export_set(dataset.plan, dataset.draw, args.out, args.format, facts, **writing)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{args.out} is not complete; to finish it, run: {command}") from None
     report = None
@@ -140,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
         "temperature": None if args.source == "mixup" else dataset.temperature,
         "seed": args.seed,
         "real": args.real,
-        "implausible": implausible,
+        "out_of_range": out_of_range,
         "report": report,
     }
     common.print_json({**result, "seconds": round(time.monotonic() - began, 3)})

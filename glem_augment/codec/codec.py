@@ -13,7 +13,6 @@ from glem_augment.codec.pixel_range import UINT8, PixelRange
 # Where dequantisation noise comes from, see `levels.to_levels`.
 Dequantisation: TypeAlias = torch.Generator | int | Tensor | None
 _RANGE_TOLERANCE = 1e-3  # resizing with antialias leaves [0, 1] by rounding only
-MARGIN = 1.0  # decoded images that leave [0, 1] by more are not plausible
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights with which PIL turns RGB into "L"
 
 

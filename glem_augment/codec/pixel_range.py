@@ -14,7 +14,7 @@ from glem_augment.errors import DataError
 _ENDS = {"uint8": (0, 255), "uint16": (0, 65535), "int16": (-32768, 32767), "float32": (-1e30, 1e30)}
 DTYPES = tuple(_ENDS)
 _NARROWEST = 1e-4  # a range's width over its largest number: float32 keeps 10 bits of such values
-MARGIN = 1.0  # decoded images that leave their range by more than its width are not plausible
+MARGIN = 1.0  # decoded images that leave their range by more than its width are out of range
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class PixelRange:
         low, high = self.limits
         return x.nan_to_num(nan=(low + high) / 2, posinf=high, neginf=low).clamp(low, high)
 
-    def plausible(self, x: Tensor) -> Tensor:
+    def near(self, x: Tensor) -> Tensor:
         """Which float images [n, C, H, W] are finite and leave the range by `MARGIN` widths at most: bool [n]."""
         (bottom, top), (low, high) = self.limits, x.flatten(1).aminmax(dim=1)
         away = MARGIN * (top - bottom)

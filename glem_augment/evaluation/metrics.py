@@ -75,7 +75,8 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
 def rejected_moves(model: GLEM, data: ImageData, progress: bool = False) -> dict[str, Any]:
     """How many of the moves of `GLEMAugment` are rejected, from 0 to 1.
 
-    A move is rejected if its result is not plausible, or if the model does not give the original back.
+    A move is rejected if its result is not finite or leaves [0, 1] by more than 1, or if the model does not give the
+    original back. Both are numerical failures: a low share does not say that moved images look real.
 
     Args:
         data: images of the model's shape, labelled by its class indices. 128 evenly spread images are moved; 8 with an

@@ -105,7 +105,7 @@ class SyntheticDataset(Dataset):
         self.class_to_idx = dict(self.model.class_to_idx)
         self.targets: list[int] = np.repeat(np.arange(self.model.num_classes), self.counts).tolist()
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
-        self._implausible: set[int] = set()  # items decoded so far
+        self._out_of_range: set[int] = set()  # items decoded so far
         self._preloaded: Tensor | None = None
         self._weights_key: tuple[tuple[int, int], ...] | None = None
 
@@ -119,9 +119,12 @@ class SyntheticDataset(Dataset):
         return f"SyntheticDataset({len(self)} images {c}x{h}x{w} of {classes} classes, {drawn}, from {self.model!r})"
 
     @property
-    def implausible(self) -> list[int]:
-        """Items without a plausible draw, among the items decoded so far in this process."""
-        return sorted(self._implausible)
+    def out_of_range(self) -> list[int]:
+        """Items whose draws are all not finite or leave [0, 1] by more than 1, of the items decoded so far here.
+
+        This finds numerical failures. It says nothing about how real the other images look.
+        """
+        return sorted(self._out_of_range)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """Item `index`: (image, label) after the transforms."""
@@ -172,8 +175,8 @@ class SyntheticDataset(Dataset):
         count = min(self.counts[cls] - within[0], self.plan.block)
         # The last block is drawn whole too: in a smaller batch its images would have other last bits.
         whole = self.sampler.draw(np.full_like(within, cls), within)
-        drawn = Drawn(whole.latents[:count], whole.images[:count], whole.implausible[:count])
-        self._implausible.update((self._starts[cls] + within[:count][drawn.implausible]).tolist())
+        drawn = Drawn(whole.latents[:count], whole.images[:count], whole.out_of_range[:count])
+        self._out_of_range.update((self._starts[cls] + within[:count][drawn.out_of_range]).tolist())
         return drawn
 
     def export(

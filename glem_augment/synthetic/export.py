@@ -89,7 +89,7 @@ def export_set(
         name: the heading of the card, by default the folder's name.
 
     Returns:
-        How many images without a plausible draw all ranks wrote in this call.
+        How many images whose values are not finite or leave [0, 1] by more than 1 all ranks wrote in this call.
     """
     if form == "webdataset":
         plan.need_8_bits()
@@ -105,7 +105,7 @@ def export_set(
         folders = {cls: entry["folder"] for cls, entry in zip(plan.order, manifest["classes"], strict=True)}
         write = _write_shards if shards else _write_images
         files, bad = write(plan, draw, folders, folder, ranks, progress and first)
-        implausible = sum(ranks.gather(bad))
+        out_of_range = sum(ranks.gather(bad))
         if first:
             with ThreadPoolExecutor() as pool, atomic_write(folder / CHECKSUMS, "w") as file:
                 sums = pool.map(file_sha256, (folder / path for path in files))
@@ -118,9 +118,9 @@ def export_set(
                     path.unlink()
             del manifest["finish"]
             write_json(folder / PROVENANCE, manifest | {"complete": True})  # last: from now on the set is complete
-            _warn(plan, folder, manifest, implausible)
+            _warn(plan, folder, manifest, out_of_range)
         ranks.gather(None)
-    return implausible
+    return out_of_range
 
 
 def push_dataset(
@@ -306,7 +306,7 @@ def _remove(folder: Path, old: dict[str, Any]) -> None:
 def _write_images(
     plan: Plan, draw: Draw, folders: dict[int, str], root: Path, ranks: _Ranks, progress: bool
 ) -> tuple[list[str], int]:
-    """Write root/<class>/NNNNNN.png, or .npy. Returns the paths of all images, and the number of implausible draws."""
+    """Write root/<class>/NNNNNN.png, or .npy. Returns the paths of all images, and the number of draws out of range."""
     channels, dtype = plan.model.image_shape[0], plan.model.pixel_range.dtype
     ending = "png" if (channels, dtype) in _IN_PNG else "npy"
     blocks = []  # (class, number, paths), class after class in the order of the labels
@@ -318,7 +318,7 @@ def _write_images(
     own = sorted(blocks, key=lambda block: -len(block[2]))[ranks.rank :: ranks.world]
     missing = [block for block in own if not all(_is_there(root / path) for path in block[2])]
     of = f" of rank 0 of {ranks.world}" if ranks.world > 1 else ""
-    total, implausible = sum(len(paths) for *_, paths in missing), 0
+    total, out_of_range = sum(len(paths) for *_, paths in missing), 0
     with (
         ThreadPoolExecutor(8) as pool,
         tqdm(total=total, unit="image", desc=f"export{of}", disable=not (progress and missing)) as bar,
@@ -326,10 +326,10 @@ def _write_images(
         for cls, number, paths in missing:
             drawn = draw(cls, number)
             list(pool.map(_write_image, (root / path for path in paths), drawn.images))
-            implausible += int(drawn.implausible.sum())
+            out_of_range += int(drawn.out_of_range.sum())
             bar.update(len(paths))
     ranks.gather(None)
-    return [path for *_, paths in blocks for path in paths], implausible
+    return [path for *_, paths in blocks for path in paths], out_of_range
 
 
 def _is_there(path: Path) -> bool:
@@ -361,7 +361,7 @@ def _write_shards(
     names, root = _shard_names(sum(plan.counts)), folder / _WORK
     if all(ranks.gather(all(_is_there(folder / name) for name in names))):
         return names, 0
-    paths, implausible = _write_images(plan, draw, folders, root, ranks, progress)
+    paths, out_of_range = _write_images(plan, draw, folders, root, ranks, progress)
     label_of = {folders[cls]: label for label, cls in enumerate(plan.order)}
     for number in tqdm(range(ranks.rank, len(names), ranks.world), unit="shard", desc="pack", disable=not progress):
         shard = folder / names[number]
@@ -373,7 +373,7 @@ def _write_shards(
                 _add_file(archive, f"{index:08d}.png", (root / paths[index]).read_bytes())
                 _add_file(archive, f"{index:08d}.cls", str(label).encode())
     ranks.gather(None)
-    return names, implausible
+    return names, out_of_range
 
 
 def _shard_names(images: int) -> list[str]:
@@ -400,13 +400,13 @@ def _describe_shards(plan: Plan, folder: Path, facts: CardFacts, manifest: dict[
     write_card(dataset_card(manifest, name, replace(facts, license=_stated_licence(plan, facts))), folder)
 
 
-def _warn(plan: Plan, folder: Path, manifest: dict[str, Any], implausible: int) -> None:
-    """Warn where many images are not plausible, or torchvision's ImageFolder would number the classes differently."""
+def _warn(plan: Plan, folder: Path, manifest: dict[str, Any], out_of_range: int) -> None:
+    """Warn where many images are out of range, or torchvision's ImageFolder would number the classes differently."""
     count, classes = manifest["count"], manifest["classes"]
-    if implausible > MOST_REJECTED * count:
+    if out_of_range > MOST_REJECTED * count:
         fix = "adapt the flow to the real images" if plan.settings["source"] == "mixup" else "lower the temperature"
-        wild = "%d of %d images are not plausible, since their values leave [0, 1] by more than 1: %s"
-        _log.warning(wild, implausible, count, fix)
+        wild = "%d of %d images are out of range: their values are not finite or leave [0, 1] by more than 1: %s"
+        _log.warning(wild, out_of_range, count, fix)
     folders = [entry["folder"] for entry in classes]
     there = sorted(entry["folder"] for entry in classes if entry["count"])
     if manifest["format"] == "imagefolder" and len(there) < len(folders) and there != folders[: len(there)]:

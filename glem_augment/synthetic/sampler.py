@@ -167,11 +167,11 @@ class RealLatents:
 
 
 class Drawn(NamedTuple):
-    """Latents [n, d] on the model's device; images [n, C, H, W] on the CPU; which are implausible, bool [n]."""
+    """Latents [n, d] on the model's device; images [n, C, H, W] on the CPU; which are out of range, bool [n]."""
 
     latents: Tensor
     images: Tensor
-    implausible: np.ndarray
+    out_of_range: np.ndarray
 
 
 class Sampler:
@@ -229,7 +229,7 @@ class Sampler:
         with evaluating(model):
             z = self.latents(cls, within)
             x = model.decode(z, clamp=False)
-            bad = ~model.pixel_range.plausible(x)
+            bad = ~model.pixel_range.near(x)
             for attempt in range(1, MAX_ATTEMPTS):
                 rows = bad.nonzero()[:, 0]
                 if not len(rows):
@@ -237,7 +237,7 @@ class Sampler:
                 again = rows.cpu().numpy()
                 z[rows] = self.latents(cls[again], within[again], attempt)
                 x[rows] = model.decode(z[rows], clamp=False)
-                bad[rows] = ~model.pixel_range.plausible(x[rows])
+                bad[rows] = ~model.pixel_range.near(x[rows])
         return Drawn(z, model.pixel_range.from_floats(x).cpu(), bad.cpu().numpy())
 
     def latents(self, cls: np.ndarray, within: np.ndarray, attempt: int = 0) -> Tensor:

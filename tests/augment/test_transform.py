@@ -251,7 +251,7 @@ def test_data_classes_of_the_same_class_of_the_model() -> None:
 def test_bad_moves_are_rejected_with_their_labels(
     model: GLEM, moved: bool, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row 0 of six is not plausible after its move, or does not come back without one."""
+    """Row 0 of six is out of range after its move, or does not come back without one."""
     decode, error = GLEM.decode, GLEM.flow_error
 
     def broken(self: GLEM, z: Tensor, clamp: bool = True) -> Tensor:

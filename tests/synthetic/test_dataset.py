@@ -237,14 +237,14 @@ def wild_model() -> GLEM:
     return model
 
 
-def test_draws_that_are_not_plausible_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_out_of_range_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, found = wild_model(), {}
     for attempts in (1, 5):
         monkeypatch.setattr("glem_augment.synthetic.sampler.MAX_ATTEMPTS", attempts)
         data = SyntheticDataset(model, per_class=40, temperature=1.3)
         z = data.latents(range(120))
-        found[attempts] = z, UINT8.plausible(model.decode(z, clamp=False)), data
-        assert data.implausible == (~found[attempts][1]).nonzero()[:, 0].tolist()
+        found[attempts] = z, UINT8.near(model.decode(z, clamp=False)), data
+        assert data.out_of_range == (~found[attempts][1]).nonzero()[:, 0].tolist()
     (first, good, _), (z, better, data) = found[1], found[5]
     assert 10 < int((~good).sum()) and int((~better).sum()) < int((~good).sum()) / 3
     assert torch.equal(z[good], first[good]) and not (z[~good] == first[~good]).all(1).any()

@@ -268,11 +268,11 @@ def test_a_smaller_export_cut_off_while_it_overwrites(
     assert files(folder) == fresh and not (folder / "T-shirt_top").exists()
 
 
-def test_many_implausible_images_give_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_many_images_out_of_range_give_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = GLEM.create("identity", (1, 8, 8), NAMES).eval().requires_grad_(False)
     model.gaussians.mu.copy_(torch.tensor([0.0, 3e38, 0.0])[:, None])
     make(model, temperature=0.1).export(tmp_path / "out", progress=False)
-    assert "10 of 30 images are not plausible" in caplog.text
+    assert "10 of 30 images are out of range" in caplog.text
 
 
 def test_settings_can_be_written_down(tmp_path: Path) -> None:
