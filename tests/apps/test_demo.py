@@ -78,7 +78,7 @@ def test_the_lines_of_python_on_the_page_run(demo: Path) -> None:
     names: dict = {"few": train.subset(range(0, len(train), 5))}
     for text in lines:
         exec(text.replace('GLEM.fit("bundled:fashion-mnist"', "GLEM.fit(few"), names)
-    assert len(names["shared"]) == 10 * 10 and names["shared"].temperature == 1.0
+    assert len(names["shared"]) == 10 * 20 and names["shared"].temperature == 1.0
 
 
 def test_photographs_ship_with_their_terms() -> None:

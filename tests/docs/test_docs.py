@@ -150,7 +150,8 @@ def test_the_commands_of_a_page_exist(page: Path, monkeypatch: pytest.MonkeyPatc
                 patch.setattr(Path, "read_text", lambda *_, **__: "{}")
                 assert build_parser(argv[1:]).parse_args(argv[1:]).run
         elif argv[0] == "python":
-            source = (ROOT / argv[1]).read_text() + (ROOT / "benchmarks" / "common.py").read_text()
+            shared = (ROOT / "benchmarks" / "common.py", ROOT / "examples" / "_common.py")
+            source = "".join(path.read_text() for path in (ROOT / argv[1], *shared))
             for option in argv[2:]:
                 assert not option.startswith("--") or f'"{option}"' in source, (argv, option)
 
