@@ -15,6 +15,7 @@ from glem_augment.augment.transform import GLEMAugment
 from glem_augment.codec.plausible import to_uint8
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.evaluation.classifier import MEAN, STD, fit_network, new_network, normalised
+from glem_augment.evaluation.jitter import color_jitter
 from glem_augment.evaluation.stacks import Stack
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.glem import GLEM
@@ -33,7 +34,7 @@ class Comparison:
     Args:
         models: for each kind of moves, a function that makes a model with modes of some training images.
         steps: of each training. network, pretrained: see `new_network`.
-        copies: moved copies of every image.
+        copies: moved copies of every image. batch: images per step.
         tick: called before each step, and before each batch of moved copies with False.
     """
 
@@ -42,6 +43,7 @@ class Comparison:
     network: str = NETWORK
     pretrained: bool = False
     copies: int = COPIES
+    batch: int = BATCH
     tick: Callable[[bool], object] = lambda step: None
     _fitted: dict[tuple[str, ImageData], GLEM] = field(default_factory=dict)
     _copies: dict[tuple[Stack, ImageData], Tensor] = field(default_factory=dict)
@@ -78,21 +80,19 @@ class Comparison:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             state = torch.get_rng_state()
-        jitter = [v2.ColorJitter(*3 * [stack.jitter], stack.jitter / 4)] if stack.jitter else []
         each = v2.Compose(
             [
                 v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True),
                 v2.RandomHorizontalFlip(),
-                *jitter,
-                *(getattr(v2, name)() for name in stack.image),
+                *(_operation(*text.split()) for text in stack.image),
             ]
         )
         mix = getattr(v2, stack.batch)(num_classes=len(train.classes)) if stack.batch else None
         while True:
             order = rng.permutation(len(x))
-            for start in range(0, max(1, len(x) - BATCH + 1), BATCH):
+            for start in range(0, max(1, len(x) - self.batch + 1), self.batch):
                 self.tick(True)
-                rows = torch.from_numpy(order[start : start + BATCH])
+                rows = torch.from_numpy(order[start : start + self.batch])
                 images = x[rows]
                 if copies is not None:
                     chosen = torch.from_numpy(rng.random(len(rows)) < 0.5)
@@ -102,6 +102,7 @@ class Comparison:
                     images = aug(images, y[rows])[0]
                 with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
                     torch.set_rng_state(state)
+                    images = color_jitter(images, stack.jitter) if stack.jitter else images
                     images = normalised(torch.stack([each(image) for image in images]))
                     labels: Tensor = y[rows]
                     if mix is not None:
@@ -143,6 +144,12 @@ class Comparison:
         if key not in self._fitted:
             self._fitted[key] = self.models[kind](train)
         return self._fitted[key]
+
+
+def _operation(name: str, magnitude: str | None = None) -> Callable[[Tensor], Tensor]:
+    """torchvision's transform of this name."""
+    made: Callable[[Tensor], Tensor] = getattr(v2, name)(**{} if magnitude is None else {"magnitude": int(magnitude)})
+    return made
 
 
 def models_for(train: ImageData, autoencoder: str | None, flow: GLEM | None) -> dict[str, Callable[[ImageData], GLEM]]:
