@@ -34,7 +34,7 @@ class Comparison:
     Args:
         models: for each kind of moves, a function that makes a model with modes of some training images.
         steps: of each training. network, pretrained: see `new_network`.
-        copies: moved copies of every image. batch: images per step.
+        copies: moved copies of every image.
         tick: called before each step, and before each batch of moved copies with False.
     """
 
@@ -43,7 +43,6 @@ class Comparison:
     network: str = NETWORK
     pretrained: bool = False
     copies: int = COPIES
-    batch: int = BATCH
     tick: Callable[[bool], object] = lambda step: None
     _fitted: dict[tuple[str, ImageData], GLEM] = field(default_factory=dict)
     _copies: dict[tuple[Stack, ImageData], Tensor] = field(default_factory=dict)
@@ -90,9 +89,9 @@ class Comparison:
         mix = getattr(v2, stack.batch)(num_classes=len(train.classes)) if stack.batch else None
         while True:
             order = rng.permutation(len(x))
-            for start in range(0, max(1, len(x) - self.batch + 1), self.batch):
+            for start in range(0, max(1, len(x) - BATCH + 1), BATCH):
                 self.tick(True)
-                rows = torch.from_numpy(order[start : start + self.batch])
+                rows = torch.from_numpy(order[start : start + BATCH])
                 images = x[rows]
                 if copies is not None:
                     chosen = torch.from_numpy(rng.random(len(rows)) < 0.5)
