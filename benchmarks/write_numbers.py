@@ -186,41 +186,24 @@ def private() -> Named:
     yield "private classifiers", table("data | classifier | ε | accuracy", found)
 
 
-KINDS = {
-    "plain": "crop + flip",
-    "ordinary": "best other stack",
-    "pixels": "pixel modes",
-    "autoencoder": "TAEF2's modes",
-    "flow": "flow's modes",
-}
-
-
 def photographs() -> Named:
     """Few photographs per class, with stacks chosen on other images."""
-    rows = stored("photographs")
-    judged = [row for row in rows if row["metric"] == "validation"]
-    found, lines = by_seed([row for row in rows if row["metric"] == "test"], "per_class", "kind", "stack"), []
-    for count in dict.fromkeys(count for count, *_ in found):
-        best = {
-            kind: max((r for r in judged if (r["per_class"], r["kind"]) == (count, kind)), key=lambda r: r["value"])
-            for kind in dict.fromkeys(kind for n, kind, _ in found if n == count)
-        }
-        own = {stack: (kind, values) for (n, kind, stack), values in found.items() if n == count}
-        plain, other = (own[best[kind]["stack"]][1] for kind in ("plain", "ordinary"))
-        strongest = max(plain, other, key=lambda values: statistics.mean(values.values()))
-        for stack, (kind, values) in own.items():
-            assert best[kind]["stack"] == stack
-            mean, name = interval(values.values()), f"photographs-{count}: {KINDS[kind]}"
-            yield name, mean.text()
-            over: list[str] = []
-            for what, base in (("crop + flip", plain), ("the best", strongest)):
-                gain = None if values is base else interval([values[seed] - base[seed] for seed in values])
-                over.append("" if gain is None else f"**{signed(gain, 1)}**" if gain.clear else signed(gain, 1))
-                if gain is not None:
-                    yield f"{name}, over {what}", gain.text(sign=True)
-            shown = f"the best other stack: {stack}" if kind == "ordinary" else stack
-            lines.append([str(count), shown, f"{mean.text()} %", *over, str(mean.seeds)])
-    head = "images per class | stack | test accuracy | over crop + flip | over the best other stack | seeds"
+    found, lines = stored("photographs"), []
+    for row in found["rows"]:
+        seeds, over = row["seeds"], []
+        mean = Interval(row["accuracy"], row["+/-"], seeds)
+        for place, base in enumerate(("crop + flip", "the best other stack"), 1):
+            gain = Interval(row[f"over {base}"], row[f"+/- ({place})"], seeds)
+            over.append("" if gain.half == 0 else f"**{signed(gain, 1)}**" if gain.clear else signed(gain, 1))
+            for what in row["what"].split("; "):
+                yield f"photographs: {what}, over {base}", gain.text(sign=True)
+        for what in row["what"].split("; "):
+            yield f"photographs: {what}", mean.text()
+        lines.append([row["what"], row["stack"], f"{mean.text()} %", *over, str(seeds)])
+    for row in found["differences"]:
+        gain = Interval(row["points"], row["+/-"], row["seeds"])
+        yield f"photographs: {row['difference']}", gain.text(sign=True)
+    head = "what | stack | test accuracy | over crop + flip | over the best other stack | seeds"
     yield "photographs", table(head, lines)
     for kind, name in (("ordinary", "other stacks"), ("pixels", "moves of a kind")):
         yield f"photographs: {name}", in_words({row["stack"] for row in judged if row["kind"] == kind})

@@ -1,128 +1,189 @@
-"""Do moves of photographs help, beside common stacks? Imagenette at 64 pixels with few images per class.
+"""Do moves of photographs help, beside tuned stacks? Imagenette at 64 pixels with 20 images per class.
 
-    GLEM_DATA=... python benchmarks/proof/photographs.py --per-class 20 50 --seeds 0 1 2 3 4
+    GLEM_DATA=... python benchmarks/proof/photographs.py --seeds 0 1 2 3 4 5
 
-A small ResNet of timm is trained from scratch with crop + flip, with the best of ten other stacks (up to three
-operations on top), and with moves. Moves are noise, mixup and adversarial steps (against the network in training; in
-stored rows, against a network trained with crop + flip). They follow modes of the pixels, of TAEF2's latents, or of a
-flow in these latents that was trained on the same few images. 1,000 other training images choose the best stack of
-each kind, with seed 0. Each seed draws other training images. All seeds are measured on the same 1,000 test images.
-`glem compare` does the same on the user's images. Stored rows are not measured again.
+A small ResNet of timm is trained from scratch, in bfloat16, in 300 steps of 64 images. There are 14 stacks of other
+operations, and as many trials of moves along modes of the pixels: seven on crop + flip, seven on the best other stack.
+Adversarial moves attack the network in training. 100 training images of each class choose the stacks. They are never
+trained on, and the seed of the choice measures nothing. Each seed draws other training images from the rest, and all
+seeds are measured on the same test images.
+
+The controls move images on crop + flip by Gaussian noise. Noise along modes has the covariance of the image's class.
+Noise along pooled modes has the average of these covariances. Smooth noise has this average, averaged again over all
+shifts of the image: energy, spectrum and colours are the same, but no shapes are left. Stored rows are not measured
+again.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import find_images, parser, write_results
-from benchmarks.paper.research import method_trainer
-from glem_augment import GLEM, Adversarial, ImageData, Noise, open_data
+from benchmarks.common import find_images, machine, parser, write_results
+from glem_augment import GLEM, Adversarial, ImageData, Mixup, Noise, Policy, open_data
 from glem_augment.evaluation.compare import report
 from glem_augment.evaluation.intervals import difference
-from glem_augment.evaluation.stacks import ORDINARY, PLAIN, POLICIES, Stack, moves
-from glem_augment.evaluation.trainings import MODES, Comparison, models_for
+from glem_augment.evaluation.stacks import PLAIN, Stack, moves
+from glem_augment.evaluation.trainings import Comparison
 from glem_augment.io import write_json
 
-NAME, SIZE, STEPS = "photographs", 64, 300
-SHOWN = {"pixels": "pixel modes", "autoencoder": "taef2 modes", "flow": "flow's modes"}
-TRIED = (
-    *POLICIES,
-    Noise(strength=2.0),
-    Adversarial(strength=0.5),
-    Adversarial(strength=1.0),
-)
+NAME, SIZE, PER_CLASS, HELD, STEPS = "photographs", 64, 20, 100, 300
+TUNING = 100  # the seed of the choice
+COPIES = 16  # of each image, moved before a training, which shows an image about 48 times moved
+
+
+def other(*image: str, batch: str = "", jitter: float = 0.0) -> Stack:
+    """A stack of torchvision's operations, named after them."""
+    words = [f"ColorJitter {jitter:g}"] * bool(jitter) + [*image] + [batch] * bool(batch)
+    return Stack(", ".join(words), "other", image, batch, jitter=jitter)
+
+
+JITTERED = other(jitter=0.4)
 OTHERS = (
-    *ORDINARY,
-    Stack("RandAugment, RandomErasing", "ordinary", ("RandAugment", "RandomErasing")),
-    Stack("RandomErasing, Mixup", "ordinary", ("RandomErasing",), "MixUp"),
-    Stack("RandomErasing, CutMix", "ordinary", ("RandomErasing",), "CutMix"),
-    Stack("RandAugment, RandomErasing, CutMix", "ordinary", ("RandAugment", "RandomErasing"), "CutMix"),
+    other(batch="CutMix"),
+    other("RandomErasing", batch="CutMix"),
+    other("TrivialAugmentWide", batch="CutMix"),
+    other("TrivialAugmentWide", "RandomErasing", batch="MixUp"),
+    *(other(f"RandAugment {magnitude}", "RandomErasing", batch="MixUp") for magnitude in (5, 9, 13)),
+    JITTERED,
+    other(jitter=0.2),
+    other(jitter=0.8),
+    other(batch="CutMix", jitter=0.4),
+    other(batch="CutMix", jitter=0.8),
+    other(batch="MixUp", jitter=0.4),
+    other("RandomErasing", batch="CutMix", jitter=0.4),
 )
 
 
-def few(data: ImageData, per_class: int, seed: int, first: int = 0) -> ImageData:
-    """Random images, equally many of each class: the images from `first` on in the seed's random order."""
+class Pooled(Noise):
+    """Noise of the pooled covariance, whose modes the model must have; `smooth`: of its average over shifts."""
+
+    def __init__(self, strength: float, smooth: bool = False) -> None:
+        super().__init__(strength)
+        self.smooth = smooth
+
+    def draw(self, selected: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"eps": torch.randn(len(selected.rows), 3 * SIZE * SIZE, generator=generator)}
+
+    def move(self, batch: Any) -> Tensor:
+        modes, eps = batch.model.modes, self.strength * batch.drawn["eps"]
+        if not self.smooth:
+            return torch.addmm(batch.z, eps[:, : modes.rank] * modes.shared_scales, modes.shared_directions)
+        white = torch.fft.rfft2(eps.view(-1, 3, SIZE, SIZE))
+        field = torch.einsum("hwij,njhw->nihw", _colours(batch.model), white)
+        return batch.z + torch.fft.irfft2(field, s=(SIZE, SIZE)).flatten(1)
+
+
+@cache
+def _colours(model: GLEM) -> Tensor:
+    """The root of the pooled modes' power between the colours at each frequency: complex [H, W // 2 + 1, 3, 3]."""
+    assert model.modes is not None
+    modes = model.modes.shared_scales[:, None] * model.modes.shared_directions
+    waves = torch.fft.rfft2(modes.view(-1, 3, SIZE, SIZE).double(), norm="ortho")
+    values, vectors = torch.linalg.eigh(torch.einsum("mihw,mjhw->hwij", waves, waves.conj()))
+    return ((vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mH).cfloat()
+
+
+STRENGTHS = 0.25, 0.5, 1.0
+TRIED = (*map(Noise, STRENGTHS), *map(Adversarial, STRENGTHS), Mixup())
+POOLED = Stack("pooled modes: noise 0.5", "pooled", policy=Pooled(0.5))
+SMOOTH = Stack("smooth noise 0.5", "pooled", policy=Pooled(0.5, smooth=True))
+
+
+def on(base: Stack, policy: Policy) -> Stack:
+    """A stack with moves along modes of the pixels before its other operations."""
+    (move,) = moves("pixels", "pixel modes", [policy])
+    return move if base is PLAIN else replace(base, name=f"{base.name}, {move.name}", kind="pixels", policy=policy)
+
+
+def few(data: ImageData, per_class: int, seed: int) -> tuple[ImageData, ImageData]:
+    """Random images, equally many of each class, and the rest."""
     rng = np.random.default_rng(seed)
-    rows = [rng.permutation(np.flatnonzero(data.targets == k))[first:][:per_class] for k in range(len(data.classes))]
-    return data.subset(np.sort(np.concatenate(rows)))
-
-
-def trained_flow(data: ImageData) -> GLEM:
-    """A flow in TAEF2's latents, trained on these images alone, with modes of these images."""
-    settings: dict[str, Any] = dict(
-        preset="latent", flow_options=dict(whiten=64, depth=[6], blocks=[1], width=[128]),
-        autoencoder="taef2", batch_size=50,
-        epochs=max(1, 15_000 // len(data)), lr=1e-3, latent_noise=0.3, augment=("flip", "crop"), threads=1,
-    )  # fmt: skip
-    with TemporaryDirectory() as out:
-        model = method_trainer("lambda0-psi", data, out, progress=False, **settings).fit()
-        return model.adapt(data, rank=MODES, progress=False)
+    rows = [rng.permutation(np.flatnonzero(data.targets == k))[:per_class] for k in range(len(data.classes))]
+    drawn = np.isin(np.arange(len(data)), np.concatenate(rows))
+    return data.subset(np.flatnonzero(drawn)), data.subset(np.flatnonzero(~drawn))
 
 
 def main() -> None:
     args = parser(__doc__)
     args.set_defaults(threads=1)
-    args.add_argument("--per-class", nargs="+", type=int, default=[20, 50], help="training images (20 50)")
-    args.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="at most ten (0 1 2 3 4)")
-    args.add_argument("--flow", nargs="*", type=int, default=[20], help="of --per-class: with a flow, too (20)")
-    args.add_argument("--steps", type=int, default=STEPS, help="of each training (%(default)s)")
+    args.add_argument("--seeds", nargs="+", type=int, default=[*range(6)], help="two to ten below 100 (0 to 5)")
     args = args.parse_args()
     torch.set_num_threads(args.threads)
     folder = find_images(NAME, "imagenette128", "imagenette128")
     train, test = (open_data(folder, split, image_size=SIZE, channels=3, progress=False) for split in ("train", "val"))
-    path = args.out / f"{NAME}.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    tables: list[dict[str, Any]] = []
+    held, pool = few(train, HELD, TUNING)
+    ranks = {"pixels": PER_CLASS - 1, "pooled": (PER_CLASS - 1) * len(train.classes)}  # all modes that there are
+    models = {kind: partial(GLEM.fit, rank=rank, progress=False) for kind, rank in ranks.items()}
+    path, processor = args.out / f"{NAME}.json", machine()["processor"]
+    cells: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
 
-    def accuracy(comparison: Comparison, stack: Stack, images: ImageData, judged: ImageData, **known: Any) -> float:
-        known |= {"stack": stack.name, "kind": stack.kind, "steps": args.steps}
-        for row in rows:
-            if known.items() <= row.items():
-                return float(row["value"])
-        rows.append(known | {"value": comparison.accuracy(stack, images, judged, known["seed"])})
-        write_json(path, rows)
-        print(*rows[-1].values(), flush=True)
-        return float(rows[-1]["value"])
+    def accuracies(seed: int, stacks: list[Stack]) -> dict[Stack, float]:
+        """Percent for each stack, on the test images, or with the seed of the choice on the held-out images."""
+        images, judged, found = few(pool, PER_CLASS, seed)[0], held if seed == TUNING else test, {}
+        comparison = Comparison(models, STEPS, copies=COPIES)
+        for stack in stacks:
+            known = {"seed": seed, "stack": stack.name}
+            cell = next((cell for cell in cells if known.items() <= cell.items()), None)
+            if cell is None:
+                if not comparison.has_moved(stack, images):
+                    comparison.moved(stack, images)  # in float32
+                # A cache of the weights in bfloat16 would last for the whole block, and hide all steps.
+                with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                    value = comparison.accuracy(stack, images, judged, seed)
+                cell = known | {"value": value, "processor": processor}
+                cells.append(cell)
+                write_json(path, {"cells": cells})
+                print(*cell.values(), flush=True)
+            found[stack] = cell["value"]
+        return found
 
-    for per_class in args.per_class:
-        measured: dict[Stack, list[float]] = {}
-        own = few(train, per_class, 0)
-        models = models_for(own, "taef2", None) | ({"flow": trained_flow} if per_class in args.flow else {})
-        stacks = [PLAIN, *OTHERS, *(stack for kind in models for stack in moves(kind, SHOWN[kind], TRIED))]
-        held = few(train, 100, 0, first=per_class)
-        comparison = Comparison(models, args.steps)
-        tuned = {
-            s: accuracy(comparison, s, own, held, metric="validation", per_class=per_class, seed=0) for s in stacks
-        }
-        kinds = dict.fromkeys(stack.kind for stack in stacks)
-        chosen = [max((s for s in stacks if s.kind == kind), key=lambda s: tuned[s]) for kind in kinds]
-        for seed in args.seeds:
-            images = few(train, per_class, seed)
-            comparison = Comparison(models, args.steps)
-            for stack in chosen:
-                value = accuracy(comparison, stack, images, test, metric="test", per_class=per_class, seed=seed)
-                measured.setdefault(stack, []).append(value)
-        lines = report(measured)  # in the order of `chosen`: crop + flip and the best other stack come first
-        strongest = max(lines[:2], key=lambda line: line["mean"])
-        for line in lines:
-            over = difference(line, strongest) if line is not strongest else (None, None)
-            tables.append(
-                {
-                    "images per class": per_class, "stack": line["name"], "seeds": len(line["accuracies"]),
-                    "accuracy": line["mean"], "+/-": line["interval"], "over crop + flip": line["gain"],
-                    "+/- (1)": line["gain_interval"], "over the best other stack": over[0], "+/- (2)": over[1],
-                }
-            )  # fmt: skip
-    write_results(args.out, NAME, "Few photographs per class (Imagenette, 64 pixels)", tables, record=rows)
+    def best(tried: list[Stack]) -> Stack:
+        values = accuracies(TUNING, tried)
+        return max(tried, key=lambda stack: values[stack])
+
+    strongest = best([PLAIN, *OTHERS])
+    ours = [best([on(base, policy) for policy in TRIED]) for base in (PLAIN, strongest)]
+    roles = {
+        "crop + flip": PLAIN, "best other stack": strongest, "moves on crop + flip": ours[0],
+        "moves on the best other stack": ours[1], "fixed moves": on(strongest, Adversarial(0.25)),
+        "class noise": on(PLAIN, Noise(0.5)), "pooled noise": POOLED, "smooth noise": SMOOTH, "ColorJitter": JITTERED,
+    }  # fmt: skip
+    stacks = list(dict.fromkeys(roles.values()))
+    measured = [accuracies(seed, stacks) for seed in args.seeds]
+    lines = dict(zip(stacks, report({s: [values[s] for values in measured] for s in stacks}), strict=True))
+    rows, differences = [], []
+    for stack, line in lines.items():
+        over, half = difference(line, lines[strongest])
+        what = "; ".join(role for role in roles if roles[role] == stack)
+        rows.append(
+            {
+                "what": what, "stack": stack.name, "seeds": len(measured), "accuracy": line["mean"],
+                "+/-": line["interval"], "over crop + flip": line["gain"], "+/- (1)": line["gain_interval"],
+                "over the best other stack": over, "+/- (2)": half,
+            }
+        )  # fmt: skip
+    for one, two in (
+        ("class noise", "pooled noise"), ("class noise", "smooth noise"), ("class noise", "ColorJitter"),
+        ("moves on crop + flip", "ColorJitter"), ("moves on the best other stack", "ColorJitter"),
+    ):  # fmt: skip
+        points, half = difference(lines[roles[one]], lines[roles[two]])
+        differences.append({"difference": f"{one} over {two}", "points": points, "+/-": half, "seeds": len(measured)})
+    whole = [cell for cell in cells if cell["seed"] in (TUNING, *args.seeds)]  # a run that was stopped has more
+    write_results(
+        args.out, NAME, "Few photographs per class (Imagenette, 64 pixels)", rows, {"Differences": differences},
+        record={"rows": rows, "differences": differences, "cells": whole},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ class Stack:
     Attributes:
         name: for people.
         kind: "plain", "ordinary", "jitter", "pixels", "autoencoder" or "flow": stacks compete within a kind.
-        image: names of torchvision v2 transforms of single images. batch: "MixUp", "CutMix" or "".
+        image: names of torchvision v2 transforms of single images; "RandAugment 5" has magnitude 5.
+        batch: "MixUp", "CutMix" or "".
         policy: of `GLEMAugment`, which moves half of the images; None: none.
         jitter: magnitude of ColorJitter: of brightness, contrast and saturation; a quarter of it for hue. 0: none.
     """

@@ -15,6 +15,7 @@ from glem_augment.augment.transform import GLEMAugment
 from glem_augment.codec.pixel_range import to_uint8
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.evaluation.classifier import MEAN, STD, fit_network, new_network, normalised
+from glem_augment.evaluation.jitter import color_jitter
 from glem_augment.evaluation.stacks import Stack
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.glem import GLEM
@@ -78,13 +79,11 @@ class Comparison:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             state = torch.get_rng_state()
-        jitter = [v2.ColorJitter(*3 * [stack.jitter], stack.jitter / 4)] if stack.jitter else []
         each = v2.Compose(
             [
                 v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True),
                 v2.RandomHorizontalFlip(),
-                *jitter,
-                *(getattr(v2, name)() for name in stack.image),
+                *(_operation(*text.split()) for text in stack.image),
             ]
         )
         mix = getattr(v2, stack.batch)(num_classes=len(train.classes)) if stack.batch else None
@@ -102,6 +101,7 @@ class Comparison:
                     images = aug(images, y[rows])[0]
                 with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
                     torch.set_rng_state(state)
+                    images = color_jitter(images, stack.jitter) if stack.jitter else images
                     images = normalised(torch.stack([each(image) for image in images]))
                     labels: Tensor = y[rows]
                     if mix is not None:
@@ -143,6 +143,12 @@ class Comparison:
         if key not in self._fitted:
             self._fitted[key] = self.models[kind](train)
         return self._fitted[key]
+
+
+def _operation(name: str, magnitude: str | None = None) -> Callable[[Tensor], Tensor]:
+    """torchvision's transform of this name."""
+    made: Callable[[Tensor], Tensor] = getattr(v2, name)(**{} if magnitude is None else {"magnitude": int(magnitude)})
+    return made
 
 
 def models_for(train: ImageData, autoencoder: str | None, flow: GLEM | None) -> dict[str, Callable[[ImageData], GLEM]]:
