@@ -37,6 +37,7 @@ from benchmarks.proof.augmentation.plan import IDENTITY, Store
 from benchmarks.proof.augmentation.report import markdown as augmentation_lines
 from benchmarks.proof.augmentation.report import paired_gain, results_of, signed
 from benchmarks.proof.augmentation.settings import SETTINGS
+from benchmarks.proof.photographs import TUNING
 from benchmarks.proof.private import report as private_page
 from benchmarks.proof.private import summary as private_rows
 from benchmarks.proof.private_opponents import report as opponents_page
@@ -65,7 +66,7 @@ KEYS = {
     "latent_flows": "numbers,flow,rate,steps",
     "long_tails": "setting,source,fill,stack,seed",
     "no_network": "setting,method,seed",
-    "photographs": "metric,per_class,stack,steps,seed",
+    "photographs": "stack,seed",
     "pretrained": "setting,views,seed",
     "private": "data,method,judged,epsilon,delta,cells asked,temperature,seed",
     "private_opponents": "data,method,epsilon,delta,judged,trial,seed",
@@ -205,8 +206,12 @@ def photographs() -> Named:
         yield f"photographs: {row['difference']}", gain.text(sign=True)
     head = "what | stack | test accuracy | over crop + flip | over the best other stack | seeds"
     yield "photographs", table(head, lines)
-    for kind, name in (("ordinary", "other stacks"), ("pixels", "moves of a kind")):
-        yield f"photographs: {name}", in_words({row["stack"] for row in judged if row["kind"] == kind})
+    judged = {row["stack"] for row in found["cells"] if row["seed"] == TUNING} - {"crop + flip"}
+    ours = {name for name in judged if "modes" in name}
+    yield from (
+        ("photographs: other stacks", in_words(judged - ours)),
+        ("photographs: trials of moves", in_words(ours)),
+    )
 
 
 def latents() -> Named:

@@ -81,8 +81,8 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"docs/synthetic.md has other names .* in another order",
     ),
     "a count in words": (
-        lambda root: edit(root / "docs/photographs.md", "-->ten<!--", "-->twenty<!--"),
-        r"docs/photographs.md differs from the stored results: run `make numbers`",
+        lambda root: edit(root / "docs/numbers.md", "-->five<!--", "-->nine<!--"),
+        r"docs/numbers.md differs from the stored results: run `make numbers`",
     ),
     "a table in README": (
         lambda root: edit(root / "README.md", r"\| mean of all .*", "| mean of all | +9.9 |"),
