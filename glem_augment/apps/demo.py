@@ -52,7 +52,7 @@ class Size:
     round_trip: int = 100  # of these
     epsilon: float = 10.0  # of the private model
     seeds: int = 3  # networks for each kind of training images
-    few_seeds: int = 5  # networks with moves and without, each pair on other images
+    few_seeds: int = 3  # networks with moves and without, each pair on other images
     steps: int = 120  # of each training
     few_steps: int = 150  # of each training on few images; training images beside these few chose it over 120
 
