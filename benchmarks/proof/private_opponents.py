@@ -1,6 +1,6 @@
 """What a user would pick in place of a private set: a classifier that is trained privately on the real images.
 
-    pip install opacus
+    pip install '.[opponents]'
     GLEM_DATA=... python benchmarks/proof/private_opponents.py --data fashion-mnist cifar10 --epsilon 1 10 --seeds 0 1 2
 
 Each method makes one classifier with the promise (epsilon, delta). Nothing else may be made from the images afterwards,
