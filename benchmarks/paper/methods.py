@@ -1,7 +1,7 @@
 """Methods by name, for `research.py`: the paper's, its ablations and baselines, related ones, and the library's.
 
-Settings are those of `TrainConfig` and of `Research`. No method sets the flow's size, the epochs, the batch size or the
-learning rate. docs/reproduction.md has a sentence about each.
+Settings are the fields of `TrainConfig` and `Research`. No method sets the flow's size, the epochs, the batch size
+or the learning rate. docs/reproduction.md has a sentence about each.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ def summary(rows: list[dict[str, Any]], validation: bool) -> list[dict[str, Any]
 
 
 def commands(rows: list[dict[str, Any]], epochs: str | None = None) -> list[str]:
-    """The commands that measure the rows, or those with this `epochs=`: one for each data set and equal seeds."""
+    """The commands that measure the rows, or the rows with this `epochs=`: one for each data set and equal seeds."""
     measured: dict[tuple[str, str], dict[str, set[int]]] = {}
     for row in rows:
         if row["metric"].endswith("CNN-A") and epochs in (None, as_long(row["setting"])):

@@ -1,4 +1,4 @@
-"""Principal modes of every class's latents, and moves along them (principal-mode mixup, RFCM).
+"""Principal modes of every class's latents, along which images are moved (principal-mode mixup, RFCM).
 
 The covariance of a class of n images in d dimensions has at most rank n - 1. As a rule n < d. No d x d matrix is
 needed: a class is its mean, its k strongest modes with their standard deviations, and the remaining variance per

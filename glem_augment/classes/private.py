@@ -1,4 +1,4 @@
-"""Classes from private images: releases of noisy sums, and Gaussians fitted to the releases alone.
+"""Classes from private images: Gaussians fitted to releases of noisy sums alone.
 
 Latents z are in public coordinates (`flows.stationary`) with public variances, the prior. Of the promise's mu^2,
 

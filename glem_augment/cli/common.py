@@ -1,4 +1,4 @@
-"""Shared by the commands: the parser, arguments and their types, the opening of models and data, and output.
+"""Parts of the commands that several of them share.
 
 At its top this imports no torch, so that `--help` answers at once.
 """

@@ -1,4 +1,4 @@
-"""Codecs between images and the numbers that a flow models: pixel levels, autoencoders, and resizing."""
+"""Codecs between images and the numbers that a flow models."""
 
 from glem_augment.codec.autoencoder import Autoencoder
 from glem_augment.codec.codec import Codec, to_unit

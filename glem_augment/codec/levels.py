@@ -1,4 +1,4 @@
-"""The codecs of a flow on pixels: levels of integers, with uniform dequantisation noise, and values of floats."""
+"""The codecs of pixels: integers become levels with dequantisation noise, floats stay as they are."""
 
 from __future__ import annotations
 

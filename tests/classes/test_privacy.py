@@ -376,7 +376,7 @@ def test_wrong_settings_are_refused(chosen: dict[str, Any], words: str) -> None:
         PrivateSums(**{"num_classes": 2, "dim": 3, "clip": 1.0, "privacy": Privacy(1), **chosen})
 
 
-# ---- what is stored --------------------------------------------------------------------------------------------------
+# ---- stored numbers --------------------------------------------------------------------------------------------------
 
 
 def test_releases_are_described_and_may_not_spend_more_than_their_promise() -> None:
