@@ -51,7 +51,7 @@ class Objective:
     m_rounds: int = 1
 
     def settings(self) -> dict[str, Any]:
-        """Settings beside `TrainConfig`, or in place of its settings, as JSON; a resumed run must have the same."""
+        """Settings beside `TrainConfig`, or in place of them, as JSON; a resumed run must have the same."""
         return {}
 
     def weights(self, progress: Progress) -> dict[str, float]:
@@ -59,7 +59,7 @@ class Objective:
         return {}
 
     def m_epochs(self, epochs: int) -> int:
-        """How many of the epochs, from the first on, have M-steps. They train the flow on D_nf, the rest on all images."""
+        """How many of the epochs, from the first on, have M-steps. They train the flow on D_nf, the rest on all."""
         return 0
 
     @torch.no_grad()
