@@ -141,8 +141,8 @@ def refuses_mixtures(device: torch.device) -> None:
 
 
 POLICIES: list[dict[str, Any]] = [
-    {"policy": Mixup()}, {"policy": Mixup(partner="any")}, {"policy": Mixup(basis="shared")},
-    {"policy": Noise()}, {"policy": Adversarial()}, {"policy": Noise(), "class_map": [0, None, 1]},
+    {"policy": Mixup()}, {"policy": Mixup(partner="any")}, {"policy": Noise()}, {"policy": Adversarial()},
+    {"policy": Noise(), "class_map": [0, None, 1]},
 ]  # fmt: skip
 
 

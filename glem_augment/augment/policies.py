@@ -36,7 +36,6 @@ from glem_augment.model.glem import GLEM
 from glem_augment.tensors import evaluating, frozen, send
 
 Partner = Literal["same", "any"]
-BasisName = Literal["class", "shared"]
 Labels = Literal["auto", "hard", "mix"]
 HALF_SCALE = 1024.0  # float16 gradients of a loss of order 1 underflow; only their direction matters
 
@@ -158,12 +157,10 @@ class Batch:
     images: Callable[[Tensor], Tensor]
     classifier: Classifier | None
 
-    def basis(self, kind: str) -> Basis:
-        """The top modes: of each row's "class", or of its part that is nearest to z; or "shared" by all classes."""
+    def basis(self) -> Basis:
+        """The top modes of each row's class, or of its part that is nearest to z."""
         modes, k = self.model.modes, self.selected.modes
         assert modes is not None
-        if kind == "shared":
-            return Basis(modes.shared_directions[None, :k], modes.shared_scales[None, :k], torch.zeros_like(self.cls))
         return Basis(
             modes.directions[:, :k], modes.scales[:, :k], modes.covariance_rows(modes.rows_of(self.cls, self.z))
         )
@@ -243,19 +240,15 @@ class Mixup(Policy):
     Args:
         alpha: float, the parameter of the Beta distribution of `keep`, the image's share along the modes.
         partner: "same": another row of the same data class, or else a draw from the class's RFCM. "any": any other row.
-        basis: "class" (the modes of the image's class) or "shared" (modes of the pooled within-class covariance).
         labels: "hard": unchanged. "mix": soft, weighted by the fraction of the move that the modes keep. "auto": "mix"
             where the label may change (partner "any", or soft labels), else "hard".
     """
 
-    def __init__(
-        self, alpha: float = 1.0, partner: Partner = "same", basis: BasisName = "class", labels: Labels = "auto"
-    ) -> None:
+    def __init__(self, alpha: float = 1.0, partner: Partner = "same", labels: Labels = "auto") -> None:
         check_choice("partner", partner, get_args(Partner))
-        check_choice("basis", basis, get_args(BasisName))
         check_choice("labels", labels, get_args(Labels))
         self.alpha = check_number("alpha", alpha, 0.0, math.inf, open_low=True)
-        self.partner, self.basis, self.labels = partner, basis, labels
+        self.partner, self.labels = partner, labels
 
     def softens(self, soft_in: bool) -> bool:
         return self.labels == "mix" or (self.labels == "auto" and (self.partner == "any" or soft_in))
@@ -286,7 +279,7 @@ class Mixup(Policy):
         return {"partner": partner, "partner_cls": partner_cls, "keep": keep, "seeds": seeds}
 
     def move(self, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
-        basis, keep = batch.basis(self.basis), batch.drawn["keep"]
+        basis, keep = batch.basis(), batch.drawn["keep"]
         moved, along = mix_along_modes(batch.z, _partners(batch), keep, basis.cls, basis.directions)
         if batch.soft is None:
             return moved
@@ -302,35 +295,36 @@ class Noise(Policy):
 
     Args:
         strength: float, in standard deviations of the modes.
-        basis: "class" (the modes of the image's class) or "shared" (modes of the pooled within-class covariance).
     """
 
-    def __init__(self, strength: float = 0.5, basis: BasisName = "class") -> None:
-        check_choice("basis", basis, get_args(BasisName))
-        self.strength, self.basis = check_number("strength", strength, 0.0, math.inf), basis
+    def __init__(self, strength: float = 0.5) -> None:
+        self.strength = check_number("strength", strength, 0.0, math.inf)
 
     def draw(self, selected: Selected, generator: torch.Generator) -> dict[str, Tensor]:
         """`eps` float32 [n, k], standard normal: the coefficients of k modes."""
         return {"eps": _normal(len(selected.rows), selected.modes, generator)}
 
     def move(self, batch: Batch) -> Tensor:
-        return batch.z + batch.basis(self.basis).along(self.strength * batch.drawn["eps"])
+        return batch.z + batch.basis().along(self.strength * batch.drawn["eps"])
 
 
 class Adversarial(Noise):
     """Noise along the modes, and a step up the loss of the classifier from `GLEMAugment.attach`.
 
-    It gained most in our measurements. Arguments as in `Noise`; `strength` is 0.25 by default.
+    It gained most in our measurements.
+
+    Args:
+        strength: float, in standard deviations of the modes.
     """
 
     wants_classifier = True
 
-    def __init__(self, strength: float = 0.25, basis: BasisName = "class") -> None:
-        super().__init__(strength, basis)
+    def __init__(self, strength: float = 0.25) -> None:
+        super().__init__(strength)
 
     def move(self, batch: Batch) -> Tensor:
         """Rows whose gradient is zero or not finite are moved by the noise alone."""
-        basis, start = batch.basis(self.basis), self.strength * batch.drawn["eps"]
+        basis, start = batch.basis(), self.strength * batch.drawn["eps"]
         gradient = batch.loss_gradient(lambda c: batch.z + basis.along(c), start)
         norm = gradient.norm(dim=1, keepdim=True)
         modes = (basis.scales[basis.cls] > 0).sum(dim=1, keepdim=True)

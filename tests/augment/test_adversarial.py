@@ -25,8 +25,7 @@ def model() -> GLEM:
 
 
 def make(model: GLEM, kind: type[Noise] = Adversarial, strength: float = 0.5, **settings: Any) -> GLEMAugment:
-    basis = settings.pop("basis", "class")
-    return GLEMAugment(model, kind(strength, basis), **{"p": 1.0, "modes": 8, "seed": 0, **settings})
+    return GLEMAugment(model, kind(strength), **{"p": 1.0, "modes": 8, "seed": 0, **settings})
 
 
 def network(channels: int = 3, classes: int = 4) -> nn.Sequential:
@@ -59,12 +58,11 @@ def assert_unchanged(net: nn.Module, before: list[Any]) -> None:
         assert torch.equal(now, then) if isinstance(then, Tensor) else now == then
 
 
-@pytest.mark.parametrize("basis", ["class", "shared"])
-def test_the_step_is_the_gradient_of_the_loss_in_the_coefficients(model: GLEM, basis: str) -> None:
+def test_the_step_is_the_gradient_of_the_loss_in_the_coefficients(model: GLEM) -> None:
     exact = copy.deepcopy(model).double()
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).double()
     x, y, t, k = images(6).double() / 255, labels(6), 0.3, 12
-    aug = make(exact, p=0.7, strength=t, modes=k, basis=basis).attach(net)
+    aug = make(exact, p=0.7, strength=t, modes=k).attach(net)
     params = aug.draw(x, y)
     assert torch.equal(params.drawn["eps"], make(exact, Noise, p=0.7, modes=k).draw(x, y).drawn["eps"])
     out, target = aug.replay(x, y, params)
@@ -72,8 +70,7 @@ def test_the_step_is_the_gradient_of_the_loss_in_the_coefficients(model: GLEM, b
     weight, bias = net[1].weight, net[1].bias
     assert 4 <= len(params.rows) < 6
     for i, eps in zip(params.rows.tolist(), params.drawn["eps"], strict=True):
-        m = exact.modes
-        v, s = (m.shared_directions, m.shared_scales) if basis == "shared" else (m.directions[y[i]], m.scales[y[i]])
+        v, s = exact.modes.directions[y[i]], exact.modes.scales[y[i]]
         rows = s[:k, None] * v[:k]  # [k, d]
         start = t * eps.double()
         # Linear classifier: dL/dx = W^T (softmax - onehot), in closed form, and z is x but for a constant factor.

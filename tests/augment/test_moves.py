@@ -14,36 +14,29 @@ from glem_augment import GLEM, GLEMAugment, Mixup, Noise, Policy
 from glem_augment.augment.state import InverseTest
 
 
-def modes_of(model: GLEM, basis: str, cls: int) -> tuple[Tensor, Tensor]:
-    m = model.modes
-    return (m.shared_directions, m.shared_scales) if basis == "shared" else (m.directions[cls], m.scales[cls])
-
-
-@pytest.mark.parametrize("basis", ["class", "shared"])
 @pytest.mark.parametrize(("partner", "modes"), [("same", 64), ("same", 5), ("any", 5)])
-def test_mixup_is_interpolation_along_the_modes(model: GLEM, basis: str, partner: str, modes: int) -> None:
+def test_mixup_is_interpolation_along_the_modes(model: GLEM, partner: str, modes: int) -> None:
     x, y = images(12).double() / 255, labels(12)
     exact = copy.deepcopy(model).double()
-    aug = GLEMAugment(exact, Mixup(partner=partner, basis=basis), p=1.0, modes=modes, seed=0)
+    aug = GLEMAugment(exact, Mixup(partner=partner), p=1.0, modes=modes, seed=0)
     params = aug.draw(x, y)
     out, _ = aug.replay(x, y, params)
     z, keep, partners = exact.encode(x)[0], params.drawn["keep"], params.drawn["partner"]
     for i in range(12):
-        v = modes_of(exact, basis, y[i])[0][:modes]
+        v = exact.modes.directions[y[i]][:modes]
         moved = z[i] + (1 - keep[i]) * (v.T @ (v @ (z[partners[i]] - z[i])))
         assert torch.allclose(out[i], exact.decode(moved[None])[0], atol=1e-6)
         if modes == 64:  # all directions: plain interpolation of the latents
             assert torch.allclose(moved, keep[i] * z[i] + (1 - keep[i]) * z[partners[i]], atol=1e-6)
 
 
-@pytest.mark.parametrize("basis", ["class", "shared"])
-def test_noise_has_strength_standard_deviations_along_each_mode(model: GLEM, basis: str) -> None:
+def test_noise_has_strength_standard_deviations_along_each_mode(model: GLEM) -> None:
     n, strength = 6000, 0.2
     x, y = (images(1) / 255).expand(n, -1, -1, -1), torch.full((n,), 1)
-    aug = GLEMAugment(model, Noise(strength, basis), p=1.0, modes=6, seed=0)
+    aug = GLEMAugment(model, Noise(strength), p=1.0, modes=6, seed=0)
     params = aug.draw(x, y)
     moved = model.encode(aug.replay(x, y, params)[0])[0] - model.encode(x)[0]
-    v, s = modes_of(model, basis, 1)
+    v, s = model.modes.directions[1], model.modes.scales[1]
     c, eps = moved @ v.T, params.drawn["eps"]
     assert torch.allclose(c[:, :6], strength * s[:6] * eps, atol=1e-5) and c[:, 6:].abs().max() < 1e-5
     assert torch.allclose(eps.std(0), torch.ones(6), rtol=0.06) and eps.mean(0).abs().max() < 0.07

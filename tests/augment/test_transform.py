@@ -19,11 +19,7 @@ from walk import files_passed
 
 from glem_augment import GLEM, Adversarial, GLEMAugment, Mixup, Noise, Policy
 
-ALL: list[Policy] = [
-    policy
-    for basis in ("class", "shared")
-    for policy in (Mixup(basis=basis), Mixup(partner="any", basis=basis), Noise(basis=basis))
-]
+ALL: list[Policy] = [Mixup(), Mixup(partner="any"), Noise()]
 
 
 @pytest.mark.parametrize("kind", ["auto", "mix", "hard"])
@@ -307,7 +303,7 @@ def test_one_warning_where_most_are_lost(
 
 def test_settings_go_through_json(model: GLEM) -> None:
     settings: list[dict[str, Any]] = [
-        {"policy": Noise(0.3, basis="shared"), "p": 0.25, "modes": 7},
+        {"policy": Noise(0.3), "p": 0.25, "modes": 7},
         {"policy": Mixup(0.4, "any"), "mean": [0.5], "std": [0.25], "seed": -5, "class_map": [0, None, 3]},
         {"policy": Adversarial(np.float64(0.5)), "p": np.float32(0.5), "modes": np.int64(8), "seed": np.int32(4)},
     ]

@@ -180,7 +180,7 @@ class Flows:
             return None
         return f"there is no flow {where}: python benchmarks/proof/augmentation/run.py --train-flow {name}"
 
-    def adapted(self, name: str, setting: Setting, seed: int, task: Task) -> GLEM:
+    def adapted(self, name: str, setting: Setting, seed: int, task: Task, pooled: bool = False) -> GLEM:
         """The flow with the Gaussians and modes of the task's labelled images alone."""
         side = setting.flow_size or setting.size
         if name in ("identity", "taef2"):
@@ -195,7 +195,8 @@ class Flows:
         x, y = (
             task.train if base.image_shape[1] == setting.size else make_task(setting, seed, base.image_shape[1]).train
         )
-        return base.adapt((x, y), classes=task.classes, rank=min(64, base.dim), progress=False)
+        classes = None if pooled else task.classes
+        return base.adapt((x, y), classes=classes, rank=min(64, base.dim), pooled=pooled, progress=False)
 
     def _train_own(self, out: Path, setting: Setting, task: Task) -> None:
         data = ImageData.from_tensors(*task.train, task.classes, name=setting.name)

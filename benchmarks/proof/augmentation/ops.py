@@ -93,7 +93,7 @@ class Stack:
 
     Args:
         components: (method, parameters), see `METHODS`; the parameters of flow-based methods name the "flow".
-        flows: returns the adapted flow of a name.
+        flows: returns the adapted model of a flow's name, pooled or not.
         network: the classifier, from floats in [0, 1] to logits; adversarial methods use its gradient.
         count, num_classes: of the training images.
     """
@@ -101,7 +101,7 @@ class Stack:
     def __init__(
         self,
         components: list[Component],
-        flows: Callable[[str], GLEM],
+        flows: Callable[[str, bool], GLEM],
         network: nn.Module,
         count: int,
         num_classes: int,
@@ -114,8 +114,8 @@ class Stack:
         self.then: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
         for name, params in components:
             if METHODS[name].flow:
-                settings = {key: value for key, value in params.items() if key not in ("flow", "p")}
-                model = RememberingGLEM.of(flows(params["flow"]))
+                settings = {key: value for key, value in params.items() if key not in ("flow", "p", "basis")}
+                model = RememberingGLEM.of(flows(params["flow"], params.get("basis") == "shared"))
                 self.first.append(self._through_flow(name, settings, model, params["p"], count, seed))
             elif name not in ("none", "natural"):  # "natural" changes only the order of the images
                 self.then[name] = self._on_pixels(name, params)
@@ -143,7 +143,8 @@ class Stack:
             return Reused(self._latent_noise(model, params["strength"]), p, count)
         assert model.modes is not None
         policy = as_policy({"name" if key == "policy" else key: value for key, value in params.items()})
-        aug = GLEMAugment(model, policy, p=1.0, modes=min(64, model.modes.rank), seed=seed)
+        classes = [0] * self.num_classes if model.num_classes == 1 else None
+        aug = GLEMAugment(model, policy, p=1.0, modes=min(64, model.modes.rank), class_map=classes, seed=seed)
         if policy.wants_classifier:
             aug.attach(self.network)
         # All rows may be partners; only rows of the mask are decoded.

@@ -63,7 +63,7 @@ class Study:
         self.flows = Flows(args.flows)
         self._key: tuple[str, int] | None = None
         self._task: Task | None = None
-        self._adapted: dict[str, GLEM] = {}
+        self._adapted: dict[tuple[str, bool], GLEM] = {}
         self._machine = machine()
 
     def task(self, cell: Cell) -> Task:
@@ -72,11 +72,11 @@ class Study:
             self._key, self._task, self._adapted = key, make_task(cell.setting, cell.seed), {}
         return self._task
 
-    def flow(self, name: str, cell: Cell) -> GLEM:
+    def flow(self, name: str, pooled: bool, cell: Cell) -> GLEM:
         task = self.task(cell)
-        if name not in self._adapted:
-            self._adapted[name] = self.flows.adapted(name, cell.setting, cell.seed, task)
-        return self._adapted[name]
+        if (name, pooled) not in self._adapted:
+            self._adapted[name, pooled] = self.flows.adapted(name, cell.setting, cell.seed, task, pooled)
+        return self._adapted[name, pooled]
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Train and measure; returns the row."""
@@ -84,11 +84,12 @@ class Study:
         task, setting = self.task(cell), cell.setting
         for _, params in cell.stack:  # adapting is not part of a step
             if "flow" in params:
-                self.flow(params["flow"], cell)
+                self.flow(params["flow"], params.get("basis") == "shared", cell)
         steps = setting.steps[cell.classifier]
         network, measured = train(
-            cell.classifier, task.train, len(task.classes), list(cell.stack), lambda name: self.flow(name, cell), steps,
-            setting.batch, cell.seed, self.args.precision == "bf16",
+            cell.classifier, task.train, len(task.classes), list(cell.stack),
+            lambda name, pooled: self.flow(name, pooled, cell), steps, setting.batch, cell.seed,
+            self.args.precision == "bf16",
         )  # fmt: skip
         part, name = (task.test, "accuracy") if cell.stage == "final" else (task.val, "val_accuracy")
         return {

@@ -80,7 +80,7 @@ def train(
     images: tuple[Tensor, Tensor],
     num_classes: int,
     components: list[Component],
-    flows: Callable[[str], GLEM],
+    flows: Callable[[str, bool], GLEM],
     steps: int,
     batch: int,
     seed: int,
