@@ -20,6 +20,7 @@ options:
     best=       draw so many times as many samples, and keep the best by the oracle, a classifier of the real images
     labels=     "posterior": of the flow, "oracle": of that classifier, both soft
     x=          so many times 20,000 images, each of them shown less often
+    images=     of "real": so many images, equally many of each class, for as many steps
     epochs=     of 20,000 images each, 8 by default; of "real", too; the last option
 
 "taef2: reconstructions" has the real images, encoded and decoded: the upper limit for samples.
@@ -164,7 +165,11 @@ class Images:
         judged = self.val if search else self.test
         real = labelled(self.fit if search else self.train)
         setting, _, epochs = setting.partition("epochs=")
-        x, y = real if method == "real" else self.samples(method, setting.strip(), seed)
+        count = int(setting.partition("images=")[2] or 0)
+        if method == "real":
+            x, y = some(*real, count, seed) if count else real
+        else:
+            x, y = self.samples(method, setting.strip(), seed)
         found = self.classifier(x, y, seed, int(epochs or EPOCHS))
         accuracy = found.accuracy(*labelled(judged))
         result = {"validation CNN-A" if search else "CNN-A": 100 * accuracy}
@@ -184,6 +189,13 @@ class Images:
 
 def labelled(images: ImageData) -> tuple[Tensor, Tensor]:
     return images.tensor(), torch.from_numpy(images.targets)
+
+
+def some(x: Tensor, y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random images, equally many of each class."""
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.cat([own[torch.randperm(len(own), generator=g)[: count // 10]] for own in rows_of(y)])
+    return x[rows], y[rows]
 
 
 def rows_of(y: Tensor) -> list[Tensor]:

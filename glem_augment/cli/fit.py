@@ -128,8 +128,6 @@ def private_arguments(args: argparse.Namespace, journal: Path) -> dict[str, Any]
     """The arguments of `GLEM.fit` for a private model."""
     from glem_augment.classes.privacy import Privacy
 
-    if args.seed or args.rank != 64 or args.shrinkage != 10.0:
-        raise ValueError("--seed, --rank and --shrinkage have no effect with --epsilon: leave them out")
     if journal.exists():
         common.note(f"glem: {journal} has releases of an interrupted run, which are used: nothing is released twice")
     privacy = Privacy(args.epsilon, args.delta, args.images_per_person)

@@ -307,7 +307,7 @@ class GLEM(ConditionalFlow):
             autoencoder: model its latents, for photographs; see `create`. None: the pixels, or the flow's latents.
             flow: a trained model, or its name: model its flow's latents. Images are converted to its size.
             privacy: make the model differentially private, so that it and its samples can be shared; see
-                `classes.privacy` and docs/privacy.md. It has all modes, and ignores rank, shrinkage and seed.
+                `classes.privacy` and docs/privacy.md. It has all modes, and noise without a seed.
             public: public images like `data`, for a private model's coordinates. None: the autoencoder's coordinates.
             journal: a file for the releases of a private model: an interrupted call goes on from it. Remove it with the
                 model saved.
@@ -327,8 +327,9 @@ class GLEM(ConditionalFlow):
         images = cls.images_to_fit(data, flow, **reading)
         if privacy is not None:
             images.pixel_range.need_8_bits("a private model")
-            if flow is not None or max_per_class is not None or pooled:
-                raise ValueError("leave flow, max_per_class and pooled out of a private fit")
+            unused = flow, max_per_class, pooled, rank, shrinkage, seed
+            if unused != (None, None, False, 64, 10.0, 0):
+                raise ValueError("leave flow, max_per_class, pooled, rank, shrinkage and seed out of a private fit")
             images = as_image_data(images, images.image_shape, classes)
             return cls._fit_private(images, autoencoder, privacy, parts, public, journal, device, progress)
         if flow is None:
