@@ -22,6 +22,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,24 @@ def samples() -> Named:
     yield "samples alone", table("data | trained on | setting | test accuracy | of real | seeds", lines)
 
 
+def worth(data: str, accuracy: float) -> str:
+    """How many real images teach as much, from the stored subsets, between which accuracy is linear in log(images)."""
+    found = by_seed(stored("samples_alone"), "data", "method", "setting", "metric")
+    points = [
+        (int(setting.removeprefix("images=")), statistics.mean(values.values()))
+        for (name, method, setting, metric), values in found.items()
+        if (name, method, metric) == (data, "real", "CNN-A") and setting.startswith("images=") and len(values) > 2
+    ]
+    points.sort()
+    if not points or accuracy > points[-1][1]:
+        return f"over {points[-1][0]:,}" if points else ""
+    if accuracy < points[0][1]:
+        return f"under {points[0][0]:,}"
+    (n, low), (m, high) = next(pair for pair in pairwise(points) if pair[1][1] >= accuracy)
+    images = n * (m / n) ** ((accuracy - low) / (high - low))
+    return f"{round(images, 1 - len(str(int(images)))):,.0f}"  # one digit: the subsets are few
+
+
 def private() -> Named:
     """Classifiers trained on samples of private models."""
     lines = private_rows(stored("private"))
@@ -177,6 +196,8 @@ def private() -> Named:
         ]
         if own:
             rows.append([shown, *cells, f"{statistics.mean(real[data, 'real', '', 'CNN-A'].values()):.1f}"])
+            count = [worth(data, own[e]["accuracy"]) if e in own else "" for e in columns]
+            rows.append(["worth so many real images", *count, "all"])
     head = " | ".join(["", *(f"ε = {epsilon:g}" for epsilon in columns), "real images"])
     yield "private sets", table(head, rows)
     methods = {"probe": "a linear layer on the latents", "dp-sgd": "a small network with tanh"}
