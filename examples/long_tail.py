@@ -33,7 +33,7 @@ def repeated(data: ImageData) -> ImageData:
 
 
 def rarest_third(trained: np.ndarray, tested: np.ndarray) -> np.ndarray:
-    """Of the tested classes, the third (at least one class) with the fewest training images. Arguments are labels."""
+    """The third of the tested classes (at least one) that has the fewest training images. Arguments are labels."""
     classes = np.unique(tested)
     counts = np.bincount(trained, minlength=classes.max() + 1)
     return classes[np.argsort(counts[classes])[: max(1, len(classes) // 3)]]

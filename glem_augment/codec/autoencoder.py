@@ -175,9 +175,8 @@ def _numbers_of(codec: Codec, image_shape: tuple[int, int, int]) -> tuple[int, i
             with torch.no_grad():
                 x = method(x)
             if tuple(x.shape) != (2, *wanted):
-                raise ValueError(
-                    f"{type(codec).__name__}.{method.__name__} must give {[2, *wanted]} for two images, got {list(x.shape)}"
-                )
+                name = f"{type(codec).__name__}.{method.__name__}"
+                raise ValueError(f"{name} must give {[2, *wanted]} for two images, got {list(x.shape)}")
     return codec.shape
 
 

@@ -1,4 +1,4 @@
-"""Images of any size and range at the size of a model, and a change at that size carried back to them.
+"""Conversion between images of any size and a model of one size.
 
 The image x is resized to the model's size and moved there. The change is resized back and added, which keeps the fine
 detail of x:

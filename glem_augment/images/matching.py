@@ -84,7 +84,7 @@ def match_classes(
         other = owner.setdefault(j, i)
         if other != i:
             raise ClassMismatchError(
-                f"{data.label(other)} and {data.label(i)} of the data are the same class of the model, {model.label(j)}. "
+                f"{data.label(other)} and {data.label(i)} of the data are one class of the model, {model.label(j)}. "
                 f"{fix or 'Give class_map with a different model class for each.'}"
             )
     return np.asarray([found.get(i, -1) for i in range(len(data.ids))], dtype=np.int64)

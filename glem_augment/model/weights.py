@@ -102,7 +102,9 @@ def find_autoencoder(name: str, sha256: str | None = None, **client: Any) -> tup
 def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:
     """The autoencoder that a config names. ModelFileError: it is missing, has changed, or is a user's module."""
     if named["name"] == CUSTOM:
-        raise ModelFileError("this model has a codec or an autoencoder of the user's: in Python, pass it as autoencoder=")
+        raise ModelFileError(
+            "this model has a codec or an autoencoder of the user's: in Python, pass it as autoencoder="
+        )
     return find_autoencoder(named["name"], named["sha256"], **client)[0]
 
 

@@ -65,9 +65,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"docs/train.md has other names .* without 'bundled_cifar10: accuracy'; restore it",
     ),
     "another name": (
-        lambda root: edit(
-            root / "docs/train.md", "number: bundled_cifar10: accuracy", "number: bundled_cifar10: ece"
-        ),
+        lambda root: edit(root / "docs/train.md", "number: bundled_cifar10: accuracy", "number: bundled_cifar10: ece"),
         r"docs/train.md has other names .* new 'bundled_cifar10: ece'",
     ),
     "exchanged names": (
