@@ -52,7 +52,7 @@ def test_class_map() -> None:
     for class_map, message in (
         ({"q": "a"}, "'q'.*the data.*'x', 'b'"),
         ({"x": "q"}, "'q'.*the model.*'a', 'b', 'c'"),
-        ({"x": "b"}, "same class.*'b'"),
+        ({"x": "b"}, "one class of the model, 'b'"),
         ({"x": "a", "X": "c"}, "'x' twice"),
         ("order", "2.*3"),
     ):
