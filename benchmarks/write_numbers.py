@@ -322,9 +322,6 @@ def single_files() -> Named:
     for row in record["rows"]:
         mean = Interval(100 * row["judged as intended"], 100 * row["half the 95 % interval"], 3)
         yield f"bundled_flow: {row['samples']} T={row['temperature']:g}", mean.text()
-    record = stored("trained_flow")["measured"]
-    yield "trained_flow: accuracy", f"{100 * record['accuracy']:.1f}"
-    yield "trained_flow: bits_per_dim", f"{record['bits_per_dim']:.3f}"
     _, *rows = stored("overhead")["rows"]
     share = {
         (row["codec"], row["policy"]): f"{row['% of the step']:.{int(row['% of the step'] < 10)}f}" for row in rows

@@ -113,7 +113,7 @@ def options() -> argparse.Namespace:
     """Defaults, then the config file, then the command line."""
     places = {
         "data": (None, "folder with train/ and val/, required without --smoke"),
-        "flow": (BUNDLED, "a folder, a bundled flow, or org/name on the Hub"),
+        "flow": (BUNDLED, "a folder, a bundled model, or org/name on the Hub"),
         "out": (None, "folder for checkpoints; a run resumes from a checkpoint in it"),
         "device": ("cuda" if torch.cuda.is_available() else "cpu", "of the training"),
     }

@@ -2,7 +2,7 @@
 
     python examples/long_tail.py --data photos/ --flow runs/photos        # photos/{train,test}/<class>/*
 
-The bundled images, or with --imbalance above 1 the images of --data, are made long-tailed first. The bundled flow was
+The bundled images, or with --imbalance above 1 the images of --data, are made long-tailed first. The bundled model was
 trained on all 60,000 training images of Fashion-MNIST, so its gain here proves nothing. With a flow of the long-tailed
 images alone, repetition was better (benchmarks/proof/long_tails.py, docs/evidence.md).
 """
@@ -33,7 +33,7 @@ def repeated(data: ImageData) -> ImageData:
 
 
 def rarest_third(trained: np.ndarray, tested: np.ndarray) -> np.ndarray:
-    """Of the tested classes, the third (at least one class) with the fewest training images. Arguments are labels."""
+    """The third of the tested classes (at least one) that has the fewest training images. Arguments are labels."""
     classes = np.unique(tested)
     counts = np.bincount(trained, minlength=classes.max() + 1)
     return classes[np.argsort(counts[classes])[: max(1, len(classes) // 3)]]
@@ -65,8 +65,8 @@ def main() -> None:
         args.epochs = 3
 
     check_splits(args.data)
-    flow = GLEM.from_pretrained(args.flow)
-    shape = {"image_size": flow.image_shape[1:], "channels": flow.image_shape[0]}
+    model = GLEM.from_pretrained(args.flow)
+    shape = {"image_size": model.image_shape[1:], "channels": model.image_shape[0]}
     tail = open_data(args.data, "train", **shape)
     imbalance = args.imbalance or (20.0 if args.data == BUNDLED else 1.0)
     if imbalance != 1:
@@ -76,14 +76,14 @@ def main() -> None:
     # If the test images lack a class, their labels differ from the training labels.
     label_of = match_classes(tail, test)
     if args.adapt:
-        flow = flow.adapt(tail)
+        model = model.adapt(tail)
 
     synthetic = SyntheticDataset(
-        flow,
+        model,
         per_class="balance",
         real=tail,
         source=args.source,
-        modes=None if flow.modes is None else flow.modes.rank,
+        modes=None if model.modes is None else model.modes.rank,
         temperature=args.temperature,
         seed=args.seed,
         transform=tensors,

@@ -1,4 +1,4 @@
-"""A short tour with the bundled flow and images: classify images, move images, draw a synthetic set.
+"""A short tour with the bundled model and images: classify images, move images, draw a synthetic set.
 
 python examples/quickstart.py
 """

@@ -3,7 +3,7 @@
     python examples/synthetic_only.py --flow runs/photos --data photos/        # photos/{train,test}/<class>/*
     python examples/synthetic_only.py --epsilon 1 --data photos/   # how much does a private set of these images teach?
 
-The bundled flow was trained on Fashion-MNIST's training images, and not on the test images. With --epsilon, a private
+The bundled model was trained on Fashion-MNIST's training images, and not on the test images. With --epsilon, a private
 model is fitted to the training images, and a second classifier is trained on as many real images, for comparison.
 """
 
@@ -31,17 +31,17 @@ def main() -> None:
     check_splits(args.data)
     real = None
     if args.epsilon is None:
-        flow = GLEM.from_pretrained(args.flow)
+        model = GLEM.from_pretrained(args.flow)
     else:
         real = open_data(args.data, "train")
-        flow = GLEM.fit(real, autoencoder="taef2", privacy=Privacy(args.epsilon, 1e-6))
+        model = GLEM.fit(real, autoencoder="taef2", privacy=Privacy(args.epsilon, 1e-6))
     if args.temperature is None:
         args.temperature = 0.9 if real is None else 1.0
-    shape = {"image_size": flow.image_shape[1:], "channels": flow.image_shape[0]}
+    shape = {"image_size": model.image_shape[1:], "channels": model.image_shape[0]}
     if args.adapt:
-        flow = flow.adapt(open_data(args.data, "train", **shape))
+        model = model.adapt(open_data(args.data, "train", **shape))
     data = SyntheticDataset(
-        flow,
+        model,
         per_class=args.per_class,
         source=args.source,
         temperature=args.temperature,
@@ -56,7 +56,7 @@ def main() -> None:
     )
 
     test = open_data(args.data, "test", **shape)
-    label_of = torch.from_numpy(match_classes(flow, test))
+    label_of = torch.from_numpy(match_classes(model, test))
     x, y = test.tensor().float() / 255, label_of[torch.from_numpy(test.targets)]
     right = predictions(net, x) == y
     print(f"accuracy on {len(test)} real test images: {100 * right.float().mean():.1f} %")

@@ -68,11 +68,11 @@ def datasets(root: Path, size: int) -> tuple[ImageFolder, ImageFolder]:
 def run(args: argparse.Namespace, root: Path, device: torch.device) -> None:
     train, val = datasets(root, args.size)
     net = torchvision.models.resnet18(num_classes=len(train.classes)).to(device)
-    flow = GLEM.from_pretrained(args.flow)
-    # Folders are sorted by name, unlike the flow's classes, so classes are matched by name.
-    class_map = match_classes(flow, train, partial=True).tolist()
+    model = GLEM.from_pretrained(args.flow)
+    # Folders are sorted by name, unlike the model's classes, so classes are matched by name.
+    class_map = match_classes(model, train, partial=True).tolist()
     aug = GLEMAugment(
-        flow,
+        model,
         POLICIES[args.policy](**({} if args.strength is None else {"strength": args.strength})),
         p=args.p,
         mean=MEAN,
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace, root: Path, device: torch.device) -> None:
     if aug.policy.wants_classifier:
         aug.attach(net)
 
-    # 1. In the workers: the flow runs on their CPUs.
+    # 1. In the workers: the model runs on their CPUs.
     collate = aug.collate_fn() if args.where == "collate" else default_collate
     loader = DataLoader(
         train, args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers, collate_fn=collate

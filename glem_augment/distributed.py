@@ -1,4 +1,4 @@
-"""Rank, sharding and reductions under torchrun. In a single process the functions do nothing.
+"""Work on several ranks of torchrun. In a single process the functions do nothing.
 
 torch.distributed does the work: gloo between CPUs, nccl between GPUs. All ranks must call `add_up`, `gather` and `wait`
 in the same order.

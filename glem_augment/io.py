@@ -1,4 +1,4 @@
-"""Files and folders: atomic writing, digests, locks, and weights that are validated on load.
+"""Files: written atomically, locked, and validated on load.
 
 A safetensors file is validated in two steps: the header before memory is allocated, then every value.
 """

@@ -137,7 +137,7 @@ def test_no_private_modules_and_no_second_language() -> None:
 
 def test_one_word_for_one_thing() -> None:
     """docs/terms.md has the words; these were used for the same things once."""
-    other = re.compile(r"put[_ ]back|moves_replaced|FlowClasses|to_flow_class|draw_shares")
+    other = re.compile(r"put[_ ]back|moves_replaced|FlowClasses|to_flow|from_flow|measured_flow|draw_shares")
     used = {path.name: other.findall(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
     terms = (PACKAGE.parent / "docs" / "terms.md").read_text(encoding="utf-8")
     assert not {name: found for name, found in used.items() if found}

@@ -85,7 +85,7 @@ class ClassCodes:
             optimizer.step()
         u = w.detach().tanh()
         # Noise of amplitude a in every pixel moves a code by at most a sqrt(pixels), which must stay below half the
-        # spacing. With prototype = 1/2 + scale/2 u, the spacing is scale/2 times that of u.
+        # spacing. With prototype = 1/2 + scale/2 u, the spacing is scale/2 times the spacing of u.
         spacing = float(torch.cdist(u, u)[row, column].min())
         lost = 2.0**-bits
         reach = spacing / (4 * math.sqrt(pixels))
@@ -114,7 +114,7 @@ class ClassCodes:
         return torch.cat([x, self.draw(y, generator)], 2)
 
     def append_random(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Images with codes of uniform pixels, since the class of a test image is unknown.
+        """Images with random codes, of uniform pixels, since the class of a test image is unknown.
 
         The paper measures CEGLEM's NF accuracy on such images (12.8 and 2.0 %).
         """

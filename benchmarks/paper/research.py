@@ -45,7 +45,7 @@ BY_OBJECTIVE: Any = "by objective"
 class Research:
     """Settings in addition to `TrainConfig`, or in place of its objective.
 
-    The E-step's loss is `mean NLL / d + beta * cross-entropy`. The M-step's is the mean NLL, with classes of equal
+    The E-step's loss is `mean NLL / d + beta * cross-entropy`. The M-step's loss is the mean NLL, with classes of equal
     weight, plus the cross-entropy of a hybrid, and with a repulsion:
 
     - "glem" is `training.objective.Repulsion`.

@@ -12,7 +12,7 @@ as in `augmentation/run.py`. All other training images that are not for validati
     mean-teacher   two views by crop + flip, and a mean of the weights as the teacher (Tarvainen & Valpola 2017)
     fixmatch       labels of the weak view for the strong view, RandAugment and RandomErasing (Sohn et al. 2020)
 
-The last two methods get 32 labelled and 64 unlabelled images per step. FixMatch was published with 64 and 448, and a
+The last two methods get 32 labelled and 64 unlabelled images per step. The published FixMatch has 64 and 448, and a
 million steps. Each method runs alone, and with moves along the modes of the pixels before the method's own operations.
 Moves apply to all images with pseudo-labels, to the student's unlabelled views with Mean Teacher, and to the strong
 views with FixMatch. Modes are fitted to the labelled images, and to images with pseudo-labels. An unlabelled image

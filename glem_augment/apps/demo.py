@@ -48,7 +48,7 @@ class Size:
 
     per_class: int = 10  # images of each class in the synthetic set
     images: int = 1000  # of Fashion-MNIST in each split, evenly over the classes; at most 1000
-    measured: int = 500  # test images for the flow
+    measured: int = 500  # test images for the bundled model
     round_trip: int = 100  # of these
     epsilon: float = 10.0  # of the private model
     seeds: int = 3  # networks for each kind of training images
@@ -96,7 +96,7 @@ def make_page(out: Path, quick: bool = False, progress: bool = True) -> None:
         "private": private,
         "moves": moves,
         "synthetic": partial(synthetic, out),
-        "flow": measured_flow,
+        "model": measured_model,
     }
     report: dict[str, Any] = {"quick": quick, "size": vars(size)}
     page = {"quick": "<p class=found>A quick run: the numbers mean little.</p>" if quick else ""}
@@ -196,11 +196,11 @@ def moves(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
     return part, found | {"images_per_class": FEW, "test": len(test), "policy": repr(ADVISED)}
 
 
-def measured_flow(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
-    """The bundled flow as a classifier, and its round trip."""
-    flow, test = GLEM.from_pretrained(FASHION), fashion("test", size)
+def measured_model(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
+    """The bundled model as a classifier, with its round trip."""
+    model, test = GLEM.from_pretrained(FASHION), fashion("test", size)
     test = test.subset(spread(len(test), size.measured))
-    found = evaluate(flow, test, round_trip=size.round_trip, progress=progress)
+    found = evaluate(model, test, round_trip=size.round_trip, progress=progress)
     trip, right = found["round_trip"], found["accuracy"]
     half = 1.96 * math.sqrt(right * (1 - right) / len(test))
     part = Part(

@@ -100,7 +100,7 @@ class Explorer:
         """The images in the model's size and channels, uint8 [n, C, H, W]."""
         for image in images:
             self.pixels.check(image[None])
-        return torch.cat([to_uint8(self.pixels.to_flow(self.pixels.to_floats(image[None]))) for image in images])
+        return torch.cat([to_uint8(self.pixels.to_model(self.pixels.to_floats(image[None]))) for image in images])
 
     @torch.no_grad()
     def move(

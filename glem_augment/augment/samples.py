@@ -1,4 +1,4 @@
-"""Samples and batches of any structure, augmented in place of their images and labels."""
+"""Augmentation of a tuple, a dict or any other structure that holds images and labels."""
 
 from __future__ import annotations
 

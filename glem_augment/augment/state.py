@@ -49,7 +49,7 @@ class WorkerCounts:
         return np.trim_zeros(self.rows.numpy(), "b").tolist()
 
     def restore(self, counts: Sequence[int]) -> None:
-        """Set the rows that `trimmed` gave."""
+        """Set the rows to `counts`, a result of `trimmed`."""
         self.rows.zero_()
         self.rows[: len(counts)] = torch.tensor(counts, dtype=torch.int64, device="cpu")
 

@@ -198,7 +198,7 @@ class GLEMAugment(nn.Module):
         bits = torch.int16 if x.dtype == torch.uint16 else x.dtype
         originals = x.view(bits).index_select(0, send(index, device))
         images = self.pixels.to_floats(originals.view(x.dtype))
-        small = self.pixels.to_flow(images)
+        small = self.pixels.to_model(images)
         with evaluating(model):
             encoded = model.encode(small)[0]
             originals, images, small, z = originals[:n], images[:n], small[:n], encoded[:n]
@@ -258,7 +258,7 @@ class GLEMAugment(nn.Module):
     def _images(self, decoded: Tensor, images: Tensor, small: Tensor, dtype: torch.dtype) -> Tensor:
         """Images of the user's size and range, from decoded ones at the model's size; differentiable."""
         moved = self.model.pixel_range.clamp(decoded)
-        return self.pixels.from_floats(self.pixels.from_flow(images, small, moved), dtype)
+        return self.pixels.from_floats(self.pixels.from_model(images, small, moved), dtype)
 
     # ---- labels and classes ----------------------------------------------------------------------------------
 

@@ -4,8 +4,8 @@ Everything here is computed from released numbers alone, so it costs no privacy.
 in which public images have uncorrelated coordinates with known variances (`prior`). Three facts are used. The noise on
 a symmetric matrix has eigenvalues within +-2 sd sqrt(d), and an eigenvalue of a signal beyond that edge is seen at
 `x + sd^2 d / x` (Benaych-Georges & Nadakuditi 2011). The best estimate of a low-rank signal shrinks an eigenvalue x to
-`sqrt(x^2 - edge^2)`. And where signal and noise are Gaussian, the best estimate is the noisy number times the signal's
-share of the variance, which the noisy numbers show, since that of the noise is known.
+`sqrt(x^2 - edge^2)`. Where signal and noise are Gaussian, the best estimate is the noisy number times the signal's
+share of the variance. The noisy numbers show this share, since the variance of the noise is known.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ class ClassModes(ClassSampler):
 
     @torch.no_grad()
     def _discriminant(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Means [K, d], U_y [K, d, d] with U_y U_y^T = C_y^-1, and log det C_y [K]; kept while the modes stay."""
+        """Means [K, d], U_y [K, d, d] with U_y U_y^T = C_y^-1, and log det C_y [K]; cached until the modes change."""
         key = weights_key(self)
         if self._classifier is None or self._classifier[0] != key:
             with torch.inference_mode(False):

@@ -11,9 +11,9 @@ from glem_augment.cli import common
 DESCRIPTION = """\
 Train one network on your images with several stacks of augmentation: crop + flip; ordinary stacks (TrivialAugment,
 RandAugment, RandomErasing, Mixup, CutMix); ColorJitter alone, with CutMix and with Mixup; and moves along the modes of
-the pixels, of an autoencoder's latents and, with --model, of a flow, by GLEMAugment's Noise(strength=0.5), the setting
-to start with, Noise(strength=1) and Mixup(), along the pixels' modes Adversarial(), too. Held-out training images
-choose the best stack of each kind. The chosen stacks, and Noise(strength=0.5) along the pixels' modes, are measured on
+the pixels, of an autoencoder's latents and of --model. Moves are GLEMAugment's Noise(strength=0.5), the setting to
+start with, Noise(strength=1) and Mixup(); along the pixels' modes also Adversarial(). Held-out training images choose
+the best stack of each kind. The chosen stacks, and Noise(strength=0.5) along the pixels' modes, are measured on
 the test images with several seeds. Prints a table with 95 % intervals and one sentence of advice, which may be to leave
 augmentation out. There is no advice from networks that have learned too little: then the sentence says how many minutes
 it takes.

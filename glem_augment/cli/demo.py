@@ -8,7 +8,7 @@ from glem_augment.cli import common
 
 DESCRIPTION = """\
 Show the library at work with models and images inside the package. Train small networks on private samples and on real
-images, and on few images with and without moves. Draw a synthetic data set, and measure the bundled flow. DIR gets
+images, and on few images with and without moves. Draw a synthetic data set, and measure the bundled model. DIR gets
 index.html (one page with all pictures and numbers), the pictures, report.json and the synthetic images. The demo needs
 no network and no GPU, and takes about a minute.
 """

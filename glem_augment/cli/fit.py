@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--delta", type=common.number(0, 0.1), default=1e-6, metavar="D", help=delta)
     persons = "the most images of one person: the noise grows with it"
     common.add_count(group, "--images-per-person", persons, 1)
-    public = "public images like yours, for the coordinates (default: those that ship with taef2)"
+    public = "public images like yours, for the coordinates (default: the coordinates that ship with taef2)"
     group.add_argument("--public", metavar="DATA", help=public)
 
 

@@ -16,8 +16,8 @@ means the same weights.
 The token comes from HF_TOKEN, or from hf auth login. HF_ENDPOINT chooses another Hub.
 """
 EXAMPLES = """\
-  glem push runs/photos org/photos-flow --license cc-by-4.0 --private
-  glem push runs/photos org/photos-flow --license cc-by-4.0 --metrics eval.json --message "Trained longer"
+  glem push runs/photos org/photos --license cc-by-4.0 --private
+  glem push runs/photos org/photos --license cc-by-4.0 --metrics eval.json --message "Trained longer"
   glem push bundled:fashion-mnist org/fashion --license mit --dataset zalando-datasets/fashion_mnist --dry-run look/
 """
 

@@ -128,12 +128,16 @@ class Latents(Codec):
 def latent_shape(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """(c, h, w) of the latents, or of a codec's numbers, of images (C, H, W).
 
-    TypeError: no autoencoder. ValueError: it can't take them.
+    TypeError: neither codec nor autoencoder. ValueError: it can't take these images.
     """
-    if not (isinstance(autoencoder, nn.Module) and isinstance(autoencoder, Autoencoder)):
-        raise TypeError(f"an autoencoder is a module with encode and decode, got {type(autoencoder).__name__}")
+    if isinstance(autoencoder, type) or not (
+        isinstance(autoencoder, nn.Module) and isinstance(autoencoder, Autoencoder)
+    ):
+        found = getattr(autoencoder, "__name__", None)  # of a class
+        found = f"the class {found}: give an object of it" if found else type(autoencoder).__name__
+        raise TypeError(f"a codec or an autoencoder is a module with encode and decode, got {found}")
     if isinstance(autoencoder, Codec):
-        return autoencoder.shape
+        return _numbers_of(autoencoder, image_shape)
     if image_shape[0] not in (1, 3):
         raise ValueError(
             f"an autoencoder takes grey or RGB images, got {image_shape[0]} channels: leave it out, for a model of the "
@@ -159,6 +163,21 @@ def latent_shape(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> t
             f"{list(back.shape[1:])}: it needs another image size, or is none"
         )
     return h.shape[1], h.shape[2], math.prod(h.shape[3:])
+
+
+def _numbers_of(codec: Codec, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """`codec.shape`. ValueError: `encode` or `decode` gives another shape, or the codec is for other images."""
+    if tuple(codec.image_shape) != tuple(image_shape):
+        raise ValueError(f"the codec is for images {list(codec.image_shape)}, and these are {list(image_shape)}")
+    if codec.ready:
+        x = torch.zeros(2, *image_shape, dtype=codec.dtype, device=codec._like.device)
+        for method, wanted in ((codec.encode, codec.shape), (codec.decode, image_shape)):
+            with torch.no_grad():
+                x = method(x)
+            if tuple(x.shape) != (2, *wanted):
+                name = f"{type(codec).__name__}.{method.__name__}"
+                raise ValueError(f"{name} must give {[2, *wanted]} for two images, got {list(x.shape)}")
+    return codec.shape
 
 
 def _factor(autoencoder: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""The dtype of images and the range of their values, shared by data, codecs and exports."""
+"""The range of images: their dtype, and the values of black and white."""
 
 from __future__ import annotations
 

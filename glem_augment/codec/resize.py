@@ -1,4 +1,4 @@
-"""Images of any size and range at the size of a model, and a change at that size carried back to them.
+"""Conversion between images of any size and a model of one size.
 
 The image x is resized to the model's size and moved there. The change is resized back and added, which keeps the fine
 detail of x:
@@ -25,7 +25,7 @@ UNIT_SLACK, FEW = 0.05, 0.05  # how far values leave [0, 1] once mean and std ar
 
 
 class PixelAdapter:
-    """Converts images to the flow's `shape` (C, H, W) and `pixel_range`, and carries the flow's changes back."""
+    """Converts images to a model's `shape` (C, H, W) and `pixel_range`, and carries the changes back."""
 
     def __init__(
         self,
@@ -135,15 +135,15 @@ class PixelAdapter:
 
     # ---- size and channels -----------------------------------------------------------------------------------
 
-    def to_flow(self, images: Tensor) -> Tensor:
-        """Float images [n, C, H, W] in the range, at the flow's size and with its channels."""
+    def to_model(self, images: Tensor) -> Tensor:
+        """Float images [n, C, H, W] in the range, at the model's size and with the model's channels."""
         small = resized(images, self.shape[1:])
         if small.shape[1] == 3 and self.shape[0] == 1:
             small = (small * _per_channel(LUMA, small)).sum(dim=1, keepdim=True)
         return small.clamp(*self.range.limits).expand(-1, self.shape[0], -1, -1)
 
-    def from_flow(self, images: Tensor, small: Tensor, moved: Tensor) -> Tensor:
-        """`images` [n, C, H, W] with the change from `small`, their `to_flow`, to `moved`.
+    def from_model(self, images: Tensor, small: Tensor, moved: Tensor) -> Tensor:
+        """`images` [n, C, H, W] with the change from `small`, their `to_model`, to `moved`.
 
         The result lies in the range, or leaves it no further than the original (RandomErasing fills with N(0, 1)).
         """
@@ -160,7 +160,7 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     """Images [n, C, H, W] at another size (H, W); x itself if it has that size."""
     if tuple(x.shape[2:]) == tuple(size):
         return x
-    # Without antialiasing, detail finer than the flow's grid would alias.
+    # Without antialiasing, detail finer than the smaller grid would alias.
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
 
 

@@ -41,7 +41,7 @@ class ModelClassifier(nn.Module):
         self.model, self.pixels = model, PixelAdapter(model.image_shape, pixel_range=model.pixel_range)
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = self.model.class_scores(self.model.encode(self.pixels.to_flow(x))[0])
+        scores = self.model.class_scores(self.model.encode(self.pixels.to_model(x))[0])
         return scores / self.model.latent_classes.temperature
 
 
@@ -191,7 +191,7 @@ def _interpolations(model: GLEM, data: ImageData, seed: int) -> list[Section]:
     sections, pixels = [], PixelAdapter(model.image_shape, pixel_range=model.pixel_range)
     for what, starts, stops in ends:
         real = (_load(data, indices, model.device)[0] for indices in (starts, stops))
-        x1, x2 = (pixels.to_flow(pixels.to_floats(x)) for x in real)
+        x1, x2 = (pixels.to_model(pixels.to_floats(x)) for x in real)
         cells = unit(model.interpolate(x1, x2, STEPS), model.pixel_range)
         names = [[short(model.classes[data.targets[i]], 12) for i in pair] for pair in zip(starts, stops, strict=True)]
         rows = [" - ".join(dict.fromkeys(pair)) for pair in names]

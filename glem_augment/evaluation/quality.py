@@ -61,7 +61,7 @@ def coverage(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
     real, generated = _check_features(real, generated, least=k + 1)
     covered = inside = 0
     for part in real.split(_CHUNK):
-        # The smallest distance in a row is that of the image to itself, 0.
+        # The smallest distance in a row is the image's distance to itself, 0.
         radius = _squared_distances(part, real).kthvalue(k + 1, dim=1, keepdim=True).values
         near = _squared_distances(part, generated) < radius
         covered += int(near.any(1).sum())

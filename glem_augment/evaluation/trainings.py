@@ -161,7 +161,7 @@ def models_for(train: ImageData, autoencoder: str | None, flow: GLEM | None) -> 
         pixels = PixelAdapter(flow.image_shape)
 
         def adapted(data: ImageData) -> GLEM:
-            x = to_uint8(pixels.to_flow(pixels.to_floats(data.tensor())))
+            x = to_uint8(pixels.to_model(pixels.to_floats(data.tensor())))
             return fit((x, data.targets), flow=flow, classes=data.classes)
 
         made["flow"] = adapted

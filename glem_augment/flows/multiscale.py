@@ -192,7 +192,7 @@ class MultiscaleFlow(Flow):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Initialise every ActNorm from the batch `x` [B,C,H,W] as it reaches it. Those that were are left alone."""
+        """Initialise every ActNorm that is not yet initialised, by the batch `x` [B,C,H,W] as it arrives there."""
         with full_precision(x.device.type):
             h = x.transpose(0, 1)
             for level in self.levels:

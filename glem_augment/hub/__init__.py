@@ -190,7 +190,7 @@ def push_to_hub(
     Args:
         model: the model; its weights must be finite.
         repo_id: `org/name`, or `name` under the token's own user; made if it does not exist.
-        samples: draw the picture of samples, which takes seconds to minutes, depending on the size of the flow.
+        samples: draw the picture of samples, which takes seconds to minutes, depending on the size of the model.
         license, license_name, license_link, datasets, metrics: for the card, see `CardFacts`.
         target: `commit_message`, `private`, `token` and `revision`, see `upload`.
 

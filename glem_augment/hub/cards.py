@@ -215,10 +215,10 @@ def dataset_card(manifest: Mapping[str, Any], name: str, facts: CardFacts) -> Da
     )
     c, h, w = manifest["image_shape"]
     loaded = f"`{manifest['loaded_from']}` on the Hub" if manifest["loaded_from"] else "a local model"
-    made = "drawn from a class-conditional normalizing flow. None is a photograph, and none should be taken for one."
+    made = "drawn from a class-conditional model. None is a photograph, and none should be taken for one."
     derived = "Samples derive"
     if manifest["settings"]["source"] == "mixup":
-        made = "made by a class-conditional normalizing flow: each is a real image, moved part of the way to another."
+        made = "made by a class-conditional model: each is a real image, moved part of the way to another."
         derived = f"Mixtures derive from real images ({escape(manifest['real'] or 'not recorded')}) and"
     about = {
         "generator": manifest["generator"],

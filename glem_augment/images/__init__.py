@@ -1,4 +1,4 @@
-"""Images: sources, decoding, matching of classes, and the pixel levels of a flow."""
+"""Images: their sources, decoding, and the matching of classes."""
 
 from glem_augment.images.dataset import ImageData, images_for, open_data
 from glem_augment.images.matching import match_classes

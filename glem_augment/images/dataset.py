@@ -172,7 +172,7 @@ class ImageData(Dataset):
     def with_targets(
         self, targets: Integers, classes: Sequence[str], class_ids: Sequence[str] | None = None
     ) -> ImageData:
-        """The same images under other labels, for example a flow's; errors as in `check_targets`."""
+        """The same images under other labels, for example a model's; errors as in `check_targets`."""
         other = copy.copy(self)
         other.classes, other.class_ids = list(classes), list(classes if class_ids is None else class_ids)
         check_names(other.classes, other.class_ids)
@@ -377,7 +377,7 @@ def as_image_data(
         data = data.with_targets(data.targets, names, ids)
     if data.image_shape != image_shape:
         raise DataError(
-            f"{data.name} has images of shape {data.image_shape}, the flow takes {image_shape}: open the data with "
+            f"{data.name} has images of shape {data.image_shape}, the model takes {image_shape}: open the data with "
             f"open_data(..., image_size=({height}, {width}), channels={channels})"
         )
     if data.pixel_range != pixel_range:
@@ -388,16 +388,16 @@ def as_image_data(
     return data
 
 
-def images_for(flow: Any, data: LabelledImages, class_map: ClassMap = None, **options: Any) -> ImageData:
+def images_for(model: Any, data: LabelledImages, class_map: ClassMap = None, **options: Any) -> ImageData:
     """`data` as an ImageData of the shape and the classes of a GLEM (`match_classes`); `options` of `open_data`.
 
-    Labels of data that names no classes are the flow's indices.
+    Labels of data that names no classes are the model's indices.
     """
-    images = as_image_data(data, flow.image_shape, pixel_range=flow.pixel_range, **options)
+    images = as_image_data(data, model.image_shape, pixel_range=model.pixel_range, **options)
     targets = images.targets
     if images.named or class_map is not None:
-        targets = match_classes(flow, images, class_map)[targets]
-    return images.with_targets(targets, flow.classes, flow.class_ids)
+        targets = match_classes(model, images, class_map)[targets]
+    return images.with_targets(targets, model.classes, model.class_ids)
 
 
 def _bad_images(source: Source, progress: bool) -> dict[int, tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Which class of a flow each class of a data set is."""
+"""Which class of a model each class of a data set is."""
 
 from __future__ import annotations
 
@@ -19,73 +19,73 @@ from glem_augment.errors import ClassMismatchError, DataError
 
 ONE_CLASS = "image"  # the name of the only class where images have no classes
 _FIX = (
-    "Give class_map as a mapping from data names to flow names, or 'order' if both list the same classes in the same "
-    "order. Or adapt the flow to the data (glem fit)."
+    "Give class_map as a mapping from data names to model names, or 'order' if both list the same classes in the same "
+    "order. Or adapt the model to the data (glem fit)."
 )
 ClassMap: TypeAlias = Literal["order"] | Mapping[str, str] | None
 Integers: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor  # labels, or indices of images
 
 
 def match_classes(
-    flow: Any, data: Any, class_map: ClassMap = None, partial: bool = False, fix: str | None = None
+    model: Any, data: Any, class_map: ClassMap = None, partial: bool = False, fix: str | None = None
 ) -> np.ndarray:
-    """Match the classes of a data set with classes of a flow, one to one.
+    """Match the classes of a data set with classes of a model, one to one.
 
     Two classes match if they share an id or a name that no other class has. Equal names are matched first, then names
     with the same letters and digits in lower case, without a number in front (`03_cat`). Ids that are numbers on both
-    sides do not count if both sides have names: class 3 of CIFAR-10 is not class 3 of Fashion-MNIST. A flow whose only
+    sides do not count if both sides have names: class 3 of CIFAR-10 is not class 3 of Fashion-MNIST. A model whose only
     class is "image" takes all classes of the data.
 
     Args:
-        flow, data: see `named_classes`.
+        model, data: see `named_classes`.
         class_map: None; `"order"`: class i is class i (both sides must have equally many); or a mapping from data names
-            (or ids) to flow names (or ids). Classes that it leaves out are matched as usual.
-        partial: allow classes of the data that the flow does not have, but not all of them.
+            (or ids) to model names (or ids). Classes that it leaves out are matched as usual.
+        partial: allow classes of the data that the model does not have, but not all of them.
         fix: last sentence of an error about classes that do not match, for callers who take no `class_map`.
 
     Returns:
-        int64 [K_data], for `GLEMAugment(class_map=...)`: the flow's class for each class of the data. With `partial`,
-        -1 if the flow does not have it.
+        int64 [K_data], for `GLEMAugment(class_map=...)`: the model's class for each class of the data. With `partial`,
+        -1 if the model does not have it.
 
     Raises:
         ClassMismatchError: a class has no counterpart or shares it, `class_map` names an unknown class, or a side has
             no names. The error lists both sides and the fix. TypeError: another `class_map`.
     """
-    flow, data = _Side("flow", flow), _Side("data", data)
+    model, data = _Side("model", model), _Side("data", data)
     if isinstance(class_map, str) and class_map == "order":
-        if len(flow.ids) != len(data.ids):
+        if len(model.ids) != len(data.ids):
             raise ClassMismatchError(
-                f"class_map='order' needs equally many classes: the data has {len(data.ids)}, the flow "
-                f"{len(flow.ids)}; give a mapping of names. {flow.listing()}"
+                f"class_map='order' needs equally many classes: the data has {len(data.ids)}, the model "
+                f"{len(model.ids)}; give a mapping of names. {model.listing()}"
             )
         return np.arange(len(data.ids), dtype=np.int64)
     if class_map is not None and not isinstance(class_map, Mapping):
         raise TypeError(f"class_map must be None, 'order' or a mapping of names, got {class_map!r}")
-    if flow.ids == [ONE_CLASS] and not class_map:
+    if model.ids == [ONE_CLASS] and not class_map:
         return np.zeros(len(data.ids), dtype=np.int64)
     found: dict[int, int] = {}
     for source, target in (class_map or {}).items():
-        i, j = data.find(str(source)), flow.find(str(target))
+        i, j = data.find(str(source)), model.find(str(target))
         if found.setdefault(i, j) != j:
             raise ClassMismatchError(f"class_map maps the data's class {data.names[i]!r} twice")
     for form in _FORMS:
-        ours, theirs = _unique(data.columns(flow), form), _unique(flow.columns(data), form)
+        ours, theirs = _unique(data.columns(model), form), _unique(model.columns(data), form)
         for name, i in ours.items():
             if name in theirs:
                 found.setdefault(i, theirs[name])
     missing = [data.label(i) for i in range(len(data.ids)) if i not in found]
     if missing and (not partial or not found):
         raise ClassMismatchError(
-            f"{len(missing)} of the {len(data.ids)} classes of the data have no counterpart in the flow: "
-            f"{_listed(missing)}. {flow.listing()} {fix or _FIX}"
+            f"{len(missing)} of the {len(data.ids)} classes of the data have no counterpart in the model: "
+            f"{_listed(missing)}. {model.listing()} {fix or _FIX}"
         )
     owner: dict[int, int] = {}
     for i, j in sorted(found.items()):
         other = owner.setdefault(j, i)
         if other != i:
             raise ClassMismatchError(
-                f"{data.label(other)} and {data.label(i)} of the data are the same class of the flow, {flow.label(j)}. "
-                f"{fix or 'Give class_map with a different flow class for each.'}"
+                f"{data.label(other)} and {data.label(i)} of the data are one class of the model, {model.label(j)}. "
+                f"{fix or 'Give class_map with a different model class for each.'}"
             )
     return np.asarray([found.get(i, -1) for i in range(len(data.ids))], dtype=np.int64)
 
@@ -106,7 +106,7 @@ def check_class_map(class_map: Any, model_classes: int) -> tuple[int, ...] | Non
 
 
 def named_classes(data: Any) -> tuple[list[str], list[str]] | None:
-    """The ids and the unique names of the classes of a flow or a data set, in index order; None if it names none.
+    """The ids and the unique names of the classes of a model or a data set, in index order; None if it names none.
 
     `data` is a GLEM, an ImageData, a data set of torchvision, timm or Hugging Face, a Subset or ConcatDataset of such
     sets, or a list of names. ClassMismatchError: a ConcatDataset whose parts number their classes differently.
@@ -172,7 +172,7 @@ def feature_column(features: Mapping[str, Any], kind: Literal["ClassLabel", "Ima
 
 
 class _Side:
-    """The classes of the flow or of the data."""
+    """The classes of the model or of the data."""
 
     def __init__(self, word: str, side: Any) -> None:
         named = named_classes(side)

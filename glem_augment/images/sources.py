@@ -289,7 +289,7 @@ def _timm_source(spec: str, split: str) -> Source:
 
 
 def _data_set_source(data: Any, name: str | None = None) -> Source:
-    """A data set of torchvision, timm or Hugging Face, or any other whose items are (image, label)."""
+    """A data set of torchvision, timm or Hugging Face, or any data set with items (image, label)."""
     name = name or getattr(getattr(data, "info", data), "dataset_name", None) or type(data).__name__
     ids, names = (getattr(data, "named", True) and named_classes(data)) or ([], [])
     if of_hugging_face(data):  # without its format, which may have renamed the columns

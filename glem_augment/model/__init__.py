@@ -1,1 +1,1 @@
-"""`GLEM`: a flow with class Gaussians, its configuration and its files."""
+"""`GLEM`: a model, with its configuration and files."""

@@ -1,4 +1,4 @@
-"""A flow with a Gaussian per class: images to latents and back, densities, classification and samples."""
+"""A model in use: images to latents and back, densities, classification and samples."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ class ConditionalFlow(nn.Module):
         """-log_prob / (d ln 2): [B]. ValueError: the codec has no levels."""
         if not self.codec.levels:
             raise ValueError(
-                "bits/dim are of pixel levels, and this flow models numbers without levels: use "
+                "bits/dim are of pixel levels, and this model has numbers without levels: use "
                 "-model.log_prob(x) / model.dim, in nats per number"
             )
         return -self.log_prob(x, y) / self.codec.divisor

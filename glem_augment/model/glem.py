@@ -1,4 +1,4 @@
-"""GLEM (Enescu & Sahbi, ACCV 2024): a flow and a Gaussian per class, saved, loaded, and fitted to images."""
+"""A model: made, saved, loaded, and fitted to images (GLEM, Enescu & Sahbi, ACCV 2024)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _LEAST_VARIANCE = 1e-5
 
 
 class GLEM(ConditionalFlow):
-    """Class-conditional normalizing flow, `p(x | y) = N(f(x); mu_y, Sigma_y) |det df/dx|` (Eq. 2).
+    """A codec, a flow f and Gaussians of classes, `p(x | y) = N(f(x); mu_y, Sigma_y) |det df/dx|` (Eq. 2).
 
     Densities are over pixel *levels*, bins of width 1 of which there are 2^bits, so that
     bits/dim = -log_prob / (d ln 2), d = C H W. With an autoencoder E they are over E(x), the numbers of its latents,

@@ -100,9 +100,11 @@ def find_autoencoder(name: str, sha256: str | None = None, **client: Any) -> tup
 
 
 def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:
-    """The autoencoder that a config names. ModelFileError: it is not there, has changed, or is a module of a user's."""
+    """The autoencoder that a config names. ModelFileError: it is missing, has changed, or is a user's module."""
     if named["name"] == CUSTOM:
-        raise ModelFileError("this model was made with an autoencoder of the user's: pass that module as autoencoder=")
+        raise ModelFileError(
+            "this model has a codec or an autoencoder of the user's: in Python, pass it as autoencoder="
+        )
     return find_autoencoder(named["name"], named["sha256"], **client)[0]
 
 
@@ -212,7 +214,7 @@ def _limits(config: GLEMConfig) -> dict[str, Limits]:
 def autoencoder_of(folder: Path, config: GLEMConfig, given: nn.Module | None, **client: Any) -> nn.Module | None:
     """The autoencoder of a saved model: the user's, the one that the config names, or None.
 
-    ModelFileError: it is missing, or the shapes of images and flow in the config do not belong to it.
+    ModelFileError: it is missing, or the config has other shapes of images or of numbers.
     """
     path = folder / CONFIG
     if config.autoencoder is None:
@@ -230,7 +232,7 @@ def autoencoder_of(folder: Path, config: GLEMConfig, given: nn.Module | None, **
         found = error
     if found != config.flow_shape:
         raise ModelFileError(
-            f"{path}: images {list(config.image_shape)} and a flow of {list(config.flow_shape)} do not belong to the "
+            f"{path}: images {list(config.image_shape)} and numbers {list(config.flow_shape)} do not belong to the "
             f"autoencoder: {found}"
         )
     return module

@@ -38,7 +38,7 @@ class RealAndSynthetic(Dataset):
         ratio: synthetic images per real image: 1 doubles the data. Classes take turns, so each ratio keeps the balance
             of `synthetic`. None: all synthetic images, as for per_class="balance".
         class_map: how the real data's classes map to the model's, see `match_classes`. The real data may have more
-            classes than the flow. The flow may have further classes, if `synthetic` has no images of them.
+            classes than the model. The model may have further classes, if `synthetic` has no images of them.
         transform: applied to every image, real and synthetic. For a DataLoader it must make tensors of one size from
             PIL images.
 

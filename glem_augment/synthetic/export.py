@@ -138,8 +138,8 @@ def push_dataset(
 
     Args:
         repo_id: `org/name` of a data set, which is made if it does not exist.
-        license, license_name, license_link: the licence of the flow's training images, which samples inherit, as an
-            identifier of the Hub; by default the licence in the flow's record. Without a licence the card says that it
+        license, license_name, license_link: the licence of the model's training images, which samples inherit, as an
+            identifier of the Hub; by default the licence in the model's record. Without a licence the card says that it
             is unknown, and there is a warning.
         report: a folder that `evaluation.quality_report` wrote, for the card.
         target: `commit_message`, `private`, `token` and `revision`, see `hub.upload`.
@@ -187,7 +187,7 @@ def _begin(
 
 
 def _manifest(plan: Plan, form: Format, facts: CardFacts) -> dict[str, Any]:
-    """The manifest of a set that is not complete: which flow draws the images, and with which settings."""
+    """The manifest of a set that is not complete: the model that draws the images, and the settings."""
     order, model, config = plan.order, plan.model, plan.model.config
     ids, names = ([values[i] for i in order] for values in (config.class_ids, config.class_names))
     classes = zip(ids, names, class_folders(ids, names), (plan.counts[i] for i in order), strict=True)
@@ -404,7 +404,7 @@ def _warn(plan: Plan, folder: Path, manifest: dict[str, Any], out_of_range: int)
     """Warn where many images are out of range, or torchvision's ImageFolder would number the classes differently."""
     count, classes = manifest["count"], manifest["classes"]
     if out_of_range > MOST_REJECTED * count:
-        fix = "adapt the flow to the real images" if plan.settings["source"] == "mixup" else "lower the temperature"
+        fix = "adapt the model to the real images" if plan.settings["source"] == "mixup" else "lower the temperature"
         wild = "%d of %d images are out of range: their values are not finite or leave [0, 1] by more than 1: %s"
         _log.warning(wild, out_of_range, count, fix)
     folders = [entry["folder"] for entry in classes]

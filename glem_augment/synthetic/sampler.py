@@ -1,4 +1,4 @@
-"""A plan of images from a request, and the latent and image of an item from its class and place in the class.
+"""How a requested set is drawn: every image follows from the seed, its class and its place in the class.
 
 A latent is a function of seed, class, place in the class and number of the attempt. It never depends on other items.
 """

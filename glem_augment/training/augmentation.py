@@ -1,4 +1,4 @@
-"""Augmentation of the training images of a flow."""
+"""Augmentation of a model's training images."""
 
 from __future__ import annotations
 

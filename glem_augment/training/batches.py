@@ -105,7 +105,7 @@ class Batches:
     def epoch(
         self, rows: np.ndarray, epoch: int, steps: int, first: int = 0
     ) -> Generator[tuple[Tensor, Tensor, Share], None, None]:
-        """The batches of an epoch over `rows` from number `first` to number `steps`; empty ones on a rank without any.
+        """The batches of an epoch over `rows` from number `first` to number `steps`; empty on a rank without rows.
 
         The images are not augmented.
         """

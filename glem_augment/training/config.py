@@ -1,4 +1,4 @@
-"""The settings of a training run, with their help, kinds and limits; the command line makes its options of these."""
+"""The settings of a training run. Options of the command line are made of them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def _setting(default: Any, kind: Any, text: str, **more: Any) -> Any:
 class TrainConfig:
     """How a model is trained. `training.objective` has the losses.
 
-    - "hybrid" minimises `mean NLL / d + beta * cross-entropy`, with d the number of dimensions and NLL in nats per
-      image. The cross-entropy is that of the class posterior. The loss teaches the flow and the Gaussians together.
+    - "hybrid" minimises `mean NLL / d + beta * cross-entropy` of the class posterior, with d the number of dimensions
+      and NLL in nats per image. The loss teaches the flow and the Gaussians together.
     - "mle" minimises the mean NLL alone, for images without classes.
     - "glem" is the paper's. E-steps on the flow (Eq. 3) alternate with M-steps on the Gaussians (Eq. 5), which push the
       classes apart with the weight `kld_weight`.

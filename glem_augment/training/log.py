@@ -47,7 +47,7 @@ class MetricsLog:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
 
     def rewind(self, keep_through_step: int, row: dict[str, Any]) -> None:
-        """Atomically drop the rows beyond a step and older ones of the same `kind` and `number`, and add `row`."""
+        """Atomically drop rows beyond a step and earlier rows of the same `kind` and `number`, then add `row`."""
         same = (row["kind"], row["number"])
         kept = [old for old in self.rows if (old["kind"], old.get("number")) != same]
         self.rows = [*(old for old in kept if old["step"] <= keep_through_step), row]

@@ -455,7 +455,7 @@ class Trainer:
     # ---- the end -------------------------------------------------------------------------------------------------
 
     def _finish(self, metrics: dict[str, float] | None) -> GLEM:
-        """Fit the modes and the temperature, and save the model; `metrics`: of the last epoch, if this run had it."""
+        """Fit the modes and the temperature, and save the model. `metrics`: of the last epoch, if this run had it."""
         config, model, batches = self.config, self.evaluated(), self.batches
         if self.refit(model):
             metrics = self.measure()

@@ -36,7 +36,7 @@ def test_the_page_has_every_part_and_the_numbers_of_the_report(demo: Path) -> No
         "Share images that you cannot share",
         "Move images where there are few",
         "Draw a balanced data set",
-        "One flow, both ways",
+        "One model, both ways",
     ]
     assert [page.index(title) for title in titles] == sorted(page.index(title) for title in titles)
     assert report["quick"] is True and "A quick run" in page
@@ -46,9 +46,9 @@ def test_the_page_has_every_part_and_the_numbers_of_the_report(demo: Path) -> No
             assert f"{arm['mean']:.1f} ± {arm['interval']:.1f}" in page
         gain = part["difference"]
         assert sentence(gain["what"], gain["mean"], gain["interval"]) in page
-    flow = report["flow"]
-    assert f"{100 * flow['accuracy']:.1f} ± {100 * flow['accuracy_interval']:.1f}" in page
-    assert flow["round_trip"]["within_half_step"] == 1.0
+    model = report["model"]
+    assert f"{100 * model['accuracy']:.1f} ± {100 * model['accuracy_interval']:.1f}" in page
+    assert model["round_trip"]["within_half_step"] == 1.0
 
 
 def test_the_page_is_one_file(demo: Path) -> None:

@@ -48,8 +48,8 @@ def test_moves_are_those_of_the_transform_in_any_size(explorer: Explorer, shape:
     change = (model.modes.scales[2, 1] * model.modes.directions[2, 1]).view(1, 3, 8, 8) * 256 / 255
     aug = GLEMAugment(model)
     x = aug.pixels.to_floats(image[None])
-    small = aug.pixels.to_flow(x)
-    wanted = aug.pixels.from_floats(aug.pixels.from_flow(x, small, small + change), torch.uint8)[0]
+    small = aug.pixels.to_model(x)
+    wanted = aug.pixels.from_floats(aug.pixels.from_model(x, small, small + change), torch.uint8)[0]
     moved = explorer.move(image, 2, "noise", 0.5, coefficients=[0.0, 2.0, 0.0, 0.0])
     assert (moved.image.int() - wanted.int()).abs().max() <= 1 and not torch.equal(wanted, image)
     # The policies move as they do elsewhere, and a rejected move is shown all the same.

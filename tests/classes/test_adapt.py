@@ -146,7 +146,7 @@ def test_bad_input_is_one_clear_error_before_any_work(image_folder: Path) -> Non
         model.adapt((x, y), classes=["a", "b", "c"])
     with pytest.raises(DataError, match="no class has two images"):
         model.adapt((x[:2], torch.tensor([0, 1])))
-    with pytest.raises(DataError, match="the flow takes .1, 8, 8."):
+    with pytest.raises(DataError, match="the model takes .1, 8, 8."):
         model.adapt(open_data(image_folder, progress=False))
     for bad in ({"shrinkage": -1.0}, {"rank": 0}, {"max_per_class": 0}, {"max_per_class": 1}, {"max_per_class": 2.5}):
         with pytest.raises((TypeError, ValueError), match=next(iter(bad))):

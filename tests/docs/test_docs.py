@@ -115,7 +115,7 @@ def test_the_code_of_a_page_runs(
     write_images(tmp_path / "unsorted", ("images",), (20, 24), 20)
     model = test_hub.tiny_model(data="photos", images=17)
     model.fit_modes((torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8), torch.arange(30) % 3), rank=4)
-    for repo in ("org/flow", "org/name"):
+    for repo in ("org/model", "org/name"):
         server.repo(repo).tags["v1.0"] = server.put(repo, test_hub.files_of(model, tmp_path / repo))
     if name in ("docs/hub.md", "docs/synthetic.md"):  # the other pages make this one
         model.save(tmp_path / "runs" / "photos")

@@ -60,15 +60,13 @@ def zeros(rows: list[dict[str, Any]]) -> None:
 CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bare number": (
         lambda root: edit(
-            root / "docs/train.md", r"<!-- number: trained_flow: accuracy -->(.*?)<!-- /number -->", r"\1"
+            root / "docs/train.md", r"<!-- number: bundled_cifar10: accuracy -->(.*?)<!-- /number -->", r"\1"
         ),
-        r"docs/train.md has other names .* without 'trained_flow: accuracy'; restore it",
+        r"docs/train.md has other names .* without 'bundled_cifar10: accuracy'; restore it",
     ),
     "another name": (
-        lambda root: edit(
-            root / "docs/train.md", "number: trained_flow: accuracy", "number: bundled_cifar10: accuracy"
-        ),
-        r"docs/train.md has other names .* new 'bundled_cifar10: accuracy'",
+        lambda root: edit(root / "docs/train.md", "number: bundled_cifar10: accuracy", "number: bundled_cifar10: ece"),
+        r"docs/train.md has other names .* new 'bundled_cifar10: ece'",
     ),
     "exchanged names": (
         lambda root: (

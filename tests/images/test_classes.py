@@ -1,4 +1,4 @@
-"""Matching the classes of a data set with a flow's."""
+"""Matching the classes of a data set with a model's."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def side(ids: list[str], names: list[str]) -> SimpleNamespace:
 
 
 def test_match_by_id_name_and_form() -> None:
-    flow = side(["n01", "n02", "n03"], ["tench", "Golden Retriever", "T-shirt/top"])
+    model = side(["n01", "n02", "n03"], ["tench", "Golden Retriever", "T-shirt/top"])
     for data in (["n03", "n01"], ["T-shirt/top", "tench"], ["t_shirt_top", "Tench"], ["0_T-shirt/top", "2-tench"]):
-        assert match_classes(flow, data).tolist() == [2, 0]
-    assert match_classes(flow, side(["0", "1"], ["golden_retriever", "TENCH"])).tolist() == [1, 0]
-    result = match_classes(flow, flow)
+        assert match_classes(model, data).tolist() == [2, 0]
+    assert match_classes(model, side(["0", "1"], ["golden_retriever", "TENCH"])).tolist() == [1, 0]
+    result = match_classes(model, model)
     assert result.dtype == np.int64 and result.tolist() == [0, 1, 2]
     # Names of torchvision's ImageNet.
     real = SimpleNamespace(classes=[("tench", "Tinca"), ("crane",), ("crane", "bird")], wnids=["n1", "n2", "n3"])
@@ -31,36 +31,36 @@ def test_match_by_id_name_and_form() -> None:
 
 def test_numbers_identify_only_without_names() -> None:
     digits = ["0", "1", "2"]
-    flow = side(digits, ["Shirt", "Bag", "Coat"])
-    assert match_classes(flow, digits).tolist() == [0, 1, 2]
-    assert match_classes(flow, side(digits, ["coat", "shirt", "bag"])).tolist() == [2, 0, 1]
+    model = side(digits, ["Shirt", "Bag", "Coat"])
+    assert match_classes(model, digits).tolist() == [0, 1, 2]
+    assert match_classes(model, side(digits, ["coat", "shirt", "bag"])).tolist() == [2, 0, 1]
     with pytest.raises(ClassMismatchError, match="'cat' .id 0.*'Shirt'"):
-        match_classes(flow, side(digits, ["cat", "dog", "eel"]))
+        match_classes(model, side(digits, ["cat", "dog", "eel"]))
     # Numbered ids are left out where ids and names are compared across.
     numbers = ["0", "1"]
-    flow, named = side(numbers, ["cat", "dog"]), side(["cat", "dog"], ["Katze", "Hund"])
-    assert match_classes(flow, side(["dog", "cat"], ["Hund", "Katze"])).tolist() == [1, 0]
+    model, named = side(numbers, ["cat", "dog"]), side(["cat", "dog"], ["Katze", "Hund"])
+    assert match_classes(model, side(["dog", "cat"], ["Hund", "Katze"])).tolist() == [1, 0]
     assert match_classes(named, side(numbers, ["dog", "cat"])).tolist() == [1, 0]
     with pytest.raises(ClassMismatchError, match="no counterpart"):  # a name may be a number too: "0" is no index here
-        match_classes(flow, side(["a", "b"], numbers))
+        match_classes(model, side(["a", "b"], numbers))
 
 
 def test_class_map() -> None:
-    flow, data = ["a", "b", "c"], ["x", "b"]
-    assert match_classes(flow, data, {"x": "c"}).tolist() == [2, 1]
-    assert match_classes(flow, ["x", "y", "z"], "order").tolist() == [0, 1, 2]
+    model, data = ["a", "b", "c"], ["x", "b"]
+    assert match_classes(model, data, {"x": "c"}).tolist() == [2, 1]
+    assert match_classes(model, ["x", "y", "z"], "order").tolist() == [0, 1, 2]
     for class_map, message in (
         ({"q": "a"}, "'q'.*the data.*'x', 'b'"),
-        ({"x": "q"}, "'q'.*the flow.*'a', 'b', 'c'"),
-        ({"x": "b"}, "same class.*'b'"),
+        ({"x": "q"}, "'q'.*the model.*'a', 'b', 'c'"),
+        ({"x": "b"}, "one class of the model, 'b'"),
         ({"x": "a", "X": "c"}, "'x' twice"),
         ("order", "2.*3"),
     ):
         with pytest.raises(ClassMismatchError, match=message):
-            match_classes(flow, data, class_map)
+            match_classes(model, data, class_map)
     for class_map in (["a"], "alphabet"):
         with pytest.raises(TypeError, match="class_map"):
-            match_classes(flow, data, class_map)
+            match_classes(model, data, class_map)
 
 
 def test_names_in_any_script_and_spelling() -> None:
@@ -74,17 +74,17 @@ def test_names_in_any_script_and_spelling() -> None:
 
 
 def test_mismatch_lists_both_sides_and_the_fix() -> None:
-    flow = [f"c{i}" for i in range(30)]
+    model = [f"c{i}" for i in range(30)]
     with pytest.raises(ClassMismatchError) as caught:
-        match_classes(flow, ["c3", "zebra"])
+        match_classes(model, ["c3", "zebra"])
     text = str(caught.value)
     assert "1 of the 2 classes" in text and "'zebra'" in text and "'c0'" in text and "10 more" in text
     assert "class_map" in text and isinstance(caught.value, ValueError)
-    # A partial match leaves out what the flow lacks.
-    flow, data = ["cat", "dog", "bird"], ["dog", "wolf", "bird"]
-    assert match_classes(flow, data, partial=True).tolist() == [1, -1, 2]
+    # A partial match leaves out what the model lacks.
+    model, data = ["cat", "dog", "bird"], ["dog", "wolf", "bird"]
+    assert match_classes(model, data, partial=True).tolist() == [1, -1, 2]
     with pytest.raises(ClassMismatchError, match="no counterpart"):
-        match_classes(flow, ["wolf"], partial=True)
+        match_classes(model, ["wolf"], partial=True)
 
 
 def test_ambiguous_forms_do_not_match() -> None:
@@ -95,7 +95,7 @@ def test_ambiguous_forms_do_not_match() -> None:
         match_classes(["cat", "dog"], ["cat", "Cat"])
     letters = ["a", "A", "b"]
     assert match_classes(letters, letters[::-1]).tolist() == [2, 1, 0]
-    twice = ["T-shirt", "T shirt", "Dog"]  # either may be the flow's
+    twice = ["T-shirt", "T shirt", "Dog"]  # either may be the model's
     assert match_classes(["tshirt", "dog"], twice, partial=True).tolist() == [-1, -1, 1]
 
 

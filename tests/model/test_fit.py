@@ -101,6 +101,27 @@ def test_a_codec_of_the_users_is_one_class(tmp_path: Path) -> None:
     assert torch.equal(again.log_prob(x), model.log_prob(x))
 
 
+def test_a_codec_that_contradicts_its_shapes_is_an_error() -> None:
+    class Flat(Halves):
+        def encode(self, x: Tensor, noise: Dequantisation = None) -> Tensor:
+            return super().encode(x).flatten(1)
+
+    class Small(Halves):
+        def decode(self, h: Tensor) -> Tensor:
+            return h
+
+    data = images()
+    for codec, message in (
+        (Flat((3, 16, 16)), r"Flat.encode must give \[2, 3, 8, 8\] for two images, got \[2, 192\]"),
+        (Small((3, 16, 16)), r"Small.decode must give \[2, 3, 16, 16\] for two images"),
+        (Halves((3, 32, 32)), r"is for images \[3, 32, 32\], and these are \[3, 16, 16\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GLEM.fit(data, codec, progress=False)
+    with pytest.raises(TypeError, match="the class Halves: give an object of it"):
+        GLEM.fit(data, Halves, progress=False)  # type: ignore[arg-type]
+
+
 def test_the_command_and_its_other_name(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["--image-size", "16", "--rank", "3", "--quiet"]
     argv = ["fit", str(image_folder), "--autoencoder", "taef2", *base]
