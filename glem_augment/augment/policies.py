@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from glem_augment.augment.labels import mixed_labels
-from glem_augment.checks import check_choice, check_number
+from glem_augment.checks import check_choice, check_number, closest
 from glem_augment.classes.modes import combine_modes, mix_along_modes, project_on_modes
 from glem_augment.model.glem import GLEM
 from glem_augment.tensors import evaluating, frozen, send
@@ -230,7 +230,11 @@ def as_policy(policy: Policy | str | Mapping[str, Any]) -> Policy:
         raise TypeError(f"policy must be a Policy, as Noise(strength=0.5), or the name of one, got {policy!r}")
     arguments = {} if isinstance(policy, str) else {**policy}
     name = policy if isinstance(policy, str) else arguments.pop("name", None)
-    check_choice("policy", name, tuple(_KNOWN))
+    if str(name) not in _KNOWN:
+        raise ValueError(
+            f"there is no policy {name!r}{closest(name, _KNOWN)}; there are {', '.join(_KNOWN)}. Import the module of "
+            "your policy first"
+        )
     return _KNOWN[str(name)](**arguments)
 
 

@@ -177,6 +177,10 @@ class GLEMAugment(nn.Module):
         rows = _choose_rows(len(data_cls), self.p, generator)
         selected = Selected(rows, data_cls, self._classes, self.modes)
         drawn = self.policy.draw(selected, generator) if len(rows) else {}
+        if not isinstance(drawn, dict):
+            raise TypeError(
+                f"{self.policy!r}.draw gives a {type(drawn).__name__}: give tensors by name, as {{'eps': ...}}"
+            )
         for name, value in drawn.items():
             if len(value) != len(rows):
                 raise ValueError(f"{self.policy!r}.draw gives {len(value)} rows of {name!r}: give n = {len(rows)}")
@@ -357,8 +361,12 @@ class GLEMAugment(nn.Module):
         """Every setting, as JSON or YAML can carry it.
 
         `model` is its name, None for a model given as an object; `policy` is {"name": ..., its arguments}.
+
+        Raises:
+            TypeError: a policy of your own whose attributes are not its arguments.
         """
         policy = {"name": self.policy.name, **vars(self.policy)}
+        as_policy(policy)  # `from_config` must be able to make it
         found = {"model": self.model.origin or self._name, "policy": policy, **self._settings()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 

@@ -85,6 +85,16 @@ def test_results_of_the_wrong_size_are_named(model: GLEM, monkeypatch: pytest.Mo
         aug(images(6), labels(6))
 
 
+def test_a_policy_that_can_not_be_used_or_saved_is_told_so(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    aug = GLEMAugment(model, Towards(), seed=0)
+    aug.policy.more = 1  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="more"):
+        aug.to_config()
+    monkeypatch.setattr(Towards, "draw", lambda self, selected, generator: torch.zeros(len(selected.rows)))
+    with pytest.raises(TypeError, match="give tensors by name"):
+        aug(images(6), labels(6))
+
+
 def test_names_stand_for_the_defaults_and_may_be_set_anew(model: GLEM) -> None:
     for name, policy in {"mixup": Mixup(), "noise": Noise(0.5), "adversarial": Adversarial(0.25)}.items():
         assert as_policy(name) == as_policy({"name": name}) == policy and policy.name == name
@@ -105,7 +115,7 @@ def test_names_stand_for_the_defaults_and_may_be_set_anew(model: GLEM) -> None:
         (lambda: Noise(alpha=1.0), TypeError, "alpha"),  # type: ignore[call-arg]
         (lambda: Mixup(strength=0.5), TypeError, "strength"),  # type: ignore[call-arg]
         (lambda: as_policy({"name": "mixup", "strength": 0.5}), TypeError, "strength"),
-        (lambda: as_policy({"strength": 0.5}), ValueError, "policy must be one of 'mixup', 'noise', 'adversarial'"),
+        (lambda: as_policy({"strength": 0.5}), ValueError, "there are mixup, noise, adversarial"),
         (lambda: as_policy("nois"), ValueError, "did you mean noise"),
         (lambda: Noise("auto"), TypeError, "strength must be a number, got 'auto'"),  # type: ignore[arg-type]
         (lambda: Noise(-1.0), ValueError, "strength must be"),
