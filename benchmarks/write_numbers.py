@@ -68,6 +68,8 @@ KEYS = {
     "long_tails": "setting,source,fill,stack,seed",
     "no_network": "setting,method,seed",
     "photographs": "stack,seed",
+    "photographs_128": "stack,seed",
+    "photographs_50": "stack,seed",
     "pretrained": "setting,views,seed",
     "private": "data,method,judged,epsilon,delta,cells asked,temperature,seed",
     "private_opponents": "data,method,epsilon,delta,judged,trial,seed",
@@ -149,6 +151,9 @@ def samples() -> Named:
             lines.append(
                 [data, method.replace("identity", "pixels"), setting, f"{mean.text()} %", share, str(mean.seeds)]
             )
+    for data, setting in (("fashion-mnist", "rfcm T=0.85 parts=32"), ("cifar10", "rfcm T=1")):
+        mean = statistics.mean(found[data, "bundled", setting, "CNN-A"].values())
+        yield f"samples, {data}: bundled {setting}, worth", worth(data, mean)
     deep, flat = (
         found["fashion-mnist", method, setting, "CNN-A"]
         for method, setting in (("bundled", "rfcm T=0.85 parts=32"), ("identity", "rfcm T=1 parts=64"))
@@ -218,7 +223,20 @@ def private() -> Named:
 
 def photographs() -> Named:
     """Few photographs per class, with stacks chosen on other images."""
-    found, lines = stored("photographs"), []
+    found = stored("photographs")
+    for setting in ("photographs", "photographs_50", "photographs_128"):
+        if (RESULTS / f"{setting}.json").is_file():
+            yield from _photographs(setting)
+    judged = {row["stack"] for row in found["cells"] if row["seed"] == TUNING} - {"crop + flip"}
+    ours = {name for name in judged if "modes" in name}
+    yield from (
+        ("photographs: other stacks", in_words(judged - ours)),
+        ("photographs: trials of moves", in_words(ours)),
+    )
+
+
+def _photographs(setting: str) -> Named:
+    found, lines = stored(setting), []
     for row in found["rows"]:
         seeds, over = row["seeds"], []
         mean = Interval(row["accuracy"], row["+/-"], seeds)
@@ -226,21 +244,15 @@ def photographs() -> Named:
             gain = Interval(row[f"over {base}"], row[f"+/- ({place})"], seeds)
             over.append("" if gain.half == 0 else f"**{signed(gain, 1)}**" if gain.clear else signed(gain, 1))
             for what in row["what"].split("; "):
-                yield f"photographs: {what}, over {base}", gain.text(sign=True)
+                yield f"{setting}: {what}, over {base}", gain.text(sign=True)
         for what in row["what"].split("; "):
-            yield f"photographs: {what}", mean.text()
+            yield f"{setting}: {what}", mean.text()
         lines.append([row["what"], row["stack"], f"{mean.text()} %", *over, str(seeds)])
     for row in found["differences"]:
         gain = Interval(row["points"], row["+/-"], row["seeds"])
-        yield f"photographs: {row['difference']}", gain.text(sign=True)
+        yield f"{setting}: {row['difference']}", gain.text(sign=True)
     head = "what | stack | test accuracy | over crop + flip | over the best other stack | seeds"
-    yield "photographs", table(head, lines)
-    judged = {row["stack"] for row in found["cells"] if row["seed"] == TUNING} - {"crop + flip"}
-    ours = {name for name in judged if "modes" in name}
-    yield from (
-        ("photographs: other stacks", in_words(judged - ours)),
-        ("photographs: trials of moves", in_words(ours)),
-    )
+    yield setting, table(head, lines)
 
 
 def latents() -> Named:
