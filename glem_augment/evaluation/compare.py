@@ -326,7 +326,8 @@ class Run:
             f"{LONGER * schedule.steps} steps {longer:.0f} %, and guessing {chance:.0f} %"
         )
         if longer - chance <= noise:
-            return f"{text}: the networks have learned nothing, so no advice. Check the classes, or give more images."
+            fix = "Check the classes, or give more images or minutes."
+            return f"{text}: the networks have learned nothing, so no advice. {fix}"
         if short - chance < LEARNED * (longer - chance):
             needed = math.ceil(LONGER * self.store.settings["minutes"])
             return f"{text}: the networks have learned too little for advice. Give it about {needed} minutes."
