@@ -210,7 +210,9 @@ def test_a_machine_that_stands_still_gives_no_advice_but_the_minutes(clock: Cloc
     assert int(found["advice"].split("about ")[1].split()[0]) > 2
 
 
-@pytest.mark.parametrize(("short", "longer", "words"), [(55, 90, "too little.*about 40 min"), (50, 52, "nothing.*or minutes")])
+@pytest.mark.parametrize(
+    ("short", "longer", "words"), [(55, 90, "too little.*about 40 min"), (50, 52, "nothing.*or minutes")]
+)
 def test_networks_that_have_learned_too_little_give_no_advice(
     clock: Clock, short: float, longer: float, words: str
 ) -> None:
