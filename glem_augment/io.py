@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import secrets
 import stat
@@ -43,7 +42,8 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 _EXACT = {torch.bool: {"BOOL"}, torch.int64: {"I64"}, torch.int32: {"I32"}}
 _CHUNK = 2**18  # numbers per check, which bounds the memory
 Limits: TypeAlias = tuple[float, float]
-_ANY: Limits = (-math.inf, math.inf)
+# Larger weights overflow in products, and the results are not finite.
+_WEIGHTS: Limits = (-1e9, 1e9)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def load_weights(
     Args:
         module: its tensors on the meta device get memory once the header fits; the rest keep their values' memory.
         stored: the tensors of a state dict that the file holds, by their names there.
-        limits: lowest and highest value of some of them.
+        limits: lowest and highest value of some of them; -1e9 to 1e9 of the rest.
 
     Raises:
         ModelFileError: missing, extra or misshapen tensors; values that are not finite, or outside their limits.
@@ -232,7 +232,7 @@ def load_weights(
         if any(t.is_meta for t in (*part.parameters(recurse=False), *part.buffers(recurse=False))):
             part.to_empty(device="cpu", recurse=False)
     for name, target in stored(module.state_dict()).items():
-        _copy_checked(path, name, file.get_tensor(name), target, (limits or {}).get(name, _ANY))
+        _copy_checked(path, name, file.get_tensor(name), target, (limits or {}).get(name, _WEIGHTS))
 
 
 def _check_header(path: Path, file: Any, expected: Mapping[str, Tensor]) -> None:
@@ -266,7 +266,7 @@ def _copy_checked(path: Path, name: str, source: Tensor, target: Tensor, limits:
     for part in target.reshape(-1).split(_CHUNK):
         if not bool(torch.isfinite(part).all()):
             raise ModelFileError(f"{path}: {name} holds values that are not finite")
-        if limits != _ANY and not limits[0] <= float(part.min()) <= float(part.max()) <= limits[1]:
+        if not limits[0] <= float(part.min()) <= float(part.max()) <= limits[1]:
             low, high = float(part.min()), float(part.max())
             raise ModelFileError(
                 f"{path}: {name} holds values from {low:g} to {high:g}, allowed are {limits[0]:g} to {limits[1]:g}"

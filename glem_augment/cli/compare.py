@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
     if args.test is None and without_splits(args.data):
         train, test = parted(train, 4)
     else:
-        test = open_data(args.test or args.data, "test", size, train.image_shape[0], **reading)
+        channels = train.image_shape[0] if train.image_shape[0] in (1, 3) else None
+        test = open_data(args.test or args.data, "test", size, channels, **reading)
         common.name_skipped(test)
     flow = None if args.model is None else GLEM.from_pretrained(args.model)
     options: dict[str, Any] = dict(progress=not args.quiet, folder=args.out, began=began)

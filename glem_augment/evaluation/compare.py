@@ -91,7 +91,7 @@ def compare(
         DataError: classes that differ, or a class with fewer than five images. ValueError: timm has no such network.
     """
     began = time.monotonic() if began is None else began
-    train.pixel_range.need_8_bits("a comparison")
+    train.pixel_range.need_8_bits("a comparison", train.image_shape[0])
     if train.classes != test.classes:
         raise DataError(f"training and test images differ in classes: {train.classes[:5]} and {test.classes[:5]}")
     if np.bincount(train.targets, minlength=len(train.classes)).min() < 5:
@@ -326,7 +326,8 @@ class Run:
             f"{LONGER * schedule.steps} steps {longer:.0f} %, and guessing {chance:.0f} %"
         )
         if longer - chance <= noise:
-            return f"{text}: the networks have learned nothing, so no advice. Check the classes, or give more images."
+            fix = "Check the classes, or give more images or minutes."
+            return f"{text}: the networks have learned nothing, so no advice. {fix}"
         if short - chance < LEARNED * (longer - chance):
             needed = math.ceil(LONGER * self.store.settings["minutes"])
             return f"{text}: the networks have learned too little for advice. Give it about {needed} minutes."

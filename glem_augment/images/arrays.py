@@ -48,7 +48,8 @@ def check_layout(shape: tuple[int, ...], where: str) -> None:
     good = len(shape) == 3 and min(shape) > 0
     if good and shape[0] > MOST_CHANNELS >= shape[2]:
         raise BadImageError(
-            f"{where} has the shape {list(shape)}, but channels come first: save numpy.moveaxis(x, -1, 0)"
+            f"{where} has the shape {list(shape)}, but channels come first, at most {MOST_CHANNELS}: if they are last, "
+            "save numpy.moveaxis(x, -1, 0)"
         )
     if not good or shape[0] > MOST_CHANNELS or shape[0] * shape[1] * shape[2] > _MOST_VALUES:
         raise BadImageError(

@@ -376,10 +376,10 @@ def as_image_data(
         ids = data.class_ids if data.named and len(names) == len(data.class_ids) else None
         data = data.with_targets(data.targets, names, ids)
     if data.image_shape != image_shape:
-        raise DataError(
-            f"{data.name} has images of shape {data.image_shape}, the model takes {image_shape}: open the data with "
-            f"open_data(..., image_size=({height}, {width}), channels={channels})"
-        )
+        fix = f"open the data with open_data(..., image_size=({height}, {width}), channels={channels})"
+        if channels not in (1, 3):  # images are converted to no other number of channels
+            fix = f"give images of {channels} channels, opened with image_size=({height}, {width})"
+        raise DataError(f"{data.name} has images of shape {data.image_shape}, the model takes {image_shape}: {fix}")
     if data.pixel_range != pixel_range:
         raise DataError(
             f"{data.name} has images of {data.pixel_range}, the model takes {pixel_range}: open them with "

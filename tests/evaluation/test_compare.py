@@ -210,7 +210,9 @@ def test_a_machine_that_stands_still_gives_no_advice_but_the_minutes(clock: Cloc
     assert int(found["advice"].split("about ")[1].split()[0]) > 2
 
 
-@pytest.mark.parametrize(("short", "longer", "words"), [(55, 90, "too little.*about 40 min"), (50, 52, "nothing")])
+@pytest.mark.parametrize(
+    ("short", "longer", "words"), [(55, 90, "too little.*about 40 min"), (50, 52, "nothing.*or minutes")]
+)
 def test_networks_that_have_learned_too_little_give_no_advice(
     clock: Clock, short: float, longer: float, words: str
 ) -> None:
@@ -270,6 +272,18 @@ def test_classes_must_agree_and_be_large_enough() -> None:
         compare(data, data.with_targets(data.targets, ["a", "c"]), progress=False)
     with pytest.raises(DataError, match="5"):
         compare(images(8), images(8), progress=False)
+
+
+def test_many_channels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """torchvision's augmentations take grey and RGB images."""
+    for split in ("train", "test"):
+        for i in range(10):
+            file = tmp_path / split / "ab"[i % 2] / f"{i}.npy"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.save(file, np.full((4, 16, 16), i, np.uint8))
+    options = ["--image-size", "16", "--out", str(tmp_path / "out"), "--quiet"]
+    assert main(["compare", str(tmp_path), *options]) == 2
+    assert "a comparison needs 8-bit grey or RGB images, and these are uint8" in capsys.readouterr().err
 
 
 def test_the_command_writes_a_report_and_a_picture(

@@ -165,7 +165,8 @@ HOSTILE = {
     "cut.npy": (npy("(1, 4, 4)", body=b"x" * 9), "cannot be read.*ends after 9 of 64 bytes"),
     "nan.npy": (saved(np.full((1, 4, 4), np.nan, np.float32)), "NaN or infinite"),
     "large.npy": (saved(np.full((1, 4, 4), 1e300)), "NaN or infinite"),
-    "hwc.npy": (saved(np.zeros((20, 20, 12), np.float32)), r"channels come first: save numpy\.moveaxis"),
+    "hwc.npy": (saved(np.zeros((20, 20, 12), np.float32)), r"channels come first, at most 16: if they are last"),
+    "many.npy": (saved(np.zeros((17, 8, 8), np.float32)), "channels come first, at most 16"),
     "vector.npy": (saved(np.zeros(4, np.float32)), "an image is"),
     "empty.npy": (saved(np.zeros((0, 4, 4), np.float32)), "an image is"),
     "complex.npy": (saved(np.zeros((1, 4, 4), np.complex64)), "complex64: save it as"),
@@ -219,3 +220,5 @@ def test_tensors_have_ranges_too() -> None:
         as_image_data(data, (12, 6, 7), pixel_range=PixelRange("float32", 0, 1))
     with pytest.raises(DataError, match="has images of float32, the model takes uint8.*GLEM.fit"):
         as_image_data((x, y), (12, 6, 7))
+    with pytest.raises(DataError, match=r"give images of 12 channels, opened with image_size=\(6, 7\)"):
+        as_image_data((x[:, :1], y), (12, 6, 7), pixel_range=data.pixel_range)

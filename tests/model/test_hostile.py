@@ -66,6 +66,10 @@ TENSORS: list[tuple[str, str, Change]] = [
         for tensor in ("autoencoder.std", "flow.whiten.scale", "flow.whiten.gain")
         for value in (0.0, -1.0, 1e-38, 1e30)
     ),
+    *(
+        ("latent", f"flow.flow.levels.0.layers.{name}", first(1e12))
+        for name in ("1.bias", "2.weight", "3.net.head.bias")
+    ),
     ("full", "modes.shared_scales", first(0.0)),
     ("full", "modes.shared_scales", torch.zeros_like),
     ("full", "modes.shared_scales", lambda t: t * 1e-12),
