@@ -178,7 +178,7 @@ def worth(data: str, accuracy: float) -> str:
         return f"under {points[0][0]:,}"
     (n, low), (m, high) = next(pair for pair in pairwise(points) if pair[1][1] >= accuracy)
     images = n * (m / n) ** ((accuracy - low) / (high - low))
-    return f"{round(images, 1 - len(str(int(images)))):,.0f}"  # one digit: the subsets are few
+    return f"{round(images, 2 - len(str(int(images)))):,.0f}"  # two digits: the subsets are few
 
 
 def private() -> Named:
