@@ -31,7 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import ROOT, command, find_images, interval, machine, parser, processors, publish
-from benchmarks.paper.classifier import Recipe, train_classifier
+from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
 from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
 from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.private import private_classes
@@ -94,11 +94,14 @@ class Images:
     def accuracy(self, model: GLEM, seed: int, temperature: float) -> float:
         """Percent of real images that a classifier of 20,000 samples recognises."""
         data = SyntheticDataset(model, PER_CLASS, seed=seed, temperature=temperature, source="rfcm")
-        x, y = data.images(range(len(data))), torch.tensor(data.targets)
+        found = self.classifier(data.images(range(len(data))), torch.tensor(data.targets), seed)
+        return 100 * found.accuracy(self.judged.tensor(), torch.from_numpy(self.judged.targets))
+
+    def classifier(self, x: Tensor, y: Tensor, seed: int) -> Classifier:
+        """The small ResNet, trained on images x uint8 with labels y."""
         augment = AUGMENT.get(self.name, ("flip", "crop"))
         recipe = Recipe(arch="resnet18_quarter_half", epochs=EPOCHS, augment=augment, seed=seed)
-        found = train_classifier(lambda epoch: (x, y), 10, recipe, progress=False)
-        return 100 * found.accuracy(self.judged.tensor(), torch.from_numpy(self.judged.targets))
+        return train_classifier(lambda epoch: (x, y), 10, recipe, progress=False)
 
 
 def draw(images: Images, epsilons: list[float], delta: float, path: Path) -> None:

@@ -1,14 +1,18 @@
-"""What a user would pick in place of a private set: a classifier that is trained privately on the real images.
+"""What a user would pick in place of a private set: another method's images, or a classifier of the real images alone.
 
     pip install '.[opponents]'
     GLEM_DATA=... python benchmarks/proof/private_opponents.py --data fashion-mnist cifar10 --epsilon 1 10 --seeds 0 1 2
 
-Each method makes one classifier with the promise (epsilon, delta). Nothing else may be made from the images afterwards,
-whereas a private set can be given away and serves every network.
+Each method has the promise (epsilon, delta). Three make one classifier. Nothing else may be made from the real images
+afterwards, whereas private images can be given away and serve every network.
 
     dp-sgd      the small network with tanh of Papernot et al. 2021, trained by Opacus
     probe       a linear classifier on the latents of private.py, trained by Opacus
     resnet      the network of samples_alone.py with group normalisation, trained by Opacus
+
+One makes images: 20,000, on which the classifier of private.py is trained.
+
+    merf        DP-MERF, a small network that matches noisy random features (merf.py)
 
 Trials are judged on every tenth training image, which then is no private image; the best trial is measured on all real
 test images. The choice costs no privacy here, which favours these methods. Stored rows are not measured again.
@@ -33,7 +37,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import ROOT, by_seed, command, interval, machine, parser, processors, publish
 from benchmarks.paper.classifier import Classifier
-from benchmarks.proof.private import Images
+from benchmarks.proof.merf import private_images
+from benchmarks.proof.private import PER_CLASS, Images
+from glem_augment.classes.privacy import Privacy
 from glem_augment.io import write_json
 
 NAME = "private_opponents"
@@ -42,6 +48,7 @@ TRIALS = {
     "dp-sgd": [(2.0, 5, 2048), (2.0, 10, 2048), (4.0, 10, 2048)],
     "probe": [(1.0, 5, 4096), (4.0, 5, 4096), (16.0, 5, 4096), (4.0, 20, 4096)],
     "resnet": [(1.0, 5, 2048), (2.0, 5, 2048), (4.0, 5, 2048)],
+    "merf": [(0.01, 5, 100), (0.01, 5, 500), (0.003, 5, 100), (0.01, 10, 1000)],  # The first is published.
 }
 CLIP = {"dp-sgd": 0.1, "probe": 1.0, "resnet": 0.1}
 
@@ -112,17 +119,22 @@ class Task:
         self.test, self.test_y = self._prepared(test), torch.from_numpy(self.images.judged.targets)
 
     def _prepared(self, x: Tensor) -> Tensor:
+        if self.method == "merf":
+            return x
         if self.method == "probe":  # public coordinates with public variance 1, of norm 1
             return F.normalize(x.float() / self.images.prior.sqrt().float())
         return (x.float() / 255 - 0.5) / 0.5 if self.images.name == "cifar10" else (x.float() / 255 - 0.3) / 0.35
 
     def accuracy(self, trial: Any, promise: tuple[float, float], seed: int, validation: bool) -> float:
         held = torch.arange(len(self.y)) % 10 == 9
-        if not validation:
-            classes = train(self.method, self.x, self.y, trial, promise, seed)
-            return 100 * float((classes(self.test) == self.test_y).float().mean())
-        classes = train(self.method, self.x[~held], self.y[~held], trial, promise, seed)
-        return 100 * float((classes(self.x[held]) == self.y[held]).float().mean())
+        x, y, judged, judged_y = self.x, self.y, self.test, self.test_y
+        if validation:
+            x, y, judged, judged_y = x[~held], y[~held], x[held], y[held]
+        if self.method == "merf":
+            made = private_images(x, y, 10, trial, Privacy(*promise), seed, PER_CLASS)
+            return 100 * self.images.classifier(*made, seed).accuracy(judged, judged_y)
+        classes = train(self.method, x, y, trial, promise, seed)
+        return 100 * float((classes(judged) == judged_y).float().mean())
 
 
 def latents_of_test(images: Images) -> tuple[Tensor, Tensor]:
@@ -137,7 +149,7 @@ def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The page of the rows, with the command that measures them: mean and 95 % interval over seeds."""
     tested = [row for row in rows if row["judged"] == "test"]
     table, keys = [], ("data", "method", "epsilon", "delta")
-    for key, values in by_seed(tested, *keys).items():
+    for key, values in sorted(by_seed(tested, *keys).items()):
         own = [row for row in tested if tuple(row[name] for name in keys) == key]
         trials = sum(row["judged"] == "validation" and tuple(row[name] for name in keys) == key for row in rows)
         line = dict(zip(keys, key, strict=True)) | {"seeds": len(own), "accuracy": statistics.mean(values.values())}
@@ -149,7 +161,7 @@ def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
         own = [line for line in table if (line["data"], line["method"]) == (data, method)]
         words = ["--epsilon", *(f"{line['epsilon']:g}" for line in own), "--seeds", *range(own[0]["seeds"])]
         lines.append(command(f"benchmarks/proof/{NAME}.py", "--data", data, "--method", method, *words))
-    title = "Classifiers trained privately on real images"
+    title = "Other methods with the same promise: classifiers of the real images, or of DP-MERF's images (merf)"
     return {"title": title, "command": "\n".join(lines), "measured on": processors(rows), "rows": table}
 
 
