@@ -329,7 +329,9 @@ class GLEM(ConditionalFlow):
             images.pixel_range.need_8_bits("a private model")
             unused = flow, max_per_class, pooled, rank, shrinkage, seed
             if unused != (None, None, False, 64, 10.0, 0):
-                raise ValueError("leave flow, max_per_class, pooled, rank, shrinkage and seed out of a private fit")
+                raise ValueError(
+                    "a private fit takes no flow, max_per_class, pooled, rank, shrinkage or seed: leave them out"
+                )
             images = as_image_data(images, images.image_shape, classes)
             return cls._fit_private(images, autoencoder, privacy, parts, public, journal, device, progress)
         if flow is None:
