@@ -138,6 +138,11 @@ def few(data: ImageData, per_class: int, seed: int) -> tuple[ImageData, ImageDat
     return data.subset(np.flatnonzero(drawn)), data.subset(np.flatnonzero(~drawn))
 
 
+def stored(path: Path) -> list[dict[str, Any]]:
+    """The cells of a setting that are measured already."""
+    return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
+
+
 def fit(data: ImageData, rank: int) -> GLEM:
     """A model of the pixels, of images of `SIZE` pixels."""
     x = resize(data.tensor(), [SIZE, SIZE], antialias=True) if data.image_shape[1] > SIZE else data.tensor()
@@ -160,12 +165,7 @@ def main() -> None:
     most = setting.per_class - 1  # all modes that there are
     models = {kind: partial(fit, rank=rank) for kind, rank in (("pixels", most), ("pooled", most * len(train.classes)))}
     path, processor = args.out / f"{name}.json", machine()["processor"]
-
-    def stored(name: str) -> list[dict[str, Any]]:
-        path = args.out / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
-
-    cells = stored(name)
+    cells = stored(path)
 
     def accuracies(seed: int, stacks: list[Stack]) -> dict[Stack, float]:
         """Percent for each stack, on the test images, or with the seed of the choice on the held-out images."""
@@ -191,7 +191,9 @@ def main() -> None:
         if name == NAME:
             values = accuracies(TUNING, tried)
         else:
-            chosen = {cell["stack"]: cell["value"] for cell in stored(NAME) if cell["seed"] == TUNING}
+            chosen = {
+                cell["stack"]: cell["value"] for cell in stored(args.out / f"{NAME}.json") if cell["seed"] == TUNING
+            }
             values = {stack: chosen[stack.name] for stack in tried}
         return max(tried, key=lambda stack: values[stack])
 

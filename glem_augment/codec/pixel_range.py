@@ -1,4 +1,4 @@
-"""The range of images: their dtype, and the values of black and white."""
+"""The range of images: from black to white, in the images' dtype."""
 
 from __future__ import annotations
 

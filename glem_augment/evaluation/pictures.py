@@ -1,4 +1,4 @@
-"""Labelled pictures: a column of sections, each a grid of equal cells with a title, and labels beside its cells."""
+"""Labelled pictures: a column of titled sections, each a grid of equal cells with labels."""
 
 from __future__ import annotations
 

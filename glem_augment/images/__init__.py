@@ -1,4 +1,4 @@
-"""Images: their sources, decoding, and the matching of classes."""
+"""Images with labels, from any source."""
 
 from glem_augment.images.dataset import ImageData, images_for, open_data
 from glem_augment.images.matching import match_classes
