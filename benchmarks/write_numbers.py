@@ -32,8 +32,8 @@ from benchmarks.common import RESULTS, ROOT, Interval, Named, by_seed, interval,
 from benchmarks.paper.claims import verdicts
 from benchmarks.paper.paper import stored_markdown
 from benchmarks.proof import long_tails, pretrained
-from benchmarks.proof.augmentation.numbers import GROUPS, bold, naturally
-from benchmarks.proof.augmentation.numbers import numbers as augmentation
+from benchmarks.proof.augmentation.named import GROUPS, bold, naturally
+from benchmarks.proof.augmentation.named import numbers as augmentation
 from benchmarks.proof.augmentation.plan import IDENTITY, Store
 from benchmarks.proof.augmentation.report import markdown as augmentation_lines
 from benchmarks.proof.augmentation.report import paired_gain, results_of, signed

@@ -57,7 +57,7 @@ from benchmarks.common import (
     write_results,
 )
 from benchmarks.proof.augmentation.data import Flows, make_task
-from benchmarks.proof.augmentation.numbers import bold
+from benchmarks.proof.augmentation.named import bold
 from benchmarks.proof.augmentation.report import paired_gain, signed
 from benchmarks.proof.augmentation.settings import CIFAR_LATENTS, FINAL_SEEDS, TUNING_SEED, TUNING_SEEDS, Setting
 from benchmarks.proof.augmentation.train import order_of

@@ -9,6 +9,7 @@ the releases are made from them as `GLEM.fit(..., privacy=...)` makes them. Stor
 
     taef2       latents of TAEF2 in the bundled coordinates: `glem fit --autoencoder taef2 --epsilon E`
     pixels      the same releases of the pixels, with the bundled photographs as public images: the control
+    latents     the same releases as taef2, but a perceptron on latents in place of decoded images and the ResNet
 
 Epsilon 0 stands for no privacy: the classes of `glem fit --autoencoder taef2 --rank 512`. Of the real images,
 samples_alone.py has the accuracy. `--validation` judges every tenth training image, which then is no private image, and
@@ -21,12 +22,14 @@ import json
 import statistics
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
@@ -45,6 +48,13 @@ AUGMENT: dict[str, tuple[str, ...]] = {"fashion-mnist": ("crop",)}  # all shoes 
 PER_CLASS, EPOCHS = 2000, 8
 
 
+@cache
+@torch.no_grad()
+def encoded(model: GLEM, images: ImageData) -> Tensor:
+    """Latents [N, d] of images, in the coordinates of a model."""
+    return torch.cat([model.encode(part)[0] for part in images.tensor().split(256)])
+
+
 class Images:
     """The images of one data set and their latents, which stay in `work`."""
 
@@ -55,20 +65,23 @@ class Images:
         held = np.arange(len(train)) % 10 == 9
         self.train = train.subset(np.flatnonzero(~held)) if validation else train
         self.judged = train.subset(np.flatnonzero(held)) if validation else test
-        autoencoder = None if method == "pixels" else method
-        shape = train.image_shape
-        self.base = GLEM.create("stationary", shape, train.classes, train.class_ids, autoencoder=autoencoder).eval()
+        self.autoencoder = None if method == "pixels" else "taef2"
+        self.base = GLEM.create(
+            "stationary", train.image_shape, train.classes, train.class_ids, autoencoder=self.autoencoder
+        ).eval()
+        self.unprotected: dict[int | None, GLEM] = {}  # by cells
         public = None
         if method == "pixels":
-            whole = open_data("bundled:photographs", channels=shape[0], progress=False).tensor()
+            whole = open_data("bundled:photographs", channels=train.image_shape[0], progress=False).tensor()
             tiles = whole.unfold(2, 64, 64).unfold(3, 64, 64).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-            x = torch.nn.functional.interpolate(tiles.float(), shape[1:], mode="bilinear", antialias=True)
+            x = F.interpolate(tiles.float(), train.image_shape[1:], mode="bilinear", antialias=True)
             public = ImageData.from_tensors(x.round().to(torch.uint8), torch.zeros(len(x)).long(), ["image"])
         self.prior, self.clip = set_coordinates(self.base, public)
-        self.work = work / f"{data} {method}{' validation' * validation}"
+        self.work = work / f"{data} {self.autoencoder or method}{' validation' * validation}"
         self.work.mkdir(parents=True, exist_ok=True)
 
     def latents(self) -> tuple[Tensor, Tensor]:
+        """Latents [N, d] and labels [N] of the private images, in public coordinates."""
         path = self.work / "latents.npz"
         if not path.is_file():
             z, y = latents_alone(self.base, self.train, progress=True)
@@ -80,8 +93,10 @@ class Images:
     def model(self, epsilon: float, delta: float, cells: int | None) -> tuple[GLEM, dict[str, Any]]:
         """A new private model, and facts of its release."""
         if not epsilon:
-            autoencoder = None if self.method == "pixels" else self.method
-            return GLEM.fit(self.train, autoencoder, rank=10**4, parts=cells, progress=False), {}
+            if cells not in self.unprotected:
+                found = GLEM.fit(self.train, self.autoencoder, rank=10**4, parts=cells, progress=False)
+                self.unprotected[cells] = found
+            return self.unprotected[cells], {}
         z, y = self.latents()
         privacy, began = Privacy(epsilon, delta), time.process_time()
         found = private_classes(z, y, 10, self.prior, self.clip, privacy, cells, lambda _, make: make())
@@ -93,9 +108,27 @@ class Images:
 
     def accuracy(self, model: GLEM, seed: int, temperature: float) -> float:
         """Percent of real images that a classifier of 20,000 samples recognises."""
+        if self.method == "latents":
+            return self.perceptron(model, seed, temperature)
         data = SyntheticDataset(model, PER_CLASS, seed=seed, temperature=temperature, source="rfcm")
         found = self.classifier(data.images(range(len(data))), torch.tensor(data.targets), seed)
         return 100 * found.accuracy(self.judged.tensor(), torch.from_numpy(self.judged.targets))
+
+    def perceptron(self, model: GLEM, seed: int, temperature: float) -> float:
+        """Percent of real images that a perceptron of 20,000 samples' latents recognises."""
+        torch.manual_seed(seed)
+        y = torch.arange(10).repeat(PER_CLASS)
+        z = model.sample_latents(y, temperature, torch.Generator().manual_seed(seed), "rfcm")
+        scale = z.std(0).clamp_min(1e-6)
+        net = nn.Sequential(nn.Linear(model.dim, 512), nn.ReLU(), nn.Linear(512, 10))
+        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+        for _ in range(EPOCHS):
+            for rows in torch.randperm(len(z)).split(128):
+                optimizer.zero_grad()
+                F.cross_entropy(net(z[rows] / scale), y[rows]).backward()
+                optimizer.step()
+        found = net(encoded(model, self.judged) / scale).argmax(1)
+        return 100 * float((found == torch.from_numpy(self.judged.targets)).double().mean())
 
     def classifier(self, x: Tensor, y: Tensor, seed: int) -> Classifier:
         """The small ResNet, trained on images x uint8 with labels y."""
@@ -153,7 +186,7 @@ def main() -> None:
     args = parser(__doc__)
     args.set_defaults(threads=1)
     args.add_argument("--data", nargs="+", default=["fashion-mnist", "cifar10"], help="of ten classes (%(default)s)")
-    args.add_argument("--method", nargs="+", default=["taef2"], choices=("taef2", "pixels"))
+    args.add_argument("--method", nargs="+", default=["taef2"], choices=("taef2", "pixels", "latents"))
     args.add_argument("--epsilon", nargs="+", type=float, default=[0.2, 1, 3, 10], help="0: no privacy (%(default)s)")
     args.add_argument("--delta", type=float, default=1e-5)
     args.add_argument("--cells", type=int, help="Gaussians per class (default: as many as the noise allows)")

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 from benchmarks.common import ROOT, by_seed, command, interval, machine, parser, processors, publish
 from benchmarks.paper.classifier import Classifier
 from benchmarks.proof.merf import private_images
-from benchmarks.proof.private import PER_CLASS, Images
+from benchmarks.proof.private import PER_CLASS, Images, encoded
 from glem_augment.classes.privacy import Privacy
 from glem_augment.io import write_json
 
@@ -112,7 +112,7 @@ class Task:
         y = torch.from_numpy(self.images.train.targets)
         if method == "probe":
             x, y = self.images.latents()
-            test, _ = latents_of_test(self.images)
+            test = encoded(self.images.base, self.images.judged)
         else:
             x, test = self.images.train.tensor(), self.images.judged.tensor()
         self.x, self.y = self._prepared(x), y
@@ -135,14 +135,6 @@ class Task:
             return 100 * self.images.classifier(*made, seed).accuracy(judged, judged_y)
         classes = train(self.method, x, y, trial, promise, seed)
         return 100 * float((classes(judged) == judged_y).float().mean())
-
-
-def latents_of_test(images: Images) -> tuple[Tensor, Tensor]:
-    """Latents of the test images, in the coordinates of `images.latents`."""
-    x = images.judged.tensor()
-    with torch.no_grad():
-        z = torch.cat([images.base.encode(part)[0] for part in x.split(256)])
-    return z, torch.from_numpy(images.judged.targets)
 
 
 def report(rows: list[dict[str, Any]]) -> dict[str, Any]:

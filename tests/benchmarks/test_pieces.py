@@ -22,13 +22,15 @@ from benchmarks.paper.trust import auroc
 from benchmarks.speed import speed
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(p for p in (ROOT / "benchmarks").glob("*/*.py") if '__name__ == "__main__"' in p.read_text())
+SCRIPTS = sorted(p for p in (ROOT / "benchmarks").rglob("*.py") if '__name__ == "__main__"' in p.read_text())
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_every_script_can_be_imported_and_says_how_it_is_run(script: Path) -> None:
-    name = ".".join(script.relative_to(ROOT).with_suffix("").parts)
-    assert f"python benchmarks/{script.parent.name}/{script.name}" in importlib.import_module(name).__doc__
+    place = script.relative_to(ROOT)
+    assert f"python {place.as_posix()}" in importlib.import_module(".".join(place.with_suffix("").parts)).__doc__
+    # Python searches a script's folder first, so a module beside it would hide the standard library's module.
+    assert not {path.stem for path in script.parent.glob("*.py")} & sys.stdlib_module_names
 
 
 def test_intervals_are_students_and_corrected_for_the_number_of_rows() -> None:

@@ -63,7 +63,7 @@ def measure(plan: planning.Plan, store: Store, value) -> list[planning.Cell]:
             return cells
         for cell in missing:
             row = {
-                **cell.row(), ("accuracy" if cell.stage == "final" else "val_accuracy"): value(cell),
+                **cell.row(), ("accuracy" if cell.stage in planning.ON_TEST else "val_accuracy"): value(cell),
                 "seconds_per_step": 0.01, "cell_seconds": 1.0, "protocol": settings.PROTOCOL, "images": 500,
                 "measured_on": 1000, "steps": 10, "processor": "none", "threads": 1, "torch": "0",
             }  # fmt: skip
@@ -126,6 +126,21 @@ def test_an_opponent_is_never_worse_than_crop_and_flip(tmp_path: Path) -> None:
     (result,) = reporting.results_of(store)
     arm = result.best(("imagenette32",))
     assert arm is not None and result.strongest(arm) is result.plain is not result.opponent
+
+
+def test_the_advised_moves_are_compared_with_the_best_stack(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    measure(planned(), store, made_up)  # validation chooses noise 0.5, so noise needs no further cells
+    (before,) = reporting.results_of(store)
+    assert before.advised("adversarial") is None and before.recipe == []
+    cells = measure(planned(beside="recipe", seeds=[0, 1]), store, lambda cell: made_up(cell) - 0.2)
+    assert {(cell.stage, cell.method) for cell in cells} == {("recipe", "opponent"), ("recipe", "adversarial")}
+    (result,) = reporting.results_of(store)
+    assert [arm.accuracies for arm in result.arms] == [arm.accuracies for arm in before.arms]
+    # The stack that was measured again is worse here than the first time, and the better of both counts.
+    opponent, found, noise = result.opponent, result.advised("adversarial"), result.advised("noise")
+    assert opponent is not None and found is not None and noise is not None and (found.seeds, noise.seeds) == (2, 5)
+    assert found.mean == pytest.approx(result.recipe[1].mean.mean - opponent.over((0, 1)).mean)
 
 
 @pytest.mark.parametrize(("better", "on_test"), [("cutmix", 0.03), ("mixup", -0.03), (None, 0.0)])

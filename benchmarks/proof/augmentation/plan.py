@@ -14,6 +14,7 @@ from benchmarks.proof.augmentation.settings import (
     METHODS,
     PLAIN,
     PROTOCOL,
+    RECIPES,
     TUNING_SEED,
     TUNING_SEEDS,
     Setting,
@@ -22,6 +23,7 @@ from glem_augment.io import write_json
 
 Component = tuple[str, dict[str, Any]]
 FINAL, TUNING = "augmentation.json", "augmentation_tuning.json"
+ON_TEST = ("final", "recipe")  # stages of test images
 # Two rows with equal values of these columns are the same cell. Files are sorted by these columns, too.
 IDENTITY = ("stage", "setting", "classifier", "flow", "method", "params", "base", "seed", "protocol")
 
@@ -31,7 +33,7 @@ class Cell:
     """One classifier to train.
 
     Attributes:
-        stage: singles, pairs, triples, ours or final.
+        stage: singles, pairs, triples, ours, final or recipe.
         side: opponent, ours or control.
         flow: "none" of opponents, "identity" of controls.
         method, params: the tested method; base: the components under it.
@@ -90,14 +92,14 @@ class Store:
         return list(self._rows[FINAL if final else TUNING].values())
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
-        name = FINAL if cell.stage == "final" else TUNING
+        name = FINAL if cell.stage in ON_TEST else TUNING
         return self._rows[name].get(identity({**cell.row(), "protocol": PROTOCOL}))
 
     def has(self, cell: Cell) -> bool:
         return self.find(cell) is not None
 
     def add(self, row: dict[str, Any]) -> None:
-        name = FINAL if row["stage"] == "final" else TUNING
+        name = FINAL if row["stage"] in ON_TEST else TUNING
         self._rows[name].pop(identity(row), None)
         self._rows[name][identity(row)] = row
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -181,13 +183,15 @@ class Plan:
         return result
 
     def beside(self, singles: list[Cell], store: Store) -> list[Cell]:
-        """Further trials after the test: a third operation of opponents, and a shorter move of ours."""
+        """Further cells after the test: a third operation of opponents, a shorter move of ours, the advised moves."""
         setting, classifier = singles[0].setting, singles[0].classifier
         here = {"setting": setting.name, "classifier": classifier, "method": "opponent"}
-        final = [row for row in store.rows(final=True) if here.items() <= row.items()]
+        final = [row for row in store.rows(final=True) if row["stage"] == "final" and here.items() <= row.items()]
         if not final:
             return []
         base = tuple((name, params) for name, params in final[-1]["base"])
+        if self.args.beside == "recipe":
+            return self.recipe(setting, classifier, base, store)
         where = setting, classifier, "opponent", "none"
         if self.args.beside == "shorter":
             lowest = {**METHODS["adversarial"].trials[0], "flow": "identity"}
@@ -203,6 +207,21 @@ class Plan:
             return cells + again
         final = [row for row in final if row["base"] == final[-1]["base"]]
         return [*cells, *again, *(replace(best, stage="final", seed=row["seed"]) for row in final)]
+
+    def recipe(self, setting: Setting, classifier: str, base: tuple[Component, ...], store: Store) -> list[Cell]:
+        """The moves that the pages advise, where the choices left them out, and the opponent again beside them.
+
+        The opponent is measured again, since accuracies differ a little between processors.
+        """
+        where = setting, classifier, "control", "identity"
+        moves = [Cell("final", *where, method, params, base, self.args.seeds[0]) for method, params in RECIPES.items()]
+        missing = [cell for cell in moves if not store.has(cell)]
+        opponent = Cell("final", setting, classifier, "opponent", "none", "opponent", {}, base, 0)
+        return [
+            replace(cell, stage="recipe", seed=seed)
+            for seed in self.args.seeds
+            for cell in ([opponent, *missing] if missing else [])
+        ]
 
     def ours(self, setting: Setting, classifier: str, base: tuple[Component, ...]) -> list[Cell]:
         result = []
@@ -275,7 +294,7 @@ class Plan:
         """Median seconds of similar cells; None if there are none."""
         keys = ("setting", "classifier", "method")
         wanted = cell.row()
-        rows = store.rows(final=cell.stage == "final")
+        rows = store.rows(final=cell.stage in ON_TEST)
         alike = [
             row["cell_seconds"]
             for row in rows

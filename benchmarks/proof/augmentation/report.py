@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.common import Interval, interval
 from benchmarks.proof.augmentation.plan import FINAL, TUNING, Store, params_text
-from benchmarks.proof.augmentation.settings import PLAIN, REUSE, SETTINGS, SMOKE, TUNING_SEED
+from benchmarks.proof.augmentation.settings import PLAIN, RECIPES, REUSE, SETTINGS, SMOKE, TUNING_SEED
 from glem_augment.io import atomic_write
 
 NAMES = {"pairs": "best single + ", "triples": "best pair + "}
@@ -60,8 +60,20 @@ class Arm:
         return self.over(self.accuracies)
 
 
+def arms_of(rows: list[dict[str, Any]]) -> list[Arm]:
+    """The arms of these rows, in order."""
+    arms: list[Arm] = []
+    for row in rows:
+        key = (row["side"], row["flow"], row["method"], row["params"])
+        arm = next((a for a in arms if (a.side, a.flow, a.method, a.params) == key), None)
+        if arm is None:
+            arms.append(arm := Arm(*key[:3], []))
+        arm.rows.append(row)
+    return arms
+
+
 class Result:
-    """One setting and classifier: its arms and the comparisons.
+    """One setting and classifier: its arms and the comparisons. `recipe`: arms of the advised moves, measured later.
 
     Rows on an older base than the newest opponent's are left out, because the opponent has been tuned again.
     """
@@ -70,18 +82,13 @@ class Result:
         self, setting: str, classifier: str, final: list[dict[str, Any]], tuning: list[dict[str, Any]]
     ) -> None:
         self.setting, self.classifier = setting, classifier
-        own = [row for row in final if (row["setting"], row["classifier"]) == (setting, classifier)]
+        measured = [row for row in final if (row["setting"], row["classifier"]) == (setting, classifier)]
+        own = [row for row in measured if row["stage"] == "final"]
         newest = [row for row in own if row["method"] == "opponent"]
         self.base = newest[-1]["base"] if newest else []
-        self.arms: list[Arm] = []
-        for row in own:
-            if row["method"] not in PLAIN and row["base"] != self.base:
-                continue
-            key = (row["side"], row["flow"], row["method"], row["params"])
-            arm = next((a for a in self.arms if (a.side, a.flow, a.method, a.params) == key), None)
-            if arm is None:
-                self.arms.append(arm := Arm(*key[:3], []))
-            arm.rows.append(row)
+        current = [row for row in measured if row["method"] in PLAIN or row["base"] == self.base]
+        self.arms = arms_of([row for row in current if row["stage"] == "final"])
+        self.recipe = arms_of([row for row in current if row["stage"] == "recipe"])
         self.tuning = [row for row in tuning if (row["setting"], row["classifier"]) == (setting, classifier)]
 
     @property
@@ -103,8 +110,15 @@ class Result:
     def strongest(self, arm: Arm) -> Arm | None:
         """The best of the tuned stacks and crop + flip on the test images of the arm's seeds."""
         seeds = set(arm.accuracies)
-        known = [other for other in (*self.opponents, self.plain) if other and seeds & set(other.accuracies)]
+        again = [other for other in self.recipe if arm in self.recipe and other.side == "opponent"]
+        known = [other for other in (*self.opponents, self.plain, *again) if other and seeds & set(other.accuracies)]
         return max(known, key=lambda other: other.over(seeds).mean, default=None)
+
+    def advised(self, method: str) -> Interval | None:
+        """The gain of the advised moves of a method over the best stack; None if they were not measured."""
+        arms = [arm for arm in (*self.arms, *self.recipe) if (arm.method, arm.params) == (method, RECIPES[method])]
+        strongest = self.strongest(arms[0]) if arms else None
+        return paired_gain(arms[0].accuracies, strongest.accuracies) if strongest else None
 
     def validation(self, arm: Arm) -> tuple[int, float]:
         """The criterion of the choice: number of tuning seeds (earlier rows have one), and mean over these seeds."""
@@ -259,10 +273,13 @@ def _arms(result: Result) -> list[str]:
         "| side | flow | method | tuned | test accuracy % | - opponent | ms per step | added to crop + flip | seeds |",
         "|" + "---|" * 9,
     ]
-    for arm in result.arms:
-        gain = None if opponent is None or arm is opponent else paired_gain(arm.accuracies, opponent.accuracies)
+    again = next((arm for arm in result.recipe if arm.side == "opponent"), opponent)
+    for arm in (*result.arms, *result.recipe):
+        other = again if arm in result.recipe else opponent
+        gain = None if other is None or arm is other else paired_gain(arm.accuracies, other.accuracies)
         added = "" if plain is None or arm is plain else f"{1000 * (arm.step - plain.step):+.0f} ms"
         method = f"opponent: {base_text(arm.stack)}" if arm.side == "opponent" else arm.method
+        method += ", measured later" * (arm in result.recipe)
         shown = arm.stack if arm.side == "opponent" else [[arm.method, arm.params]]
         tuned = "; ".join(params_text(params) for _, params in shown if params)
         lines.append(

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository
 
 from benchmarks.common import RESULTS, machine, parser
 from benchmarks.proof.augmentation.data import Flows, Task, make_task, own_setting
-from benchmarks.proof.augmentation.plan import Cell, Plan, Store
+from benchmarks.proof.augmentation.plan import ON_TEST, Cell, Plan, Store
 from benchmarks.proof.augmentation.report import report
 from benchmarks.proof.augmentation.settings import (
     DEFAULT_OURS,
@@ -91,7 +91,7 @@ class Study:
             lambda name, pooled: self.flow(name, pooled, cell), steps, setting.batch, cell.seed,
             self.args.precision == "bf16",
         )  # fmt: skip
-        part, name = (task.test, "accuracy") if cell.stage == "final" else (task.val, "val_accuracy")
+        part, name = (task.test, "accuracy") if cell.stage in ON_TEST else (task.val, "val_accuracy")
         return {
             **cell.row(),
             "data": setting.data,
@@ -158,9 +158,9 @@ def options() -> Any:
     add("--best", type=int, default=2, help="of our methods in the final cells, per flow (%(default)s)")
     add("--through", nargs="+", metavar="FLOW", help="only these of a setting's flows (all)")
     add(
-        "--beside", choices=["triples", "shorter"],
-        help="only trials beside the stored ones: a third operation on the best pair of opponents, or adversarial "
-        "moves along the pixels' modes of half the lowest strength",
+        "--beside", choices=["triples", "shorter", "recipe"],
+        help="only cells beside the stored ones: a third operation on the best pair of opponents, adversarial moves "
+        "along the pixels' modes of half the lowest strength, or the advised moves where the choices left them out",
     )  # fmt: skip
     add("--leaking", action="store_true", help="also flows that have seen all labels; never counted")
     add("--trials", type=int, default=3, help="at most so many per method (%(default)s)")

@@ -205,6 +205,8 @@ METHODS: dict[str, Method] = {
     ),
 }
 OPPONENTS = tuple(name for name, method in METHODS.items() if method.side == "opponent")
+# The moves along the pixels' modes that the pages advise: the least strengths that were tried.
+RECIPES = {name: {**METHODS[name].trials[0], "flow": "identity"} for name in ("adversarial", "noise")}
 # Methods that are tried by default (--methods).
 DEFAULT_OURS = ("adversarial", "noise", "mode-mixup", "synthetic", "mode-mixup-any", "noise-shared")
 # An augmented image is used this many times on average, with another crop and flip each time, because on a CPU the flow

@@ -17,9 +17,9 @@ from benchmarks.proof.augmentation.report import (
     results_of,
     signed,
 )
-from benchmarks.proof.augmentation.settings import METHODS, PLAIN, SETTINGS, TUNING_SEED
+from benchmarks.proof.augmentation.settings import METHODS, PLAIN, RECIPES, SETTINGS, TUNING_SEED
 
-RECIPE = 0.25  # strength of the adversarial policy that the pages advise, and the lowest that was tried
+RECIPE = RECIPES["adversarial"]["strength"]
 GROUPS: dict[str, Callable[[str], bool]] = {
     "own images": lambda flow: flow == "own",
     "unlabelled images": lambda flow: flow.endswith("-unlabelled"),
@@ -155,8 +155,8 @@ def pixel_modes(
     gains: dict[str, list[Interval]],
     over_stack: dict[tuple[str, str], dict[str, Interval]],
 ) -> Named:
-    """The adversarial policy along the modes of the pixels, and the rows with the settings that the pages advise."""
-    lines, matching, strengths, shorter = [], [], [], []
+    """Moves along the modes of the pixels: tuned, and the fixed moves that the pages advise."""
+    lines, strengths, shorter = [], [], []
     steps: dict[str, list[tuple[float, float]]] = {"pixels": [], "flow": []}
     for result in results:
         below = next((a for a in result.arms if a.side == "opponent" and a.stack == result.base), None)
@@ -178,21 +178,21 @@ def pixel_modes(
         assert gain is not None
         gains.setdefault("pixels' modes: over that stack", []).append(gain)
         over_stack.setdefault((result.setting, result.classifier), {})["pixels"] = gain
-        through = any(name == "latent-noise" for name, _ in result.base)
         strengths.append(arm.params["strength"])
-        matches = arm.params["strength"] == RECIPE and not through
-        matching += [gain] if matches else []
-        why = "" if matches else "stack uses a flow" if through else f"strength {arm.params['strength']:g}"
+        advised = {name: result.advised(name) for name in RECIPES}
+        for name, found in advised.items():
+            if found is not None:
+                gains.setdefault(f"{name} {RECIPES[name]['strength']:g}, fixed: over that stack", []).append(found)
         yield f"{result.setting}, {result.classifier}, pixels: over that stack", gain.text(sign=True)
         lines.append(
             [f"`{result.setting}`", result.classifier, stack_text(result, strongest, arm.accuracies),
              f"{arm.mean.mean:.1f} %",
-             bold(gain), why or "yes", str(gain.seeds)]
+             bold(gain), *(bold(found) or "not measured" for found in advised.values()), str(gain.seeds)]
         )  # fmt: skip
-    gains["pixels' modes as advised: over that stack"] = matching
     yield "pixels: a shorter move is better on validation images", f"{sum(shorter)} of {len(shorter)}"
     yield "pixels: at the lowest strength", f"{strengths.count(RECIPE)} of {len(strengths)}"
-    head = "setting | classifier | best other stack | pixels' modes, adversarial | over that stack | as advised | seeds"
+    fixed = " | ".join(f"{name} {params['strength']:g}" for name, params in RECIPES.items())
+    head = f"setting | classifier | best other stack | pixels' modes, adversarial | over that stack | {fixed} | seeds"
     yield "modes of the pixels", table(head, sorted(lines, key=naturally))
     for side, values in steps.items():
         added, times = [1000 * (a - b) for a, b in values], [a / b for a, b in values]
