@@ -227,7 +227,7 @@ def photographs() -> Named:
     """Few photographs per class, with stacks chosen on other images."""
     found = stored("photographs")
     for setting in ("photographs", "photographs_50", "photographs_128"):
-        if (RESULTS / f"{setting}.json").is_file():
+        if (RESULTS / f"{setting}.json").is_file() and "rows" in stored(setting):  # a run that stopped has cells alone
             yield from _photographs(setting)
     judged = {row["stack"] for row in found["cells"] if row["seed"] == TUNING} - {"crop + flip"}
     ours = {name for name in judged if "modes" in name}

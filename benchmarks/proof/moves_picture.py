@@ -8,6 +8,7 @@ Moves along them are the fast ones, which gave the best networks in `photographs
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ COLUMNS = {  # strength and seed
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     known = open_data(find_images("moves_picture.py", "Imagenette", "imagenette128"), image_size=64, channels=3)
     model = GLEM.fit(known.subset(spread(len(known), 1000)), pooled=True)

@@ -8,6 +8,7 @@ for a grid of any size. Grey images, which use TAEF2's channels differently, hav
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def model_of(x: Tensor) -> dict[str, Tensor]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     x = crops()
     grey = (x * torch.tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
     found = {

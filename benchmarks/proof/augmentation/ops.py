@@ -38,7 +38,7 @@ class RememberingGLEM(GLEM):
 
     @classmethod
     def of(cls, model: GLEM) -> RememberingGLEM:
-        result = cls(model.config, model.flow, model.gaussians, model.modes)
+        result = cls(model.config, model.flow, model.latent_classes, model.codec)
         result._latents: dict[bytes, Tensor] = {}
         return result.eval().requires_grad_(False)
 
