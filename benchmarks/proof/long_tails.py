@@ -101,7 +101,7 @@ class LongTail:
         return 100 * accuracy(network, task.val if seed == TUNING_SEED else task.test)
 
 
-def _no_flow(name: str) -> GLEM:
+def _no_flow(name: str, pooled: bool) -> GLEM:
     raise AssertionError("no stack here goes through a flow")
 
 

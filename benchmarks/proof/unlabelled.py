@@ -112,8 +112,12 @@ def supervised(name: str, images: tuple[Tensor, Tensor], moves: Moves, seed: int
     if moves:
         policy, strength = moves
         stack.append((policy, {"policy": policy, "strength": strength, "p": 0.5, "flow": "identity"}))
-    known = len(classes), stack, lambda _: modes_of(images, classes), setting.steps["cnn"], setting.batch, seed, True
-    return train("cnn", images, *known)[0]
+    steps, batch = setting.steps["cnn"], setting.batch
+
+    def flow(name: str, pooled: bool) -> GLEM:
+        return modes_of(images, classes)
+
+    return train("cnn", images, len(classes), stack, flow, steps, batch, seed, bf16=True)[0]
 
 
 @lru_cache(maxsize=1)

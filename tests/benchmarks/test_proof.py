@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.proof.augmentation import data as data
 from benchmarks.proof.augmentation import plan as planning
 from benchmarks.proof.augmentation import report as reporting
 from benchmarks.proof.augmentation import settings as settings
+from benchmarks.proof.augmentation.ops import Stack
 from benchmarks.proof.augmentation.plan import Store
+from glem_augment import GLEM
 
 CIFAR = replace(settings.SETTINGS["cifar10-50"], proof=("imagenette32", "own"))
 
@@ -36,6 +38,28 @@ def test_seeds_draw_other_images_and_never_those_of_validation() -> None:
         assert not seen(task.train) & seen(task.val) and not (seen(task.train) | seen(task.val)) & seen(task.test)
     counts = torch.bincount(first.train[1]).tolist()
     assert counts == data.counts(setting, 10) == [40, 34, 29, 25, 22, 19, 16, 14, 12, 10]
+
+
+# ---- operations ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", settings.METHODS)
+def test_every_operation_of_a_stack_changes_or_keeps_images_and_labels(name: str) -> None:
+    """Also the models that the operations move images along: they are built from parts of GLEM."""
+    torch.manual_seed(1)
+    x, y = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8), torch.arange(20) % 2
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+
+    def flow(_: str, pooled: bool) -> GLEM:
+        return GLEM.fit((x, y), rank=4, pooled=pooled, progress=False)
+
+    method = settings.METHODS[name]
+    params = {**method.trials[-1], **({"flow": "identity"} if method.flow else {})}
+    params |= {"p": 1.0} if "p" in params else {}
+    moved, labels = Stack([(name, params)], flow, network, 20, 2, seed=0)(torch.arange(20), x, y)
+    assert moved.shape == x.shape and moved.dtype == torch.float32 and bool(moved.isfinite().all())
+    assert labels.shape in ((20,), (20, 2))
+    assert torch.equal(moved, x / 255) == (name in ("none", "natural"))
 
 
 # ---- the comparison --------------------------------------------------------------------------------------------------
