@@ -15,6 +15,7 @@ name that was removed or exchanged. When a benchmark has written rows, `make num
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -189,22 +190,24 @@ def private() -> Named:
         yield f"private, {line['data']}, {line['method']}, {line['judged']}: epsilon {line['epsilon']:g}", values
     columns = sorted({line["epsilon"] for line in lines if line["epsilon"]})
     real = by_seed(stored("samples_alone"), "data", "method", "setting", "metric")
-    rows = []
     names = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-    for data, shown in names.items():
-        own = {n["epsilon"]: n for n in lines if (n["data"], n["method"], n["judged"]) == (data, "taef2", "test")}
-        cells = [
-            ""
-            if e not in own
-            else f"{own[e]['accuracy']:.1f}" + (f" ± {own[e]['+/-']:.1f}" if own[e]["+/-"] else " (one release)")
-            for e in columns
-        ]
+    judges = {"taef2": "ResNet, decoded samples", "latents": "perceptron, samples' latents"}
+    judges["pixels"] = "ResNet, samples of pixels' Gaussians"
+    rows, controls = [], []
+    for (data, shown), (kind, judge) in itertools.product(names.items(), judges.items()):
+        own = {n["epsilon"]: n for n in lines if (n["data"], n["method"], n["judged"]) == (data, kind, "test")}
+        half = {e: f" ± {n['+/-']:.1f}" if n["+/-"] else " (one release)" for e, n in own.items()}
+        cells = {e: f"{n['accuracy']:.1f}" + half[e] for e, n in own.items()}
         if own:
-            rows.append([shown, *cells, f"{statistics.mean(real[data, 'real', '', 'CNN-A'].values()):.1f}"])
+            controls.append([shown, judge, *(cells.get(e, "") for e in (*columns, 0))])
+        if own and kind == "taef2":
+            mean = statistics.mean(real[data, "real", "", "CNN-A"].values())
+            rows.append([shown, *(cells.get(e, "") for e in columns), f"{mean:.1f}"])
             count = [worth(data, own[e]["accuracy"]) if e in own else "" for e in columns]
             rows.append(["worth so many real images", *count, "all"])
-    head = " | ".join(["", *(f"ε = {epsilon:g}" for epsilon in columns), "real images"])
-    yield "private sets", table(head, rows)
+    epsilons = [f"ε = {epsilon:g}" for epsilon in columns]
+    yield "private controls", table(" | ".join(["data", "judge", *epsilons, "no privacy"]), controls)
+    yield "private sets", table(" | ".join(["", *epsilons, "real images"]), rows)
     methods = {"probe": "a linear layer on the latents", "dp-sgd": "a small network with tanh"}
     found = []
     for row in opponents_page(stored("private_opponents"))["rows"]:
