@@ -191,13 +191,11 @@ def private() -> Named:
     columns = sorted({line["epsilon"] for line in lines if line["epsilon"]})
     real = by_seed(stored("samples_alone"), "data", "method", "setting", "metric")
     names = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-    judges = {"taef2": "ResNet, decoded samples", "latents": "perceptron, samples' latents"}
-    judges["pixels"] = "ResNet, samples of pixels' Gaussians"
+    judges = {"taef2": "ResNet, decoded samples", "latents": "perceptron, samples' latents", "pixels": "ResNet, pixels"}
     rows, controls = [], []
     for (data, shown), (kind, judge) in itertools.product(names.items(), judges.items()):
         own = {n["epsilon"]: n for n in lines if (n["data"], n["method"], n["judged"]) == (data, kind, "test")}
-        half = {e: f" ± {n['+/-']:.1f}" if n["+/-"] else " (one release)" for e, n in own.items()}
-        cells = {e: f"{n['accuracy']:.1f}" + half[e] for e, n in own.items()}
+        cells = {e: f"{n['accuracy']:.1f} " + (f"± {n['+/-']:.1f}" if n["+/-"] else "(one)") for e, n in own.items()}
         if own:
             controls.append([shown, judge, *(cells.get(e, "") for e in (*columns, 0))])
         if own and kind == "taef2":
@@ -205,6 +203,8 @@ def private() -> Named:
             rows.append([shown, *(cells.get(e, "") for e in columns), f"{mean:.1f}"])
             count = [worth(data, own[e]["accuracy"]) if e in own else "" for e in columns]
             rows.append(["worth so many real images", *count, "all"])
+        if own and kind == "latents":
+            rows.append(["perceptron on latents", *(cells.get(e, "") for e in columns), ""])
     epsilons = [f"ε = {epsilon:g}" for epsilon in columns]
     yield "private controls", table(" | ".join(["data", "judge", *epsilons, "no privacy"]), controls)
     yield "private sets", table(" | ".join(["", *epsilons, "real images"]), rows)
