@@ -133,10 +133,12 @@ def numbers(store: Store, no_network: list[dict[str, Any]]) -> Named:
             yield f"{name}: {what}", str(count)
         yield f"{name}: mean", mean.text(2, sign=True)
         lines.append([name, *map(str, counts.values()), mean.text(2, sign=True)])
-        if name == "pixels' modes: over that stack":
-            brief = [f"mean of all {len(found)} comparisons", mean.text(2, sign=True)]
+        if name == f"adversarial {RECIPE:g}, fixed: over that stack":
+            brief = [f"mean of {len(found)} comparisons", mean.text(2, sign=True)]
             rows = [brief, ["comparisons clear of zero", str(clear)], ["clear after Holm's correction", str(corrected)]]
-            rows += [[shown, over_stack[setting, "cnn"]["pixels"].text(sign=True)] for setting, shown in BRIEF.items()]
+            rows += [
+                [shown, over_stack[setting, "cnn"]["adversarial"].text(sign=True)] for setting, shown in BRIEF.items()
+            ]
             yield "moves in brief", table("comparison | gain in points", rows)
     head = "comparison | rows | mean above zero | interval above zero | after Holm's correction | mean over rows"
     yield "verdicts", table(head, lines)
@@ -157,6 +159,7 @@ def pixel_modes(
 ) -> Named:
     """Moves along the modes of the pixels: tuned, and the fixed moves that the pages advise."""
     lines, strengths, shorter = [], [], []
+    fixed = {name: f"{name} {params['strength']:g}" for name, params in RECIPES.items()}
     steps: dict[str, list[tuple[float, float]]] = {"pixels": [], "flow": []}
     for result in results:
         below = next((a for a in result.arms if a.side == "opponent" and a.stack == result.base), None)
@@ -182,7 +185,8 @@ def pixel_modes(
         advised = {name: result.advised(name) for name in RECIPES}
         for name, found in advised.items():
             if found is not None:
-                gains.setdefault(f"{name} {RECIPES[name]['strength']:g}, fixed: over that stack", []).append(found)
+                over_stack[result.setting, result.classifier][name] = found
+                gains.setdefault(f"{fixed[name]}, fixed: over that stack", []).append(found)
         yield f"{result.setting}, {result.classifier}, pixels: over that stack", gain.text(sign=True)
         lines.append(
             [f"`{result.setting}`", result.classifier, stack_text(result, strongest, arm.accuracies),
@@ -191,8 +195,8 @@ def pixel_modes(
         )  # fmt: skip
     yield "pixels: a shorter move is better on validation images", f"{sum(shorter)} of {len(shorter)}"
     yield "pixels: at the lowest strength", f"{strengths.count(RECIPE)} of {len(strengths)}"
-    fixed = " | ".join(f"{name} {params['strength']:g}" for name, params in RECIPES.items())
-    head = f"setting | classifier | best other stack | pixels' modes, adversarial | over that stack | {fixed} | seeds"
+    head = "setting | classifier | best other stack | pixels' modes, adversarial | over that stack"
+    head = " | ".join([head, *fixed.values(), "seeds"])
     yield "modes of the pixels", table(head, sorted(lines, key=naturally))
     for side, values in steps.items():
         added, times = [1000 * (a - b) for a, b in values], [a / b for a, b in values]
