@@ -205,9 +205,9 @@ def private() -> Named:
             rows.append(["worth so many real images", *count, "all"])
         if own and kind == "latents":
             rows.append(["perceptron on latents", *(cells.get(e, "") for e in columns), ""])
-    epsilons = [f"ε = {epsilon:g}" for epsilon in columns]
-    yield "private controls", table(" | ".join(["data", "judge", *epsilons, "no privacy"]), controls)
-    yield "private sets", table(" | ".join(["", *epsilons, "real images"]), rows)
+    head = " | ".join(f"ε = {epsilon:g}" for epsilon in columns)
+    yield "private controls", table(f"data | judge | {head} | no privacy", controls)
+    yield "private sets", table(f" | {head} | real images", rows)
     methods = {"probe": "a linear layer on the latents", "dp-sgd": "a small network with tanh"}
     found = []
     for row in opponents_page(stored("private_opponents"))["rows"]:

@@ -150,16 +150,17 @@ def draw(images: Images, epsilons: list[float], delta: float, path: Path) -> Non
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line for each data set, method and promise: mean and 95 % interval over seeds."""
+    """One line for each data set, method and promise: mean and 95 % interval over seeds. Lines of more cells come later."""
     table = []
-    keys = ("data", "method", "judged", "epsilon", "delta", "cells asked")
-    for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
-        own = [row for row in rows if tuple(row[name] for name in keys) == key]
+    columns = ("data", "method", "judged", "epsilon", "delta", "cells asked")
+    for key in dict.fromkeys(tuple(row[name] for name in columns) for row in rows):
+        own = [row for row in rows if tuple(row[name] for name in columns) == key]
         values = [row["accuracy"] for row in own]
-        line = dict(zip(keys, key, strict=True)) | {"seeds": len(own), "accuracy": statistics.mean(values)}
+        line = dict(zip(columns, key, strict=True)) | {"seeds": len(own), "accuracy": statistics.mean(values)}
         line["+/-"] = interval(values).half if len(values) > 1 else None
         table.append(line | {name: own[0].get(name) for name in ("cells", "modes", "pooled modes")})
-    return sorted(table, key=lambda line: (line["data"], line["method"], line["judged"], line["epsilon"]))
+    keys = ("data", "method", "judged", "epsilon")
+    return sorted(table, key=lambda line: (*(line[name] for name in keys), line["cells asked"] or 0))
 
 
 def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
