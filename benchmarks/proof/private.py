@@ -150,7 +150,7 @@ def draw(images: Images, epsilons: list[float], delta: float, path: Path) -> Non
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each data set, method and promise: mean and 95 % interval over seeds. Lines of more cells come later."""
+    """A line for each data set, method and promise: mean and 95 % interval over seeds. More cells come later."""
     table = []
     columns = ("data", "method", "judged", "epsilon", "delta", "cells asked")
     for key in dict.fromkeys(tuple(row[name] for name in columns) for row in rows):
