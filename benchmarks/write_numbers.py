@@ -185,9 +185,6 @@ def worth(data: str, accuracy: float) -> str:
 def private() -> Named:
     """Classifiers trained on samples of private models."""
     lines = private_rows(stored("private"))
-    for line in lines:
-        values = f"{line['accuracy']:.1f} ± {line['+/-']:.1f}" if line["+/-"] else f"{line['accuracy']:.1f}"
-        yield f"private, {line['data']}, {line['method']}, {line['judged']}: epsilon {line['epsilon']:g}", values
     columns = sorted({line["epsilon"] for line in lines if line["epsilon"]})
     real = by_seed(stored("samples_alone"), "data", "method", "setting", "metric")
     names = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
@@ -205,9 +202,9 @@ def private() -> Named:
             rows.append(["worth so many real images", *count, "all"])
         if own and kind == "latents":
             rows.append(["perceptron on latents", *(cells.get(e, "") for e in columns), ""])
-    head = " | ".join(f"ε = {epsilon:g}" for epsilon in columns)
-    yield "private controls", table(f"data | judge | {head} | no privacy", controls)
-    yield "private sets", table(f" | {head} | real images", rows)
+    epsilons = " | ".join(f"ε = {epsilon:g}" for epsilon in columns)
+    yield "private controls", table(f"data | judge | {epsilons} | no privacy", controls)
+    yield "private sets", table(f" | {epsilons} | real images", rows)
     methods = {"probe": "a linear layer on the latents", "dp-sgd": "a small network with tanh"}
     found = []
     for row in opponents_page(stored("private_opponents"))["rows"]:
