@@ -216,12 +216,10 @@ class Plan:
         where = setting, classifier, "control", "identity"
         moves = [Cell("final", *where, method, params, base, self.args.seeds[0]) for method, params in RECIPES.items()]
         missing = [cell for cell in moves if not store.has(cell)]
-        opponent = Cell("final", setting, classifier, "opponent", "none", "opponent", {}, base, 0)
-        return [
-            replace(cell, stage="recipe", seed=seed)
-            for seed in self.args.seeds
-            for cell in ([opponent, *missing] if missing else [])
-        ]
+        if not missing:
+            return []
+        opponent = Cell("final", setting, classifier, "opponent", "none", "opponent", {}, base, self.args.seeds[0])
+        return [replace(cell, stage="recipe", seed=seed) for seed in self.args.seeds for cell in (opponent, *missing)]
 
     def ours(self, setting: Setting, classifier: str, base: tuple[Component, ...]) -> list[Cell]:
         result = []
