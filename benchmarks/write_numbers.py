@@ -188,7 +188,8 @@ def private() -> Named:
     columns = sorted({line["epsilon"] for line in lines if line["epsilon"]})
     real = by_seed(stored("samples_alone"), "data", "method", "setting", "metric")
     names = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-    judges = {"taef2": "ResNet, decoded samples", "latents": "perceptron, samples' latents", "pixels": "ResNet, pixels"}
+    judges = {"taef2": "ResNet, decoded samples", "long": "ResNet, 60,000 samples, 30 epochs"}
+    judges |= {"latents": "perceptron, samples' latents", "pixels": "ResNet, samples of pixels"}
     rows, controls = [], []
     for (data, shown), (kind, judge) in itertools.product(names.items(), judges.items()):
         own = {n["epsilon"]: n for n in lines if (n["data"], n["method"], n["judged"]) == (data, kind, "test")}

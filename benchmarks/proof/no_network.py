@@ -1,7 +1,7 @@
 """Few labels without any network: HOG features with a linear ridge, and label spreading over unlabelled images.
 
     python benchmarks/proof/no_network.py
-    python benchmarks/proof/no_network.py --settings mnist-10 --seeds 0 1 2
+    python benchmarks/proof/no_network.py --settings fashion-10 --seeds 0 1 2
 
 Settings, labelled images, validation images, test images and seeds are the same as in `augmentation/run.py`. The ridge
 is fitted to the labelled images and their mirror images alone. Label spreading (Zhou et al. 2004, scikit-learn) uses
@@ -43,7 +43,7 @@ from benchmarks.proof.augmentation.settings import FINAL_SEEDS, SETTINGS, TUNING
 NAMES = (
     "fashion-5", "fashion-10", "fashion-20", "fashion-50", "fashion-100", "fashion-long-tail-10", "fashion-5of10-10",
     "cifar10-50", "cifar10-500", "cifar10-5of10-50", "cifar10-long-tail-10", "cifar10-long-tail-100",
-    "imagenette32-20", "imagenette32-50", "imagenette32-8of10-50", "notmnist-10",
+    "imagenette32-20", "imagenette32-50", "imagenette32-8of10-50", "notmnist-10", "mnist-10",
 )  # fmt: skip
 ORIENTATIONS, CUT = 18, 0.2
 RIDGE = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)

@@ -168,7 +168,7 @@ def moves(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
         x, y = few.tensor(), torch.from_numpy(few.targets)
         model = GLEM.fit(few, progress=False)
         if seed == 0:
-            aug = GLEMAugment(model, ADVISED, p=1.0)
+            aug = GLEMAugment(model, ADVISED, p=1.0, seed=seed)
             section = Section(
                 "", torch.stack([x, *(aug(x, y)[0] for _ in range(3))])[:, ::FEW], rows=["real", *3 * ["moved"]]
             )
