@@ -64,17 +64,21 @@ KEYS = {
     "augmentation": ",".join(IDENTITY),
     "augmentation_tuning": ",".join(IDENTITY),
     "backbones": "variant,data,seed",
+    "covariances": "images,count",
     "fine_tuned": "setting,arm,value,steps,seed",
     "latent_flows": "numbers,flow,rate,steps",
     "long_tails": "setting,source,fill,stack,seed",
     "no_network": "setting,method,seed",
+    "overhead": "codec,policy",
     "photographs": "stack,seed",
     "photographs_128": "stack,seed",
     "photographs_50": "stack,seed",
     "pretrained": "setting,views,seed",
     "private": "data,method,judged,epsilon,delta,cells asked,temperature,seed",
+    "private_audit": "release,images,attacker knows,claimed epsilon",
     "private_opponents": "data,method,epsilon,delta,judged,trial,seed",
     "samples_alone": "data,method,setting,metric,seed",
+    "speed": "case,side",
     "training_is_calm": "kind,preset,method",
     "unlabelled": "setting,method,tuned,moves,seed",
 } | {f"paper/{name}.cpu": "role,method,setting,metric,seed" for name in PAPER}
@@ -102,14 +106,15 @@ def check_rows(name: str) -> None:
     place = f"numbers: benchmarks/results/{name}"
     try:
         text = (RESULTS / name).read_text(encoding="utf-8")
-        record = json.loads(text)
+        record = json.loads(text, parse_int=float)  # seed 0 is seed 0.0
     except (OSError, ValueError) as error:
         raise SystemExit(f"{place}: {error}: restore it with git") from None
-    if text != json_text(record) + "\n":
+    if text != json_text(json.loads(text)) + "\n":
         raise SystemExit(f"{place} is not as its script writes it: restore it with git, or run the script again")
     if name.removesuffix(".json") in KEYS:
-        columns, parts = KEYS[name.removesuffix(".json")].split(","), ("measured", "cells", "trials")
-        rows = record if isinstance(record, list) else next(record[part] for part in parts if part in record)
+        columns, parts = KEYS[name.removesuffix(".json")].split(","), ("measured", "cells", "trials", "rows")
+        lists = [record] if isinstance(record, list) else [record[part] for part in parts if part in record]
+        rows = next(found for found in lists if isinstance(found, list))
         counted = Counter(json.dumps([row.get(column) for column in columns]) for row in rows)
         cell, count = counted.most_common(1)[0]
         if count > 1:
@@ -202,7 +207,8 @@ def private() -> Named:
             count = [worth(data, own[e]["accuracy"]) if e in own else "" for e in columns]
             rows.append(["worth so many real images", *count, "all"])
         if own and kind == "latents":
-            rows.append(["perceptron on latents", *(cells.get(e, "") for e in columns), ""])
+            most = next(n["accuracy"] for n in lines if (n["data"], n["method"]) == (data, "real"))
+            rows.append(["perceptron on latents", *(cells.get(e, "") for e in columns), f"{most:.1f}"])
     epsilons = " | ".join(f"ε = {epsilon:g}" for epsilon in columns)
     yield "private controls", table(f"data | judge | {epsilons} | no privacy", controls)
     yield "private sets", table(f" | {epsilons} | real images", rows)
@@ -214,14 +220,14 @@ def private() -> Named:
         yield f"private_opponents, {data}: {method} epsilon {epsilon}", accuracy
         found += [[names[data], methods[method], epsilon, accuracy]] if method in methods else []
     yield "private classifiers", table("data | classifier | ε | accuracy", found)
-    kinds = {"ours": "a release", "ours, a fitted model": "a fitted model"}
+    both, kinds = ("Gaussian", "any mechanism"), {"ours": "a release", "ours, a fitted model": "a fitted model"}
     kinds["ours, noise halved: a deliberate mistake"] = "a release with half the noise"
     bounds = [
-        [kinds[row["release"]], f"{row['claimed epsilon']:g}", f"{row['at least, Gaussian']:.2f}"]
+        [kinds[row["release"]], f"{row['claimed epsilon']:g}", *(f"{row[f'at least, {of}']:.2f}" for of in both)]
         for row in stored("private_audit")["rows"]
         if row["release"] in kinds
     ]
-    yield "private audit", table("attacked | promised ε | at least", bounds)
+    yield "private audit", table("attacked | promised ε | at least, normal scores | at least, any scores", bounds)
 
 
 def photographs() -> Named:
@@ -386,7 +392,8 @@ def counts() -> Named:
     calm = stored("training_is_calm")["cells"]
     yield "training_is_calm: runs", str(len(calm))
     yield "training_is_calm: kinds", in_words({row["kind"] for row in calm})
-    yield "private_audit: trials", f"{stored('private_audit')['trials']:,}"
+    for name in ("trials", "model_trials"):
+        yield f"private_audit: {name}", f"{stored('private_audit')[name]:,}"
     yield "trust: methods", in_words({row["method"] for row in stored("paper/trust.cpu")})
     yield "paper: seeds", in_words({row["seed"] for row in stored("paper/table1.cpu")})
     for name, report in reports().items():
@@ -479,18 +486,8 @@ def paper() -> Named:
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
-MARK = re.compile(r"<!-- (number|table): (.+?) -->(.*?)<!-- /\1 -->", re.S)
-SOURCES = (
-    samples,
-    private,
-    photographs,
-    latents,
-    unlabelled,
-    single_files,
-    counts,
-    speed,
-    paper,
-)
+MARK = re.compile(r"<!-- (number|table): (.+?) -->((?:(?!<!-- ).)*)<!-- /\1 -->", re.S)
+SOURCES = (samples, private, photographs, latents, unlabelled, single_files, counts, speed, paper)
 
 
 def names() -> dict[str, str]:
@@ -509,7 +506,7 @@ def names() -> dict[str, str]:
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "CHANGELOG.md", ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def written(text: str, known: dict[str, str]) -> str:
@@ -520,6 +517,8 @@ def written(text: str, known: dict[str, str]) -> str:
     """
     if unknown := next((name for _, name, _ in MARK.findall(text) if name not in known), None):
         raise ValueError(f"no number is called {unknown!r}: `benchmarks/write_numbers.py --list` shows the names")
+    if wrong := re.search(r"\d\0|\0\.?\d|\d ± \d|<!-- /?(number|table).*", MARK.sub("\0", text)):
+        raise ValueError(f"a marker is damaged, or a number stands beside or without one: {wrong[0]!r}")
     return MARK.sub(lambda m: f"<!-- {m[1]}: {m[2]} -->{known[m[2]]}<!-- /{m[1]} -->", text)
 
 
@@ -582,7 +581,7 @@ def update(check: bool) -> None:
     files = {file.relative_to(RESULTS).as_posix(): file for file in sorted(RESULTS.rglob("*.*")) if file != path}
     digests = {name: file_sha256(file) for name, file in files.items() if not name.endswith(".png")}
     for name in sorted({*before["results"], *digests}):
-        if name.endswith(".json") and before["results"].get(name) != digests.get(name):
+        if name.endswith(".json"):
             check_rows(name)
     made = derived()
     marks = {page.relative_to(ROOT).as_posix(): MARK.findall(page.read_text(encoding="utf-8")) for page in pages()}
@@ -597,7 +596,10 @@ def update(check: bool) -> None:
         agree(RESULTS / name, text(), check)
     known = names()
     for page in pages():
-        agree(page, written(page.read_text(encoding="utf-8"), known), check)
+        try:
+            agree(page, written(page.read_text(encoding="utf-8"), known), check)
+        except ValueError as error:
+            raise SystemExit(f"numbers: {page.relative_to(ROOT)}: {error}") from None
     agree(path, json_text(now) + "\n", check)
     for line in changed:
         print(f"numbers: {line}; stored anew")

@@ -34,6 +34,7 @@ def main() -> None:
         model = GLEM.from_pretrained(args.flow)
     else:
         real = open_data(args.data, "train")
+        # For a model to give away, state image_size= and channels= as well: one image must not change them.
         model = GLEM.fit(real, autoencoder="taef2", privacy=Privacy(args.epsilon, 1e-6))
     if args.temperature is None:
         args.temperature = 0.9 if real is None else 1.0

@@ -180,6 +180,20 @@ def run(setting: Setting, seeds: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
+def store(rows: list[dict[str, Any]], out: Path, show: bool) -> None:
+    """Write the rows and their table."""
+    summary = []
+    for setting, method in dict.fromkeys((row["setting"], row["method"]) for row in rows):
+        own = [row for row in rows if (row["setting"], row["method"]) == (setting, method)]
+        accuracy = [100 * row["accuracy"] for row in own]
+        summary.append(
+            {"setting": setting, "method": method, "tuned": str(own[0]["params"]),
+             "test accuracy %": str(interval(accuracy)), "seeds": len(own),
+             "CPU seconds per seed": statistics.median(row["seconds"] for row in own)}
+        )  # fmt: skip
+    write_results(out, "no_network", "Few labels without a network", summary, {"measured": rows}, show=show)
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.set_defaults(threads=1)
@@ -190,23 +204,10 @@ def main() -> None:
     path = args.out / "no_network.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["measured"] if path.is_file() else []
     for name in args.settings:
-        if set(args.seeds) <= {row["seed"] for row in rows if row["setting"] == name}:
-            continue
-        rows = [row for row in rows if row["setting"] != name]
-        rows += run(SETTINGS[name], args.seeds)
-        summary = []
-        for setting, method in dict.fromkeys((row["setting"], row["method"]) for row in rows):
-            own = [row for row in rows if (row["setting"], row["method"]) == (setting, method)]
-            accuracy = [100 * row["accuracy"] for row in own]
-            summary.append(
-                {"setting": setting, "method": method, "tuned": str(own[0]["params"]),
-                 "test accuracy %": str(interval(accuracy)), "seeds": len(own),
-                 "CPU seconds per seed": statistics.median(row["seconds"] for row in own)}
-            )  # fmt: skip
-        write_results(
-            args.out, "no_network", "Few labels without a network", summary, {"measured": rows},
-            show=name == args.settings[-1],
-        )  # fmt: skip
+        if not set(args.seeds) <= {row["seed"] for row in rows if row["setting"] == name}:
+            rows = [row for row in rows if row["setting"] != name] + run(SETTINGS[name], args.seeds)
+            store(rows, args.out, show=False)
+    store(rows, args.out, show=True)
 
 
 if __name__ == "__main__":

@@ -102,8 +102,8 @@ class Privacy:
     """A promise: (epsilon, delta)-differential privacy with respect to adding or removing the images of one person.
 
     Args:
-        epsilon: from 0.01 to 50. The odds of any guess about the person change by at most a factor e^epsilon ...
-        delta: ... except with this probability; above 0, at most 0.1. Less than one over the number of images.
+        epsilon: from 0.01 to 50. The probability of any outcome changes by at most a factor e^epsilon ...
+        delta: ... plus at most this; above 0, at most 0.1, and far below one over the number of images.
         images_per_person: m, the most images that one person has in the set. The noise is m times as large.
 
     ValueError: a value is out of range. TypeError: it is not a number.

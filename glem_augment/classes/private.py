@@ -131,7 +131,7 @@ def private_classes(
         centres = torch.nn.functional.pad(centres, (0, len(prior) - leading))
         cell = torch.empty_like(y)
         for k in range(num_classes):
-            cell[y == k] = torch.cdist(z[y == k], centres[k]).argmin(1)
+            cell[y == k] = nearest(z[y == k], centres[k])
         slots = y * cells + cell
         own = released("cells", z - centres[y, cell], slots, num_classes * cells, clip, _CELL_SHARES, CELLS)
         weights = own.counts.clamp_min(1).unflatten(0, (-1, cells))
@@ -140,6 +140,12 @@ def private_classes(
     return PrivateClasses(
         classes, describe(releases, NORMS), start.counts, found.modes, found.pooled_modes, noise, drowned
     )
+
+
+def nearest(z: Tensor, centres: Tensor) -> Tensor:
+    """The index [n] of the nearest of the `centres` [C, d]: the same bits decide for an image in any company."""
+    # By default cdist multiplies matrices where there are many rows, and the last bits then depend on the other rows.
+    return torch.cdist(z, centres, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
 
 
 def _drowned(start: Release, privacy: Privacy) -> list[int]:

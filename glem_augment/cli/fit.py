@@ -31,7 +31,7 @@ EXAMPLES = """\
   glem fit photos/ --autoencoder taef2 --image-size 128 --out runs/photos
   glem fit torch/cifar100@data --flow bundled:cifar10 --max-per-class 500 --out runs/cifar
   glem eval runs/photos photos-test/
-  glem fit private/ --autoencoder taef2 --epsilon 1 --out runs/shareable
+  glem fit private/ --autoencoder taef2 --image-size 64 --channels 3 --epsilon 1 --out runs/shareable
   glem generate runs/shareable --per-class 2000 --out shareable/
 """
 RELEASES = "releases.safetensors"  # of an interrupted private run
@@ -42,11 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_data(parser, split="train")
     parser.add_argument("--autoencoder", metavar="NAME", help="taef2 or hub:ORG/NAME: model its latents")
     parser.add_argument("--flow", metavar="MODEL", help=f"model the latents of its flow: {common.MODEL_HELP}")
+    channels = "1: grey, 3: colour (default: 1 if all images are grey, otherwise 3)"
+    parser.add_argument("--channels", type=int, choices=(1, 3), help=channels)
     add_options(parser)
     group = parser.add_argument_group("differential privacy")
-    epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak"
+    epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak; --image-size and --channels are public"
     group.add_argument("--epsilon", type=common.number(0.01, 50), metavar="E", help=epsilon)
-    delta = "probability with which the promise may fail; below one over the number of images (default: %(default)g)"
+    delta = "the promise's delta; far below one over the number of images (default: %(default)g)"
     group.add_argument("--delta", type=common.number(0, 0.1), default=1e-6, metavar="D", help=delta)
     persons = "the most images of one person: the noise grows with it"
     common.add_count(group, "--images-per-person", persons, 1)
@@ -84,8 +86,10 @@ def run(args: argparse.Namespace) -> None:
     data = GLEM.images_to_fit(
         args.data,
         args.flow,
+        args.epsilon is not None,
         split=args.split,
         image_size=common.height_and_width(args.image_size),
+        channels=args.channels,
         value_range=args.value_range,
         skip_bad=args.skip_bad,
         progress=not args.quiet,
@@ -109,7 +113,6 @@ def run(args: argparse.Namespace) -> None:
         "autoencoder": args.autoencoder,
         "data": args.data,
         "split": args.split,
-        "skipped": len(data.skipped),
         "classes": model.classes,
         "modes_per_class": model.modes.fewest_and_most if model.modes else (0, 0),
         "posterior_temperature": model.latent_classes.temperature,
@@ -117,7 +120,8 @@ def run(args: argparse.Namespace) -> None:
     }
     record = model.config.training
     if model.config.privacy is None:
-        result |= {"images": record["images"], "images_per_class": record["images_per_class"]}
+        result |= {"images": record["images"], "skipped": len(data.skipped)}
+        result["images_per_class"] = record["images_per_class"]
     else:
         result["privacy"] = model.config.privacy
         tell(model.config.privacy)

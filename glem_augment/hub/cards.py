@@ -96,6 +96,8 @@ def model_card(model: GLEM, repo_id: str, facts: CardFacts | None = None, sample
     """
     training, facts = model.config.training, facts or CardFacts()
     facts = replace(facts, license=facts.license or licence_id(training.get("license")))
+    if facts.metrics:
+        model.refuse_if_private("metrics on the card")
     results = _results(model, facts.metrics)
     preset = str(model.config.flow.get("preset", "flow"))
     metadata = ModelCardData(

@@ -284,6 +284,7 @@ class GLEM(ConditionalFlow):
         public: LabelledImages = None,
         journal: str | os.PathLike[str] | None = None,
         image_size: int | tuple[int, int] | None = None,
+        channels: int | None = None,
         value_range: Limits | None = None,
         classes: Sequence[str] | None = None,
         split: str = "train",
@@ -311,7 +312,8 @@ class GLEM(ConditionalFlow):
             public: public images like `data`, for a private model's coordinates. None: the autoencoder's coordinates.
             journal: a file for the releases of a private model: an interrupted call goes on from it. Remove it with the
                 model saved.
-            image_size: see `open_data`; by default the size that the images share.
+            image_size, channels: see `open_data`; by default read from the images. With privacy they must be stated, or
+                have been stated when `data` was opened: everybody knows them, and one image could change them.
             value_range: see `open_data`; by default measured for int16 and float images.
             classes, split, rank, pooled, shrinkage, max_per_class, seed, progress: see `adapt`.
             parts: see `adapt`; None: 1, or with privacy as many as the noise allows.
@@ -323,8 +325,10 @@ class GLEM(ConditionalFlow):
         """
         if flow is not None and autoencoder is not None:
             raise ValueError("give an autoencoder or a flow, not both: a flow has its codec already")
-        reading = dict(split=split, image_size=image_size, value_range=value_range, progress=progress)
-        images = cls.images_to_fit(data, flow, **reading)
+        reading = dict(
+            split=split, image_size=image_size, channels=channels, value_range=value_range, progress=progress
+        )
+        images = cls.images_to_fit(data, flow, privacy is not None, **reading)
         if privacy is not None:
             images.pixel_range.need_8_bits("a private model")
             unused = flow, max_per_class, pooled, rank, shrinkage, seed
@@ -387,14 +391,26 @@ class GLEM(ConditionalFlow):
         return base
 
     @staticmethod
-    def images_to_fit(data: LabelledImages, flow: GLEM | str | os.PathLike[str] | None, **options: Any) -> ImageData:
-        """The images that `fit` uses: `open_data` with the size of the flow's model; `options` as for `open_data`."""
+    def images_to_fit(
+        data: LabelledImages, flow: GLEM | str | os.PathLike[str] | None, private: bool, **options: Any
+    ) -> ImageData:
+        """The images that `fit` uses: `open_data` with the size of the flow's model; `options` as for `open_data`.
+
+        ValueError: a size or channels with a flow, or none for a private model.
+        """
         if isinstance(data, ImageData):
             return data
+        if private and None in (options.get("image_size"), options.get("channels")):
+            raise ValueError(
+                "everybody will know the image size and the channels of a private model, and one image could change "
+                "them: state both, such as image_size=64, channels=3 (--image-size 64 --channels 3; 1: grey)"
+            )
         if flow is None:
             return open_data(data, **options)
-        if [name for name in ("image_size", "value_range") if options.pop(name, None) is not None]:
-            raise ValueError("image_size and value_range are for models without a flow, which has both: leave them out")
+        if [name for name in ("image_size", "channels", "value_range") if options.pop(name, None) is not None]:
+            raise ValueError(
+                "image_size, channels and value_range are for models without a flow, which has them: leave them out"
+            )
         model = as_model(flow)
         return as_image_data(data, model.image_shape, pixel_range=model.pixel_range, **options)
 
@@ -524,6 +540,7 @@ class GLEM(ConditionalFlow):
         assert found.modes is not None
         config = replace(
             copy.deepcopy(self.config),
+            privacy=None,  # a private model's promise says nothing about these images
             psi=found.gaussians.psi,
             class_ids=[ONE_CLASS] if pooled else list(named.class_ids),
             class_names=[ONE_CLASS] if pooled else list(named.classes),

@@ -58,7 +58,7 @@ class Journal:
             raise ModelFileError(f"{path} can't be read: {error}; remove it, and count its release as spent") from None
         if facts != self.facts:
             raise GLEMError(
-                f"{path} holds the releases of a run with other images or options. They are spent: together with a new "
+                f"{path} holds the releases of a run with other options. They are spent: together with a new "
                 "release they add up (see glem info). Give another folder"
             )
 

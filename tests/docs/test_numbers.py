@@ -64,6 +64,18 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         r"docs/train.md has other names .* without 'bundled_cifar10: accuracy'; restore it",
     ),
+    "a digit behind a number": (
+        lambda root: edit(root / "docs/train.md", r"(accuracy -->\d\d\.\d\d<!-- /number -->)", r"\g<1>9"),
+        r"docs/train.md: .* stands beside or without",
+    ),
+    "a number without a name": (
+        lambda root: edit(root / "docs/train.md", r"\Z", "\nIt is 91.2 ± 0.3 %.\n"),
+        r"docs/train.md: .* stands beside or without one: '2 ± 0'",
+    ),
+    "a damaged marker": (
+        lambda root: edit(root / "README.md", "<!-- /table -->", "<!-- table -->"),
+        r"README.md has other names",
+    ),
     "another name": (
         lambda root: edit(root / "docs/train.md", "number: bundled_cifar10: accuracy", "number: bundled_cifar10: ece"),
         r"docs/train.md has other names .* new 'bundled_cifar10: ece'",
@@ -97,6 +109,10 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a second row": (
         change("fine_tuned", lambda rows: rows.append(rows[-1] | {"accuracy": 0.99})),
         r'results/fine_tuned.json has 2 rows of one cell and seed, \["cifar10-50".*: remove all but one',
+    ),
+    "a second row of an audit": (
+        change("private_audit", lambda record: record["rows"].append(record["rows"][0] | {"caught": "yes"})),
+        r"results/private_audit.json has 2 rows of one cell",
     ),
     "a page of a result": (
         lambda root: edit(root / "benchmarks/results/no_network.md", r"\d\d\.\d", "99.9"),

@@ -14,8 +14,10 @@ from torch import Tensor
 from glem_augment import GLEM, ImageData, SyntheticDataset
 from glem_augment.classes import private as private_module
 from glem_augment.classes.privacy import Privacy, epsilon_of
+from glem_augment.classes.private import nearest
 from glem_augment.cli import main
 from glem_augment.errors import DataError, GLEMError
+from glem_augment.hub.cards import CardFacts, model_card
 from glem_augment.model.private_fit import latents_alone, rows_are_independent, set_coordinates
 
 SIZE = (1, 16, 16)
@@ -155,6 +157,9 @@ def test_what_a_private_model_refuses(model: GLEM, data: ImageData) -> None:
         SyntheticDataset(model, "balance", real=data)
     with pytest.raises(ValueError, match="privac"):
         SyntheticDataset(model, 1).push_to_hub("org/images", report="report")
+    assert model.adapt(images(20), progress=False).config.privacy is None  # no promise covers these images
+    with pytest.raises(ValueError, match="metrics on the card"):
+        model_card(model, "org/model", CardFacts(metrics=[{"accuracy": 0.5, "data": "private/"}]))
 
 
 def test_samples_of_a_private_model_are_drawn_at_temperature_1(model: GLEM) -> None:
@@ -198,18 +203,31 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for index, (x, y) in enumerate(zip(data.tensor(), data.targets, strict=True)):
         (folder / data.classes[y]).mkdir(parents=True, exist_ok=True)
         write_grey(x, folder / data.classes[y] / f"{index}.png")
+    size = str(data.image_shape[1])
     argv = ["fit", str(folder), "--autoencoder", "taef2", "--epsilon", "40", "--delta", "1e-3", "--quiet"]
+    for stated in ([], ["--image-size", size], ["--channels", "1"]):  # one colour image would change a default
+        assert main([*argv, *stated, "--out", str(tmp_path / "model")]) == 2
+        assert "state both" in capsys.readouterr().err
+    argv += ["--image-size", size, "--channels", "1"]
     assert main([*argv, "--out", str(tmp_path / "model")]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["privacy"]["epsilon"] == 40 and "differentially private" in err and "above the noise" in err
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
-    assert main(["fit", str(folder), "--epsilon", "1", "--rank", "3", "--out", str(tmp_path / "x")]) == 2
+    assert main([*argv, "--rank", "3", "--out", str(tmp_path / "x")]) == 2
     assert "a private fit takes no" in capsys.readouterr().err
     assert main(["info", str(tmp_path / "model"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["privacy"]["unit"] == "one image"
     assert main(["info", *2 * [str(tmp_path / "model")], "--json"]) == 0
     together = json.loads(capsys.readouterr().out)["together"]
     assert together["epsilon"] == pytest.approx(epsilon_of(Privacy(40, 1e-3).mu * 2**0.5, 1e-3), rel=1e-3)
+
+
+def test_the_cell_of_an_image_is_the_same_in_any_company() -> None:
+    g = torch.Generator().manual_seed(0)
+    z, centres = (torch.randn(n, 64, generator=g, dtype=torch.float64) for n in (600, 8))
+    centres[4:] = centres[:4] + 1e-15 * torch.randn(4, 64, generator=g)  # nearly ties, which the last bits decide
+    whole = nearest(z, centres)
+    assert all(torch.equal(nearest(z[:n], centres), whole[:n]) for n in (1, 2, 3, 24, 26, 100))
 
 
 def write_grey(x: Tensor, path: Path) -> None:
