@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channels", type=int, choices=(1, 3), help=channels)
     add_options(parser)
     group = parser.add_argument_group("differential privacy")
-    epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak; --image-size and --channels are public"
+    epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak; state --image-size and --channels"
     group.add_argument("--epsilon", type=common.number(0.01, 50), metavar="E", help=epsilon)
     delta = "the promise's delta; far below one over the number of images (default: %(default)g)"
     group.add_argument("--delta", type=common.number(0, 0.1), default=1e-6, metavar="D", help=delta)
