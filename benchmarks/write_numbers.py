@@ -212,7 +212,7 @@ def private() -> Named:
     epsilons = " | ".join(f"ε = {epsilon:g}" for epsilon in columns)
     yield "private controls", table(f"data | judge | {epsilons} | no privacy", controls)
     yield "private sets", table(f" | {epsilons} | real images", rows)
-    methods = {"probe": "a linear layer on the latents", "resnet": "the ResNet on images"}
+    methods = {"probe": "a linear layer on the latents", "dp-sgd": "a small network with tanh, on images"}
     found = []
     for row in opponents_page(stored("private_opponents"))["rows"]:
         data, method, epsilon = row["data"], row["method"], f"{row['epsilon']:g}"

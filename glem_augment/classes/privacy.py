@@ -62,7 +62,7 @@ LEADING = 1024  # coordinates with full second moments
 _BITS = 20  # v is a multiple of 2^-20, and v v^T of 2^-40
 _ONE = 2**_BITS
 _CHUNK = 2**12  # images in one product: 12 + 40 bits stay below the 53 of float64
-_MOST = 2**22  # images of a class: 22 + 40 bits plus noise stay below the 63 of int64
+_MOST = 2**22  # images of a class: 22 + 40 bits plus noise stay below the 63 of int64; as many numbers of a latent
 _LARGEST_SD = 2.0**17  # in images: 17 + 40 bits, times a quantile of at most 2^4, stay below 2^62
 _CLIPS = 1e-30, 1e30
 _MECHANISM = "Gaussian noise on counts, sums and second moments per class of clipped latents"
@@ -114,9 +114,10 @@ class Privacy:
     images_per_person: int = 1
 
     def __post_init__(self) -> None:
-        check_number("epsilon", self.epsilon, 0.01, 50)
-        check_number("delta", self.delta, 0, 0.1, open_low=True)
-        check_whole("images_per_person", self.images_per_person, 1)
+        # As Python's numbers: 16-bit floats would round mu.
+        object.__setattr__(self, "epsilon", check_number("epsilon", self.epsilon, 0.01, 50))
+        object.__setattr__(self, "delta", check_number("delta", self.delta, 0, 0.1, open_low=True))
+        object.__setattr__(self, "images_per_person", check_whole("images_per_person", self.images_per_person, 1))
 
     @cached_property
     def mu(self) -> float:
@@ -336,6 +337,8 @@ class PrivateSums:
         part: float = 1.0,
     ) -> None:
         classes, dim = check_whole("num_classes", num_classes, 1), check_whole("dim", dim, 1)
+        if dim > _MOST:
+            raise ValueError(f"dim must be at most {_MOST:,}, got {dim:,}")
         leading = min(dim, LEADING if leading is None else check_whole("leading", leading, 0))
         self.num_classes, self.dim, self.leading = classes, dim, leading
         self.clip = check_number("clip", clip, *_CLIPS)

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channels", type=int, choices=(1, 3), help=channels)
     add_options(parser)
     group = parser.add_argument_group("differential privacy")
-    epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak; state --image-size and --channels"
+    epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak; state --image-size and --channels, too"
     group.add_argument("--epsilon", type=common.number(0.01, 50), metavar="E", help=epsilon)
     delta = "the promise's delta; far below one over the number of images (default: %(default)g)"
     group.add_argument("--delta", type=common.number(0, 0.1), default=1e-6, metavar="D", help=delta)
@@ -80,13 +80,15 @@ def run(args: argparse.Namespace) -> None:
     from glem_augment.model.weights import CONFIG, WEIGHTS
 
     folder = args.out
+    others = {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, RELEASES} if folder.is_dir() else set()
+    if args.epsilon is not None and others:
+        raise FileExistsError(f"{folder} holds {min(others)}, which no promise covers: give a new folder")
     if not args.overwrite and any((folder / name).exists() for name in (WEIGHTS, CONFIG)):
         raise FileExistsError(f"{folder} holds a model already: give another folder, or --overwrite")
     began, device = time.monotonic(), common.pick_device(args)
     data = GLEM.images_to_fit(
         args.data,
         args.flow,
-        args.epsilon is not None,
         split=args.split,
         image_size=common.height_and_width(args.image_size),
         channels=args.channels,

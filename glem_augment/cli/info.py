@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from glem_augment.cli import common
@@ -43,7 +44,8 @@ def together(promises: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     delta = max(privacy.delta for privacy in found)
     mu, epsilon = total(found, delta)
     unit = max(found, key=lambda privacy: privacy.images_per_person).unit
-    return {"if they have the same images": True, "epsilon": round(epsilon, 4), "delta": delta, "mu": mu, "unit": unit}
+    epsilon = math.ceil(epsilon * 1e4) / 1e4  # not below the promise
+    return {"if they have the same images": True, "epsilon": epsilon, "delta": delta, "mu": mu, "unit": unit}
 
 
 def model_facts(name: str) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class ImageData(Dataset):
         pixel_range: the dtype of the images and the range of their values.
         name: the folder or data set, as text.
         skipped: (image, reason) of every image that `open_data(..., skip_bad=True)` left out.
+        unstated: of "image_size", "channels" and "classes", what was read from the images, so that one may change it.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class ImageData(Dataset):
         pixels: torch.Tensor | None = None,
         skipped: Sequence[tuple[str, str]] = (),
         pixel_range: PixelRange = UINT8,
+        unstated: Sequence[str] = (),
     ) -> None:
         """The images `rows` of a source, or all; `pixels`: the same images decoded, [N,C,H,W]."""
         rows = np.arange(len(source)) if rows is None else rows
@@ -65,6 +67,7 @@ class ImageData(Dataset):
         self.name = _printable(source.name)
         self.targets, self.named = source.targets[rows], source.named
         self.classes, self.class_ids = list(source.classes), list(source.class_ids)
+        self.unstated = tuple(unstated)
         self.skipped = tuple((_printable(where), _printable(why)) for where, why in skipped)
 
     @classmethod
@@ -149,6 +152,11 @@ class ImageData(Dataset):
         other._source_rows = self._source_rows[chosen]
         return other
 
+    @property
+    def repeated(self) -> bool:
+        """Whether an image is there several times, as in a subset of repeated indices."""
+        return len(np.unique(self._source_rows)) < len(self)
+
     def where(self, index: int) -> str:
         """The path of image `index`, or a description where it has no path."""
         return _printable(self._source.where(int(self._source_rows[index])))
@@ -177,6 +185,7 @@ class ImageData(Dataset):
         other.classes, other.class_ids = list(classes), list(classes if class_ids is None else class_ids)
         check_names(other.classes, other.class_ids)
         other.targets, other.named = check_targets(targets, len(self), len(classes)), True
+        other.unstated = tuple(name for name in self.unstated if name != "classes")
         return other
 
     def with_numbers(self, numbers: torch.Tensor) -> ImageData:
@@ -300,7 +309,10 @@ def open_data(
             f"{error}, or leave such images out with skip_bad=True (on the command line: --skip-bad)"
         ) from error
     _warn_enlarged(source.name, sizes, shape[1:])
-    return ImageData(source, shape, rows, pixels, list(bad.values()), pixel_range)
+    unstated = ["classes"] if source.classes_are_labels and not unlabelled else []
+    if not isinstance(source, TensorSource):  # all its images have one shape
+        unstated += [name for name, value in (("image_size", size), ("channels", channels)) if value is None]
+    return ImageData(source, shape, rows, pixels, list(bad.values()), pixel_range, unstated)
 
 
 def _range_of(

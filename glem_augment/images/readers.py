@@ -98,6 +98,7 @@ class Source(Dataset, ABC):
 
     def __post_init__(self) -> None:
         self.named = bool(self.classes)
+        self.classes_are_labels = not self.named  # the labels that occur, so that one image can add a class
         self.targets = check_targets(self.targets, len(self.targets), len(self.classes) or None)
         if not self.named:
             self.classes = self.class_ids = [str(i) for i in range(self.targets.max(initial=-1) + 1)]

@@ -240,7 +240,9 @@ def _idx_source(folder: Path, split: str) -> TensorSource:
     parts = [part for part in folder.resolve().parts if part.lower() != "raw"]
     fashion = re.sub("[^a-z]", "", parts[-1].lower()) in ("fashion", "fashionmnist") and present.max(initial=0) < 10
     classes = [_CLOTHES[label] for label in present] if fashion else class_ids
-    return TensorSource(str(folder), classes, class_ids, targets.reshape(-1), images)
+    source = TensorSource(str(folder), classes, class_ids, targets.reshape(-1), images)
+    source.classes_are_labels = True
+    return source
 
 
 def _read_idx(path: Path, rank: int) -> np.ndarray:

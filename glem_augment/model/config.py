@@ -240,10 +240,11 @@ def _demand(good: bool, demand: str, value: Any) -> None:
 
 
 def _is_promise(value: Any) -> bool:
-    """Whether a model's record of its privacy has the numbers of the promise, in their ranges."""
+    """Whether a model's record of its privacy has the numbers of a promise."""
     try:
-        Privacy(value["epsilon"], value["delta"], value["images_per_person"])
-        return type(value["mu"]) is float and isinstance(value["unit"], str)
+        promise = Privacy(value["epsilon"], value["delta"], value["images_per_person"])
+        same = math.isclose(value["mu"], promise.mu, rel_tol=1e-9) and value["unit"] == promise.unit
+        return same and isinstance(value["weights_sha256"], str)
     except (KeyError, TypeError, ValueError):
         return False
 

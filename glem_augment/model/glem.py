@@ -208,6 +208,7 @@ class GLEM(ConditionalFlow):
             flow = copy.deepcopy(module)
         autoencoder = autoencoder_of(folder, config, autoencoder, **client)
         model = load_model(folder / WEIGHTS, config, partial(cls, flow=flow, codec=autoencoder))
+        model.check_promise()
         model = model.to(device).eval().requires_grad_(False)
         model.origin, model.origin_file = origin, folder / WEIGHTS
         return model
@@ -237,9 +238,20 @@ class GLEM(ConditionalFlow):
         return cls(config, module, Classes(gaussians)).eval().requires_grad_(False)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path."""
+        """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path.
+
+        ModelFileError: a private model whose weights are not the ones of its fit.
+        """
         self.config = replace(self.config, **self._facts())
+        self.check_promise()
         write_model(folder, self.config, self.state_dict())
+
+    def check_promise(self) -> None:
+        """ModelFileError: this private model has other weights than its fit gave it, so its promise does not hold."""
+        if self.config.privacy is not None and self.config.privacy["weights_sha256"] != weights_sha256(self):
+            raise ModelFileError(
+                "the weights of this private model have changed since its fit, so it has no promise: fit another model"
+            )
 
     def _facts(self) -> dict[str, Any]:
         """What `config.json` says of the classes."""
@@ -312,8 +324,8 @@ class GLEM(ConditionalFlow):
             public: public images like `data`, for a private model's coordinates. None: the autoencoder's coordinates.
             journal: a file for the releases of a private model: an interrupted call goes on from it. Remove it with the
                 model saved.
-            image_size, channels: see `open_data`; by default read from the images. With privacy they must be stated, or
-                have been stated when `data` was opened: everybody knows them, and one image could change them.
+            image_size, channels: see `open_data`; by default read from the images. With privacy state them, here or
+                where `data` is opened: everybody will know them, and one image could change them.
             value_range: see `open_data`; by default measured for int16 and float images.
             classes, split, rank, pooled, shrinkage, max_per_class, seed, progress: see `adapt`.
             parts: see `adapt`; None: 1, or with privacy as many as the noise allows.
@@ -328,7 +340,7 @@ class GLEM(ConditionalFlow):
         reading = dict(
             split=split, image_size=image_size, channels=channels, value_range=value_range, progress=progress
         )
-        images = cls.images_to_fit(data, flow, privacy is not None, **reading)
+        images = cls.images_to_fit(data, flow, **reading)
         if privacy is not None:
             images.pixel_range.need_8_bits("a private model")
             unused = flow, max_per_class, pooled, rank, shrinkage, seed
@@ -337,6 +349,8 @@ class GLEM(ConditionalFlow):
                     "a private fit takes no flow, max_per_class, pooled, rank, shrinkage or seed: leave them out"
                 )
             images = as_image_data(images, images.image_shape, classes)
+            if public is data:
+                raise ValueError("public images must not be the private images: give other images, or leave them out")
             return cls._fit_private(images, autoencoder, privacy, parts, public, journal, device, progress)
         if flow is None:
             shape, pixel_range = images.image_shape, images.pixel_range
@@ -386,25 +400,16 @@ class GLEM(ConditionalFlow):
         }
         coordinates = "public images" if public is not None else "of the autoencoder"
         record = {**found.privacy, "coordinates": coordinates, "parts": base.modes.parts if base.modes else 1}
-        base.config = replace(base.config, privacy={**record, "expect": expect}, training={"data": "private images"})
+        record |= {"expect": expect, "weights_sha256": weights_sha256(base)}
+        base.config = replace(base.config, privacy=record, training={"data": "private images"})
         base.config = replace(base.config, **base._facts())
         return base
 
     @staticmethod
-    def images_to_fit(
-        data: LabelledImages, flow: GLEM | str | os.PathLike[str] | None, private: bool, **options: Any
-    ) -> ImageData:
-        """The images that `fit` uses: `open_data` with the size of the flow's model; `options` as for `open_data`.
-
-        ValueError: a size or channels with a flow, or none for a private model.
-        """
+    def images_to_fit(data: LabelledImages, flow: GLEM | str | os.PathLike[str] | None, **options: Any) -> ImageData:
+        """The images that `fit` uses: `open_data` with the size of the flow's model; `options` as for `open_data`."""
         if isinstance(data, ImageData):
             return data
-        if private and None in (options.get("image_size"), options.get("channels")):
-            raise ValueError(
-                "everybody will know the image size and the channels of a private model, and one image could change "
-                "them: state both, such as image_size=64, channels=3 (--image-size 64 --channels 3; 1: grey)"
-            )
         if flow is None:
             return open_data(data, **options)
         if [name for name in ("image_size", "channels", "value_range") if options.pop(name, None) is not None]:

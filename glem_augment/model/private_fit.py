@@ -5,7 +5,9 @@ Every path from an image to the model passes `classes.private`.
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,8 @@ from tqdm.auto import tqdm
 from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.private import PrivateClasses, Tensors, private_classes
 from glem_augment.codec.published import coordinates_file
-from glem_augment.distributed import is_primary, share, world_size
-from glem_augment.errors import GLEMError, ModelFileError
+from glem_augment.distributed import gather, is_primary, share, world_size
+from glem_augment.errors import DataError, GLEMError, ModelFileError
 from glem_augment.images.dataset import ImageData
 from glem_augment.io import atomic_write
 
@@ -48,6 +50,7 @@ class Journal:
         self.resumed: list[str] = []
         if path is not None and path.is_file():
             self._read(path)
+        self.found = gather(self.found)[0]  # ranks without this folder go on with the same step
 
     def _read(self, path: Path) -> None:
         try:
@@ -88,8 +91,10 @@ def fit_private(
 ) -> PrivateClasses:
     """Give `model`, with a flow of public coordinates, the classes of private images; see `GLEM.fit`.
 
-    All ranks call this together.
+    All ranks call this together. DataError: images that were chosen by comparison, or are there twice. ValueError: an
+    autoencoder gives an image several latents.
     """
+    check_images(images)
     prior, clip = set_coordinates(model, public)
     facts = {
         "classes": model.class_ids,
@@ -106,14 +111,33 @@ def fit_private(
     return found
 
 
+def check_images(images: ImageData) -> None:
+    """Refuse images of which one has influence beyond its latent, and warn of public facts that were read from them."""
+    if images.skipped:
+        raise DataError(
+            f"{images.skipped[0][0]} and others ({len(images.skipped)} in all) were left out of a private set by "
+            "comparing images: remove these files, and leave out skip_bad (--skip-bad)"
+        )
+    if images.repeated:
+        raise DataError("an image is in this private set several times: give it once, or state images_per_person")
+    if images.unstated:
+        warnings.warn(
+            f"everybody will know the {' and '.join(images.unstated)} of the private model, which were read from the "
+            "images, where one image could change them: state image_size=, channels=, classes= (--image-size, "
+            "--channels, folders named after classes)",
+            stacklevel=2,
+        )
+
+
 def set_coordinates(model: ConditionalFlow, public: ImageData | None) -> tuple[Tensor, float]:
     """Set the codec and the flow of `model` from public numbers alone: their variances [d], and the norm to clip to.
 
     ValueError: there are no stored coordinates, and no public images.
     """
-    codec: Any = model.codec
-    if model.autoencoder is not None:
-        codec.fitted.fill_(True)  # mean 0 and deviation 1: the flow has the public ones
+    codec: Any = copy.deepcopy(model.codec)
+    model.codec = codec
+    if model.autoencoder is not None:  # the flow has the public mean and deviation; a fitted codec has others
+        codec.mean.zero_(), codec.std.fill_(1), codec.fitted.fill_(True)
     flow: Any = model.flow
     if public is not None:
         x = public.some(_PUBLIC_IMAGES)
@@ -158,10 +182,16 @@ def latents_alone(model: ConditionalFlow, images: ImageData, progress: bool) -> 
 
 
 def rows_are_independent(model: ConditionalFlow) -> bool:
-    """Whether the latent of an image has the same bits whatever the other images of a pass, and at any place."""
+    """Whether the latent of an image has the same bits whatever the other images of a pass, and at any place.
+
+    ValueError: not even the same image alone has the same latent each time.
+    """
     g = torch.Generator().manual_seed(0)
     x, other = (torch.rand(BATCH, *model.image_shape, generator=g) for _ in range(2))
     z = model.encode(x)[0]
     other[1] = x[0]
+    first, _, again = (model.encode(part[:1])[0] for part in (x, other[1:], x))
+    if not torch.equal(first, again):
+        raise ValueError("this autoencoder gives an image another latent each time: use one that is a fixed function")
     turned = model.encode(x.roll(3, 0))[0].roll(-3, 0)
     return torch.equal(model.encode(other)[0][1], z[0]) and torch.equal(turned, z)

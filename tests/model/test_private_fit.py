@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -11,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glem_augment import GLEM, ImageData, SyntheticDataset
+from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
 from glem_augment.classes import private as private_module
 from glem_augment.classes.privacy import Privacy, epsilon_of
 from glem_augment.classes.private import nearest
 from glem_augment.cli import main
-from glem_augment.errors import DataError, GLEMError
+from glem_augment.errors import DataError, GLEMError, ModelFileError
 from glem_augment.hub.cards import CardFacts, model_card
 from glem_augment.model.private_fit import latents_alone, rows_are_independent, set_coordinates
 
@@ -205,10 +206,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         write_grey(x, folder / data.classes[y] / f"{index}.png")
     size = str(data.image_shape[1])
     argv = ["fit", str(folder), "--autoencoder", "taef2", "--epsilon", "40", "--delta", "1e-3", "--quiet"]
-    for stated in ([], ["--image-size", size], ["--channels", "1"]):  # one colour image would change a default
-        assert main([*argv, *stated, "--out", str(tmp_path / "model")]) == 2
-        assert "state both" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="everybody will know the image_size and channels of the private model"):
+        assert main([*argv, "--out", str(tmp_path / "unstated")]) == 0
+    capsys.readouterr()
     argv += ["--image-size", size, "--channels", "1"]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "report.json").touch()
+    assert main([*argv, "--out", str(tmp_path / "full")]) == 2
+    assert "holds report.json, which no promise covers" in capsys.readouterr().err
     assert main([*argv, "--out", str(tmp_path / "model")]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["privacy"]["epsilon"] == 40 and "differentially private" in err and "above the noise" in err
@@ -220,6 +225,55 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["info", *2 * [str(tmp_path / "model")], "--json"]) == 0
     together = json.loads(capsys.readouterr().out)["together"]
     assert together["epsilon"] == pytest.approx(epsilon_of(Privacy(40, 1e-3).mu * 2**0.5, 1e-3), rel=1e-3)
+
+
+def test_what_one_image_could_change_is_refused_or_told(model: GLEM, data: ImageData, tmp_path: Path) -> None:
+    promise = dict(privacy=Privacy(10, 1e-4), progress=False)
+    with pytest.raises(DataError, match="several times"):
+        GLEM.fit(data.subset([*range(len(data)), 0]), "taef2", **promise)
+    with pytest.raises(ValueError, match="must not be the private images"):
+        GLEM.fit(data, "taef2", public=data, **promise)
+    for index, (x, y) in enumerate(zip(data.tensor(), data.targets, strict=True)):
+        (tmp_path / "bad" / data.classes[y]).mkdir(parents=True, exist_ok=True)
+        write_grey(x, tmp_path / "bad" / data.classes[y] / f"{index}.png")
+    (tmp_path / "bad" / "class 0" / "x.png").touch()
+    with pytest.raises(DataError, match="x.png and others"):
+        GLEM.fit(open_data(tmp_path / "bad", image_size=16, channels=1, skip_bad=True), "taef2", **promise)
+    with pytest.warns(UserWarning, match="will know the classes of the private model"):
+        GLEM.fit((data.tensor(), data.targets), "taef2", **promise)  # another label would be another class
+
+
+def test_a_promise_belongs_to_the_weights_of_its_fit(model: GLEM, data: ImageData, tmp_path: Path) -> None:
+    changed = copy.deepcopy(model)
+    changed.latent_classes = GLEM.fit(data, "taef2", progress=False).latent_classes
+    with pytest.raises(ModelFileError, match="weights of this private model have changed"):
+        changed.save(tmp_path)
+    model.save(tmp_path / "model")
+    model.adapt(data, progress=False).save(tmp_path / "other")
+    os.replace(tmp_path / "other" / "model.safetensors", tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ModelFileError):
+        GLEM.from_pretrained(tmp_path / "model")
+
+
+def test_a_fitted_codec_gives_its_numbers_to_no_private_model(data: ImageData) -> None:
+    fitted = GLEM.fit(data, "taef2", progress=False)
+    private = GLEM.fit(data, fitted.codec, privacy=Privacy(10, 1e-4), public=images(seed=1), progress=False)
+    assert not private.codec.mean.any() and bool((private.codec.std == 1).all()) and bool(fitted.codec.mean.any())
+
+
+class Restless(torch.nn.Module):
+    """An autoencoder that draws random numbers."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 8) + torch.rand(())
+
+    def decode(self, h: Tensor) -> Tensor:
+        return F.interpolate(h, scale_factor=8)
+
+
+def test_an_encoder_that_draws_random_numbers_is_refused(data: ImageData) -> None:
+    with pytest.raises(ValueError, match="another latent each time"):
+        GLEM.fit(data, Restless(), privacy=Privacy(10, 1e-4), public=images(seed=1), progress=False)
 
 
 def test_the_cell_of_an_image_is_the_same_in_any_company() -> None:
