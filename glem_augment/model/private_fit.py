@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 
 BATCH = 16  # images per pass; every pass has so many, so that no image's latent depends on the number of images
 _PUBLIC_IMAGES = 2000
+_STATED = {
+    "image_size": "image_size= (--image-size)",
+    "channels": "channels= (--channels)",
+    "classes": "classes=, or give folders named after the classes",
+}
 _CLIP_SHARE = 0.95  # the share of public latents that the first clip leaves as they are
 
 
@@ -121,11 +126,11 @@ def check_images(images: ImageData) -> None:
     if images.repeated:
         raise DataError("an image is in this private set several times: give it once, or state images_per_person")
     if images.unstated:
+        ways = ", ".join(_STATED[name] for name in images.unstated)
         warnings.warn(
-            f"everybody will know the {' and '.join(images.unstated)} of the private model, which were read from the "
-            "images, where one image could change them: state image_size=, channels=, classes= (--image-size, "
-            "--channels, folders named after classes)",
-            stacklevel=2,
+            f"everybody will know the {' and '.join(images.unstated)} of the private model, but one image could change "
+            f"what was read from the images: state {ways}",
+            stacklevel=5,  # the caller of GLEM.fit
         )
 
 
