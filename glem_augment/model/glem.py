@@ -349,8 +349,6 @@ class GLEM(ConditionalFlow):
                     "a private fit takes no flow, max_per_class, pooled, rank, shrinkage or seed: leave them out"
                 )
             images = as_image_data(images, images.image_shape, classes)
-            if public is data:
-                raise ValueError("public images must not be the private images: give other images, or leave them out")
             return cls._fit_private(images, autoencoder, privacy, parts, public, journal, device, progress)
         if flow is None:
             shape, pixel_range = images.image_shape, images.pixel_range

@@ -96,10 +96,10 @@ def fit_private(
 ) -> PrivateClasses:
     """Give `model`, with a flow of public coordinates, the classes of private images; see `GLEM.fit`.
 
-    All ranks call this together. DataError: images that were chosen by comparison, or are there twice. ValueError: an
-    autoencoder gives an image several latents.
+    All ranks call this together. DataError: images that were chosen by comparison, are there twice, or are public, too.
+    ValueError: an autoencoder gives an image several latents.
     """
-    check_images(images)
+    check_images(images, public, progress)
     prior, clip = set_coordinates(model, public)
     facts = {
         "classes": model.class_ids,
@@ -116,15 +116,20 @@ def fit_private(
     return found
 
 
-def check_images(images: ImageData) -> None:
+def check_images(images: ImageData, public: ImageData | None, progress: bool) -> None:
     """Refuse images of which one has influence beyond its latent, and warn of public facts that were read from them."""
     if images.skipped:
         raise DataError(
-            f"{images.skipped[0][0]} and others ({len(images.skipped)} in all) were left out of a private set by "
-            "comparing images: remove these files, and leave out skip_bad (--skip-bad)"
+            f"images were left out of a private set by comparing images ({len(images.skipped)}, such as "
+            f"{images.skipped[0][0]}): remove these files, and leave out skip_bad (--skip-bad)"
         )
     if images.repeated:
-        raise DataError("an image is in this private set several times: give it once, or state images_per_person")
+        raise DataError("an image is in this private set several times: give it once")
+    if public is not None and public.image_shape == images.image_shape:
+        known = {hash(x.numpy().tobytes()) for x in public.some(_PUBLIC_IMAGES)}
+        rows = tqdm(range(len(images)), unit="image", desc="compare", disable=not progress, delay=2)
+        if any(hash(images[row][0].numpy().tobytes()) in known for row in rows):
+            raise DataError("a private image is among the public images (public=, --public): give other images there")
     if images.unstated:
         ways = ", ".join(_STATED[name] for name in images.unstated)
         warnings.warn(
