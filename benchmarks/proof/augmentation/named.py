@@ -25,7 +25,7 @@ GROUPS: dict[str, Callable[[str], bool]] = {
     "unlabelled images": lambda flow: flow.endswith("-unlabelled"),
     "other images": lambda flow: flow != "own" and not flow.endswith("-unlabelled"),
 }
-BRIEF = {"fashion-10": "Fashion-MNIST, 10 labels per class", "cifar10-5of10-50": "CIFAR-10, five classes, 50"}
+BRIEF = {"fashion-10": "Fashion-MNIST, 10 labels per class"}
 OVER = ("over that stack", "over the control", "over the control's best")
 
 
