@@ -17,7 +17,8 @@
 6. *Noise in floats.* A rounded normal number plus an integer is the rounded sum, so it is post-processing of step 3.
    The noise has a relative error of about 1e-15 in both tails, from 106 random bits. The sum is rounded to steps of
    sd/256 to sd/128, so the floats change the probability of an outcome by a factor of at most about 1 +- 1e-11. For n
-   released numbers this adds at most 2e-11 n to epsilon: 3e-5 for 10 classes of 512 numbers.
+   released numbers this adds at most 2e-11 n to epsilon: 3e-5 for 10 classes of 512 numbers, 1.2e-4 for 10 of 2048.
+   This holds up to 9.2 sd. Beyond, random bits are coarser: one of n = 10^7 numbers is there with probability 4e-13.
 7. *Public:* class names, K, d, R, the leading coordinates, shares, epsilon, delta, the code, and how latents are made.
    *Secret:* images, labels, exact sums, noise. The noise comes from the operating system and is never stored.
 
@@ -103,7 +104,7 @@ class Privacy:
 
     Args:
         epsilon: from 0.01 to 50. The probability of any outcome changes by at most a factor e^epsilon ...
-        delta: ... plus at most this; above 0, at most 0.1, and far below one over the number of images.
+        delta: ... plus at most this; from 1e-12 to 0.1, and far below one over the number of images.
         images_per_person: m, the most images that one person has in the set. The noise is m times as large.
 
     ValueError: a value is out of range. TypeError: it is not a number.
@@ -116,7 +117,7 @@ class Privacy:
     def __post_init__(self) -> None:
         # As Python's numbers: 16-bit floats would round mu.
         object.__setattr__(self, "epsilon", check_number("epsilon", self.epsilon, 0.01, 50))
-        object.__setattr__(self, "delta", check_number("delta", self.delta, 0, 0.1, open_low=True))
+        object.__setattr__(self, "delta", check_number("delta", self.delta, 1e-12, 0.1))
         object.__setattr__(self, "images_per_person", check_whole("images_per_person", self.images_per_person, 1))
 
     @cached_property
@@ -286,7 +287,7 @@ def describe(releases: Sequence[Release], spent: float = 0.0) -> dict[str, Any]:
 def promise(facts: dict[str, Any]) -> str:
     """The promise of a model's entry `privacy`, in one sentence."""
     return (
-        f"This model, and every image drawn from it, is ({facts['epsilon']:g}, {facts['delta']:g})-differentially "
+        f"This model, and every image drawn from it, is ({facts['epsilon']:.9g}, {facts['delta']:.9g})-differentially "
         f"private with respect to adding or removing {facts['unit']}."
     )
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ _FIRST_SHARES, _SECOND_SHARES, _CELL_SHARES = (0.18, 0.82, 0), (0, 0, 1), (0.1, 
 _CLIP = 0.9  # the second clip, in roots of the mean squared norm
 _BINS = 64  # of the histogram of norms, up to twice the public norm
 _CELL_COUNTS, _CELL_NOISE = (32, 16, 8, 4), 0.04
+_SPENT = f"This run has spent {FIRST:.0%} of its mu^2, which another run adds to"
 _DRAWS = 4000  # samples of a class on which k-means finds its cells
 
 Tensors = dict[str, Tensor]
@@ -56,7 +57,6 @@ class PrivateClasses:
         pooled_modes: how many of the pooled covariance do.
         noise: the share of noise in the differences of the class means [K], before they are shrunk.
         drowned: classes with too few images for the noise; they are drawn like the pooled class.
-        resumed: releases that an interrupted run made.
     """
 
     classes: Classes
@@ -66,7 +66,6 @@ class PrivateClasses:
     pooled_modes: int
     noise: Tensor
     drowned: list[int]
-    resumed: list[str] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -154,14 +153,14 @@ def _drowned(start: Release, privacy: Privacy) -> list[int]:
     if privacy.delta * images > 1:
         raise ValueError(
             f"delta={privacy.delta:g} is above one over the number of images, about {images:.0f}: a release could then "
-            f"show one of them; give at most {0.1 / images:.0e}"
+            f"show one of them; give at most {0.1 / images:.0e}. {_SPENT}"
         )
     least = start.sd_sum * math.sqrt(start.sums.shape[1]) / start.clip
     drowned = [k for k, count in enumerate(start.counts.tolist()) if count < max(least, 3 * start.sd_count)]
     if len(drowned) == len(start.counts):
         raise DataError(
             f"at epsilon={privacy.epsilon:g} classes of about {max(images, 0) / len(drowned):.0f} images are noise; "
-            f"{least:.0f} would be needed: merge classes, add images, or raise epsilon"
+            f"{least:.0f} would be needed: merge classes, add images, or raise epsilon. {_SPENT}"
         )
     return drowned
 

@@ -19,5 +19,5 @@ def run(args: argparse.Namespace) -> None:
     args.flow = None if args.model == "identity" else args.model
     instead = f"glem fit DATA --flow {args.model}" if args.flow else "glem fit DATA"
     common.note(f"glem: adapt is now called fit: {instead}")
-    args.epsilon = args.channels = None
+    args.epsilon = args.delta = args.images_per_person = args.public = args.channels = None
     fit.run(args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("differential privacy")
     epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak; state --image-size and --channels, too"
     group.add_argument("--epsilon", type=common.number(0.01, 50), metavar="E", help=epsilon)
-    delta = "the promise's delta; far below one over the number of images (default: %(default)g)"
-    group.add_argument("--delta", type=common.number(0, 0.1), default=1e-6, metavar="D", help=delta)
-    persons = "the most images of one person: the noise grows with it"
-    common.add_count(group, "--images-per-person", persons, 1)
+    delta = "the promise's delta; far below one over the number of images (default: 1e-6)"
+    group.add_argument("--delta", type=common.number(1e-12, 0.1), metavar="D", help=delta)
+    persons = "the most images of one person: the noise grows with it (default: 1)"
+    common.add_count(group, "--images-per-person", persons)
     public = "public images like yours, for the coordinates (default: the coordinates that ship with taef2)"
     group.add_argument("--public", metavar="DATA", help=public)
 
@@ -76,15 +77,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from glem_augment.distributed import is_primary
+    from glem_augment.io import lock_folder
+
+    if args.epsilon is None and (args.delta or args.images_per_person or args.public):
+        raise ValueError("--delta, --images-per-person and --public are for private models: give --epsilon, too")
+    # Two private runs in one folder could both make the next release.
+    with lock_folder(args.out) if args.epsilon is not None and is_primary() else nullcontext():
+        fit(args)
+
+
+def fit(args: argparse.Namespace) -> None:
+    """Fit the model and save it. FileExistsError: the folder holds something else."""
+    from glem_augment.distributed import is_primary
     from glem_augment.model.glem import GLEM
     from glem_augment.model.weights import CONFIG, WEIGHTS
 
     folder = args.out
-    others = {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, RELEASES} if folder.is_dir() else set()
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = {name for name in found - {CONFIG, WEIGHTS, ".lock"} if not name.lstrip(".").startswith(RELEASES)}
     if args.epsilon is not None and others:
         raise FileExistsError(f"{folder} holds {min(others)}, which no promise covers: give a new folder")
     if not args.overwrite and any((folder / name).exists() for name in (WEIGHTS, CONFIG)):
         raise FileExistsError(f"{folder} holds a model already: give another folder, or --overwrite")
+    if args.epsilon is not None and CONFIG in found:
+        common.note(f"glem: if the model in {folder} was private, its promise and the new one add up (see glem info)")
     began, device = time.monotonic(), common.pick_device(args)
     data = GLEM.images_to_fit(
         args.data,
@@ -136,7 +152,7 @@ def private_arguments(args: argparse.Namespace, journal: Path) -> dict[str, Any]
 
     if journal.exists():
         common.note(f"glem: {journal} has releases of an interrupted run, which are used: nothing is released twice")
-    privacy = Privacy(args.epsilon, args.delta, args.images_per_person)
+    privacy = Privacy(args.epsilon, args.delta or 1e-6, args.images_per_person or 1)
     return {"privacy": privacy, "public": args.public, "journal": journal}
 
 

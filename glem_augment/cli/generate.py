@@ -102,8 +102,8 @@ def run(args: argparse.Namespace) -> None:
     check_folder(args.out)  # refuses a folder before any work
     model = common.load_model(args)
     if args.report is not None and model.config.privacy is not None:
-        if args.report.resolve().is_relative_to(args.out.resolve()):
-            raise ValueError("--report on a private model looks at real images: give a folder outside --out")
+        if any(args.report.resolve().is_relative_to(shared.resolve()) for shared in (args.out, Path(args.model))):
+            raise ValueError("--report on a private model looks at real images: give a folder outside --out and MODEL")
         common.note(f"glem: {UNCOVERED}")
     progress = not args.quiet
     reading = {"progress": progress, "skip_bad": args.skip_bad}
@@ -114,7 +114,8 @@ def run(args: argparse.Namespace) -> None:
         unseen = common.open_resized(model, args.real, "test", **reading)
     given = ("temperature", "modes", "alpha")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
-    options |= {"real": real, "class_map": args.class_map}
+    drawn = real if model.config.privacy is None else None  # real images can change the order of labels
+    options |= {"real": drawn, "class_map": args.class_map}
     dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, **options)
     began = time.monotonic()
     command = shlex.join(["glem", *args.argv])

@@ -155,7 +155,7 @@ class ImageData(Dataset):
     @property
     def repeated(self) -> bool:
         """Whether an image is there several times, as in a subset of repeated indices."""
-        return len(np.unique(self._source_rows)) < len(self)
+        return self._source.repeated or len(np.unique(self._source_rows)) < len(self)
 
     def where(self, index: int) -> str:
         """The path of image `index`, or a description where it has no path."""
@@ -175,6 +175,7 @@ class ImageData(Dataset):
         other = copy.copy(self)
         other._pixels, other._rows = None, self._source_rows
         other.image_shape = (channels, round(scale * shape[0]), round(scale * shape[1]))
+        other.unstated = ("image_size", *self.unstated)
         return other
 
     def with_targets(
@@ -185,7 +186,8 @@ class ImageData(Dataset):
         other.classes, other.class_ids = list(classes), list(classes if class_ids is None else class_ids)
         check_names(other.classes, other.class_ids)
         other.targets, other.named = check_targets(targets, len(self), len(classes)), True
-        other.unstated = tuple(name for name in self.unstated if name != "classes")
+        # Labels that were numbered among the labels that occur still are.
+        other.unstated = tuple(name for name in self.unstated if name != "classes" or self.named)
         return other
 
     def with_numbers(self, numbers: torch.Tensor) -> ImageData:

@@ -95,6 +95,7 @@ class Source(Dataset, ABC):
     class_ids: list[str]
     targets: np.ndarray
     threads = 8  # how many may open images at the same time
+    repeated = False  # whether an image is there several times
 
     def __post_init__(self) -> None:
         self.named = bool(self.classes)

@@ -64,7 +64,8 @@ def open_source(data: Any, split: str = "train", unlabelled: bool = False) -> So
         whole, rows = open_source(data.dataset, split), np.asarray(data.indices, dtype=np.int64)
         names, ids = (whole.classes, whole.class_ids) if whole.named else ([], [])
         source = ItemSource(whole.name, names, ids, whole.targets[rows], Subset(whole, rows.tolist()), 0)
-        source.threads = whole.threads
+        source.threads, source.repeated = whole.threads, len(np.unique(rows)) < len(rows)
+        source.classes_are_labels = whole.classes_are_labels
         return source
     if isinstance(data, tuple) and len(data) == 2:
         return tensor_source(*data)
@@ -302,7 +303,9 @@ def _data_set_source(data: Any, name: str | None = None) -> Source:
         return ReaderSource(name, names, ids, np.asarray(reader.dataset[reader.label_key]), reader)
     if reader is not None:  # another reader of timm
         labels = reader.targets if hasattr(reader, "targets") else [label for _, label in reader.samples]
-        return ReaderSource(name, names, ids, np.asarray(labels), reader)
+        source = ReaderSource(name, names, ids, np.asarray(labels), reader)
+        source.classes_are_labels = True
+        return source
     if isinstance(data, VisionDataset):
         data = copy.copy(data)
         data.transform = data.target_transform = data.transforms = None

@@ -350,6 +350,8 @@ class GLEM(ConditionalFlow):
                 )
             images = as_image_data(images, images.image_shape, classes)
             return cls._fit_private(images, autoencoder, privacy, parts, public, journal, device, progress)
+        if public is not None or journal is not None:
+            raise ValueError("public and journal are for private models: give privacy, too")
         if flow is None:
             shape, pixel_range = images.image_shape, images.pixel_range
             base = cls.create("identity", shape, images.classes, autoencoder=autoencoder, pixel_range=pixel_range)

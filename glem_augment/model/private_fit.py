@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from glem_augment import __version__
 from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.private import PrivateClasses, Tensors, private_classes
 from glem_augment.codec.published import coordinates_file
@@ -34,7 +35,7 @@ _PUBLIC_IMAGES = 2000
 _STATED = {
     "image_size": "image_size= (--image-size)",
     "channels": "channels= (--channels)",
-    "classes": "classes=, or give folders named after the classes",
+    "classes": "them by folders, or give (images, labels) and classes=",
 }
 _CLIP_SHARE = 0.95  # the share of public latents that the first clip leaves as they are
 
@@ -52,7 +53,6 @@ class Journal:
     def __init__(self, path: Path | None, facts: dict[str, Any]) -> None:
         self.path, self.facts = path, json.dumps(facts, sort_keys=True)
         self.found: dict[str, Tensor] = {}
-        self.resumed: list[str] = []
         if path is not None and path.is_file():
             self._read(path)
         self.found = gather(self.found)[0]  # ranks without this folder go on with the same step
@@ -74,7 +74,6 @@ class Journal:
         """The tensors of the release `name`, from the file or from `make`; kept on the disk before they are used."""
         own = {key.partition("/")[2]: value for key, value in self.found.items() if key.startswith(f"{name}/")}
         if own:
-            self.resumed.append(name)
             return own
         made = make()
         self.found.update({f"{name}/{key}": value.contiguous() for key, value in made.items()})
@@ -102,6 +101,7 @@ def fit_private(
     check_images(images, public, progress)
     prior, clip = set_coordinates(model, public)
     facts = {
+        "version": __version__,
         "classes": model.class_ids,
         "image_shape": list(model.image_shape),
         "parts": parts,
@@ -112,7 +112,6 @@ def fit_private(
     z, y = latents_alone(model, images, progress)
     found = private_classes(z, y, model.num_classes, prior, clip, privacy, parts, book.step)
     model.latent_classes = found.classes.to(model.device, model.dtype)
-    found.resumed = book.resumed
     return found
 
 
@@ -194,14 +193,17 @@ def latents_alone(model: ConditionalFlow, images: ImageData, progress: bool) -> 
 def rows_are_independent(model: ConditionalFlow) -> bool:
     """Whether the latent of an image has the same bits whatever the other images of a pass, and at any place.
 
-    ValueError: not even the same image alone has the same latent each time.
+    ValueError: not even the same image alone has the same latent each time, or another machine gives another one. The
+    number of images decides which rank encodes an image.
     """
     g = torch.Generator().manual_seed(0)
     x, other = (torch.rand(BATCH, *model.image_shape, generator=g) for _ in range(2))
     z = model.encode(x)[0]
     other[1] = x[0]
-    first, _, again = (model.encode(part[:1])[0] for part in (x, other[1:], x))
+    first, _, again = (model.encode(part[:1])[0].cpu() for part in (x, other[1:], x))
     if not torch.equal(first, again):
         raise ValueError("this autoencoder gives an image another latent each time: use one that is a fixed function")
+    if not all(torch.equal(first, other) for other in gather(first.cpu())):
+        raise ValueError("the machines of this run give an image different latents: use machines of one kind")
     turned = model.encode(x.roll(3, 0))[0].roll(-3, 0)
     return torch.equal(model.encode(other)[0][1], z[0]) and torch.equal(turned, z)

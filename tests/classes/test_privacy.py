@@ -90,7 +90,7 @@ def test_releases_add_up() -> None:
         ((0.001,), "epsilon must be from 0.01 to 50"),
         ((51,), "epsilon"),
         ((math.nan,), "epsilon"),
-        ((1, 0), "delta must be above 0"),
+        ((1, 0), "delta must be from 1e-12"),
         ((1, 0.2), "delta"),
         ((1, 1e-6, 0), "images_per_person must be at least 1"),
     ],

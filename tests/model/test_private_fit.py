@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
 
 from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
 from glem_augment.classes import private as private_module
@@ -19,7 +21,7 @@ from glem_augment.classes.private import nearest
 from glem_augment.cli import main
 from glem_augment.errors import DataError, GLEMError, ModelFileError
 from glem_augment.hub.cards import CardFacts, model_card
-from glem_augment.model.private_fit import latents_alone, rows_are_independent, set_coordinates
+from glem_augment.model.private_fit import check_images, latents_alone, rows_are_independent, set_coordinates
 
 SIZE = (1, 16, 16)
 
@@ -176,7 +178,8 @@ def test_a_report_on_a_private_model_warns_and_stays_out_of_the_export(
     write_folder(images(3), tmp_path / "real")
     argv = ["generate", str(tmp_path / "model"), "--per-class", "2", "--real", str(tmp_path / "real"), "--quiet"]
     argv += ["--out", str(tmp_path / "out"), "--report"]
-    assert main([*argv, str(tmp_path / "out" / "report")]) == 2 and "outside --out" in capsys.readouterr().err
+    for shared in ("out", "model"):
+        assert main([*argv, str(tmp_path / shared / "report")]) == 2 and "outside --out" in capsys.readouterr().err
     assert main([*argv, str(tmp_path / "report")]) == 0
     out, err = capsys.readouterr()
     words = "the report looks at real images and is not covered by the model's privacy: do not share it"
@@ -216,6 +219,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
     assert main([*argv, "--rank", "3", "--out", str(tmp_path / "x")]) == 2
     assert "a private fit takes no" in capsys.readouterr().err
+    assert main(["fit", str(folder), "--images-per-person", "3", "--out", str(tmp_path / "x")]) == 2
+    assert "give --epsilon, too" in capsys.readouterr().err
     assert main(["info", str(tmp_path / "model"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["privacy"]["unit"] == "one image"
     assert main(["info", *2 * [str(tmp_path / "model")], "--json"]) == 0
@@ -235,6 +240,35 @@ def test_what_one_image_could_change_is_refused_or_told(model: GLEM, data: Image
         GLEM.fit(open_data(tmp_path / "bad", image_size=16, channels=1, skip_bad=True), "taef2", **promise)
     with pytest.warns(UserWarning, match="will know the classes of the private model"):
         GLEM.fit((data.tensor(), data.targets), "taef2", **promise)  # another label would be another class
+    repeated = Subset(TensorDataset(data.tensor(), torch.from_numpy(data.targets)), [0, 0, 1])
+    with pytest.raises(DataError, match="several times"):
+        check_images(open_data(repeated), None, progress=False)
+    with pytest.raises(ValueError, match="for private models: give privacy, too"):
+        GLEM.fit(data, public=data)
+
+
+def test_classes_that_are_read_from_labels_are_told(tmp_path: Path) -> None:
+    """Where labels are numbered among the labels that occur, stated names do not help: one image moves the names."""
+    write_folder(images(2), tmp_path / "folder")
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        file.add(tmp_path / "folder", ".")
+    (tmp_path / "idx").mkdir()
+    pixels = bytes((0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 16, 0, 0, 0, 16)) + bytes(512)
+    (tmp_path / "idx" / "train-images-idx3-ubyte").write_bytes(pixels)
+    (tmp_path / "idx" / "train-labels-idx1-ubyte").write_bytes(bytes((0, 0, 8, 1, 0, 0, 0, 2, 0, 4)))
+    for name in ("a.tar", "idx"):
+        found = open_data(tmp_path / name, image_size=16, channels=1)
+        named = found.with_targets(found.targets, [f"named {k}" for k in range(len(found.classes))])
+        for each in (found, named):
+            with pytest.warns(UserWarning, match="will know the classes of the private model"):
+                check_images(each, None, progress=False)
+    check_images(open_data(tmp_path / "folder", image_size=16, channels=1), None, progress=False)
+
+
+def test_machines_that_compute_other_latents_are_refused(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glem_augment.model.private_fit.gather", lambda z: [z, z + 1e-7])
+    with pytest.raises(ValueError, match="the machines of this run give an image different latents"):
+        rows_are_independent(model)
 
 
 def test_a_promise_belongs_to_the_weights_of_its_fit(model: GLEM, data: ImageData, tmp_path: Path) -> None:
@@ -242,6 +276,8 @@ def test_a_promise_belongs_to_the_weights_of_its_fit(model: GLEM, data: ImageDat
     changed.latent_classes = GLEM.fit(data, "taef2", progress=False).latent_classes
     with pytest.raises(ModelFileError, match="weights of this private model have changed"):
         changed.save(tmp_path)
+    with pytest.raises(ModelFileError, match="weights of this private model have changed"):
+        SyntheticDataset(changed, 1).export(tmp_path / "set")
     model.save(tmp_path / "model")
     GLEM.fit(data, "taef2", privacy=Privacy(10, 1e-4), progress=False).save(tmp_path / "other")
     os.replace(tmp_path / "other" / "model.safetensors", tmp_path / "model" / "model.safetensors")
