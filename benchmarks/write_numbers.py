@@ -23,7 +23,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from benchmarks.proof.photographs import TUNING
 from benchmarks.proof.private import report as private_page
 from benchmarks.proof.private import summary as private_rows
 from benchmarks.proof.private_opponents import report as opponents_page
-from benchmarks.proof.samples_alone import as_long, commands
+from benchmarks.proof.samples_alone import as_long, summary, worth
 from benchmarks.proof.samples_alone import report as samples_page
 from benchmarks.proof.unlabelled import report as unlabelled_page
 from benchmarks.speed.speed import OURS, REVERSIBLE
@@ -157,9 +156,10 @@ def samples() -> Named:
             lines.append(
                 [data, method.replace("identity", "pixels"), setting, f"{mean.text()} %", share, str(mean.seeds)]
             )
-    for data, setting in (("fashion-mnist", "rfcm T=0.85 parts=32"), ("cifar10", "rfcm T=1")):
-        mean = statistics.mean(found[data, "bundled", setting, "CNN-A"].values())
-        yield f"samples, {data}: bundled {setting}, worth", worth(data, mean)
+    subsets = summary(stored("samples_alone"), False)
+    for line in (line for line in subsets if line["method"] == "bundled"):
+        data, setting = line["data"], line["setting"]
+        yield f"samples, {data}: bundled {setting}, worth", worth(subsets, data, line["CNN-A"], as_long(setting))
     deep, flat = (
         found["fashion-mnist", method, setting, "CNN-A"]
         for method, setting in (("bundled", "rfcm T=0.85 parts=32"), ("identity", "rfcm T=1 parts=64"))
@@ -169,42 +169,30 @@ def samples() -> Named:
     yield "samples alone", table("data | trained on | setting | test accuracy | of real | seeds", lines)
 
 
-def worth(data: str, accuracy: float) -> str:
-    """How many real images teach as much, from the stored subsets, between which accuracy is linear in log(images)."""
-    found = by_seed(stored("samples_alone"), "data", "method", "setting", "metric")
-    points = [
-        (int(setting.removeprefix("images=")), statistics.mean(values.values()))
-        for (name, method, setting, metric), values in found.items()
-        if (name, method, metric) == (data, "real", "CNN-A") and setting.startswith("images=") and len(values) > 2
-    ]
-    points.sort()
-    if not points or accuracy > points[-1][1]:
-        return f"over {points[-1][0]:,}" if points else ""
-    if accuracy < points[0][1]:
-        return f"under {points[0][0]:,}"
-    (n, low), (m, high) = next(pair for pair in pairwise(points) if pair[1][1] >= accuracy)
-    images = n * (m / n) ** ((accuracy - low) / (high - low))
-    return f"{round(images, 2 - len(str(int(images)))):,.0f}"  # two digits: the subsets are few
-
-
 def private() -> Named:
     """Classifiers trained on samples of private models."""
     lines = private_rows(stored("private"))
     columns = sorted({line["epsilon"] for line in lines if line["epsilon"]})
-    real = by_seed(stored("samples_alone"), "data", "method", "setting", "metric")
+    subsets = summary(stored("samples_alone"), False)
     names = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
     judges = {"taef2": "ResNet, decoded samples", "long": "ResNet, 60,000 samples, 30 epochs"}
     judges |= {"latents": "perceptron, samples' latents", "pixels": "ResNet, samples of pixels"}
+    for n in (n for n in lines if n["delta"] != 1e-5):
+        accuracy = Interval(n["accuracy"], n["+/-"] or 0, n["seeds"]).text()
+        yield f"private, {n['data']}: epsilon {n['epsilon']:g}, delta {n['delta']:g}", accuracy
     rows, controls = [], []
     for (data, shown), (kind, judge) in itertools.product(names.items(), judges.items()):
-        own = {n["epsilon"]: n for n in lines if (n["data"], n["method"], n["judged"]) == (data, kind, "test")}
+        facts = {"data": data, "method": kind, "judged": "test", "delta": 1e-5, "temperature": 1.0}.items()
+        chosen = [n for n in lines if facts <= n.items() and not (n["epsilon"] and n["cells asked"])]
+        own = {n["epsilon"]: n for n in chosen}
         cells = {e: f"{n['accuracy']:.1f} " + (f"± {n['+/-']:.1f}" if n["+/-"] else "(one)") for e, n in own.items()}
         if own:
             controls.append([shown, judge, *(cells.get(e, "") for e in (*columns, 0))])
         if own and kind == "taef2":
-            mean = statistics.mean(real[data, "real", "", "CNN-A"].values())
-            rows.append([shown, *(cells.get(e, "") for e in columns), f"{mean:.1f}"])
-            count = [worth(data, own[e]["accuracy"]) if e in own else "" for e in columns]
+            everything = {"data": data, "method": "real", "setting": ""}.items()
+            real = next(line for line in subsets if everything <= line.items())
+            rows.append([shown, *(cells.get(e, "") for e in columns), f"{real['CNN-A']:.1f}"])
+            count = [worth(subsets, data, own[e]["accuracy"]) if e in own else "" for e in columns]
             rows.append(["worth so many real images", *count, "all"])
         if own and kind == "latents":
             most = next(n["accuracy"] for n in lines if (n["data"], n["method"]) == (data, "real"))
@@ -398,8 +386,6 @@ def counts() -> Named:
     yield "paper: seeds", in_words({row["seed"] for row in stored("paper/table1.cpu")})
     for name, report in reports().items():
         yield f"{name}: command", ", ".join(f"`{line}`" for line in report["command"].splitlines())
-    longer = commands(stored("samples_alone"), "epochs=30")
-    yield "samples_alone: command, 30 epochs", ", ".join(f"`{line}`" for line in longer)
 
 
 def speed() -> Named:
@@ -471,7 +457,7 @@ def paper() -> Named:
     yield "pareto", compare("pareto", ("NF-A", "BPD", "ECE", "FID"))
     claims = stored("paper/claims")
     yield "claims", table("claim of the paper | here", ([row["claim"], f"**{row['verdict']}**"] for row in claims))
-    sources = [("the real images (15 epochs, one seed)", ("table3", "main", "oracle", "default", "accuracy")),
+    sources = [("the real images (15 epochs)", ("table3", "main", "oracle", "default", "accuracy")),
                ("as many samples of the class Gaussians", ("table5", "main", "tau = 0.9", "default", "CNN-A")),
                ("as many samples of the RFCM", ("table5", "main", "RFCM", "rfcm", "CNN-A")),
                ("samples of the class Gaussians of `hybrid-joint`",
@@ -517,7 +503,7 @@ def written(text: str, known: dict[str, str]) -> str:
     """
     if unknown := next((name for _, name, _ in MARK.findall(text) if name not in known), None):
         raise ValueError(f"no number is called {unknown!r}: `benchmarks/write_numbers.py --list` shows the names")
-    if wrong := re.search(r"\d\0|\0\.?\d|\d ± \d|<!-- /?(number|table).*", MARK.sub("\0", text)):
+    if wrong := re.search(r"\d\0|\0\.?\d|±\s*\d|<!-- /?(number|table).*", MARK.sub("\0", text)):
         raise ValueError(f"a marker is damaged, or a number stands beside or without one: {wrong[0]!r}")
     return MARK.sub(lambda m: f"<!-- {m[1]}: {m[2]} -->{known[m[2]]}<!-- /{m[1]} -->", text)
 

@@ -162,7 +162,7 @@ def draw(images: Images, epsilons: list[float], delta: float, path: Path) -> Non
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A line for each data set, method and promise: mean and 95 % interval over seeds. More cells come later."""
     table = []
-    columns = ("data", "method", "judged", "epsilon", "delta", "cells asked")
+    columns = ("data", "method", "judged", "epsilon", "delta", "temperature", "cells asked")
     for key in dict.fromkeys(tuple(row[name] for name in columns) for row in rows):
         own = [row for row in rows if tuple(row[name] for name in columns) == key]
         values = [row["accuracy"] for row in own]

@@ -31,6 +31,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,8 @@ class Images:
         """Accuracies in percent, and, for the first seed of a final setting, the quality of the set."""
         judged = self.val if search else self.test
         real = labelled(self.fit if search else self.train)
+        count = subset(setting)
         setting, _, epochs = setting.partition("epochs=")
-        count = int(setting.partition("images=")[2] or 0)
         if method == "real":
             x, y = some(*real, count, seed) if count else real
         else:
@@ -207,6 +208,30 @@ def as_long(setting: str) -> str:
     return "".join(setting.partition("epochs=")[1:])
 
 
+def subset(setting: str) -> int:
+    """How many real images a setting has, 0 for all of them."""
+    return int(setting.removesuffix(as_long(setting)).partition("images=")[2] or 0)
+
+
+def subsets(table: list[dict[str, Any]], data: str, epochs: str) -> dict[int, dict[str, Any]]:
+    """The lines of real subsets with this `epochs=`, smallest first."""
+    own = [line for line in table if (line["data"], line["method"]) == (data, "real")]
+    lines = {subset(line["setting"]): line for line in own if as_long(line["setting"]) == epochs}
+    return {count: lines[count] for count in sorted(lines) if count}
+
+
+def worth(table: list[dict[str, Any]], data: str, accuracy: float, epochs: str = "") -> str:
+    """How many real images teach as much, from measured subsets, between which accuracy is linear in log(images)."""
+    points = [(count, line["CNN-A"]) for count, line in subsets(table, data, epochs).items()]
+    if not points or accuracy > points[-1][1]:
+        return f"over {points[-1][0]:,}" if points else ""
+    if accuracy < points[0][1]:
+        return f"under {points[0][0]:,}"
+    (n, low), (m, high) = next(pair for pair in pairwise(points) if pair[1][1] >= accuracy)
+    images = n * (m / n) ** ((accuracy - low) / (high - low))
+    return f"{round(images, 2 - len(str(int(images)))):,.0f}"  # two digits: the subsets are few
+
+
 def best_settings(rows: list[dict[str, Any]], data: str) -> list[tuple[str, str]]:
     """The best setting on the validation images, for every method and source."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -240,11 +265,11 @@ def summary(rows: list[dict[str, Any]], validation: bool) -> list[dict[str, Any]
     return table
 
 
-def commands(rows: list[dict[str, Any]], epochs: str | None = None) -> list[str]:
-    """The commands that measure the rows, or the rows with this `epochs=`: one for each data set and equal seeds."""
+def commands(rows: list[dict[str, Any]]) -> list[str]:
+    """The commands that measure the rows: one for each data set and equal seeds."""
     measured: dict[tuple[str, str], dict[str, set[int]]] = {}
     for row in rows:
-        if row["metric"].endswith("CNN-A") and epochs in (None, as_long(row["setting"])):
+        if row["metric"].endswith("CNN-A"):
             stage = "search" if row["metric"] == "validation CNN-A" else "final"
             cell = f"{row['method']}: {row['setting']}".removesuffix(": ")
             measured.setdefault((stage, row["data"]), {}).setdefault(cell, set()).add(row["seed"])
@@ -269,24 +294,31 @@ def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(table: list[dict[str, Any]], path: Path) -> None:
-    """Accuracies on the test images with 95 % intervals, a bar for every setting."""
+    """Accuracies on the test images over the number of real images, and the best samples as lines, for both lengths."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(line["data"] for line in table))
-    figure = Figure(figsize=(10, 1 + 0.35 * len(table)), layout="constrained")
+    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, data in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
-        own = [line for line in table if line["data"] == data][::-1]
-        colours = [
-            "C7" if line["method"] == "identity" else "black" if line["method"] == "real" else "C0" for line in own
-        ]
-        labels = [f"{line['method']}: {line['setting']}".removesuffix(": ") for line in own]
-        bars = axis.barh(
-            labels, [line["CNN-A"] for line in own], xerr=[line["+/-"] or 0 for line in own], color=colours
-        )
-        axis.bar_label(bars, [f" {line['CNN-A']:.1f} ({line['seeds']})" for line in own])
-        axis.set(title=data, xlabel="test accuracy in % (seeds)", xlim=(0, 100))
+    for axis, data in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for colour, longer in (("C0", ""), ("C1", "epochs=30")):
+            own = [line for line in table if line["data"] == data and as_long(line["setting"]) == longer]
+            real = [line for line in own if line["method"] == "real"]
+            label = f"{longer.removeprefix('epochs=') or EPOCHS} epochs"
+            if found := subsets(table, data, longer):
+                accuracies, halves = ([line[key] or 0 for line in found.values()] for key in ("CNN-A", "+/-"))
+                axis.errorbar([*found], accuracies, halves, color=colour, marker="o", label=f"{label}: real images")
+            drawn = [line["CNN-A"] for line in own if line["method"] == FLOW and " x=" not in line["setting"]]
+            everything = [line["CNN-A"] for line in real if line["setting"] == longer]
+            for style, heights, what in ((":", everything, "all real"), ("--", drawn, "20,000 samples")):
+                if heights:
+                    text = f"{label}: {what}, {max(heights):.1f} %"
+                    axis.axhline(max(heights), color=colour, linestyle=style, label=text)
+        axis.set(title=data, xlabel="real images", ylabel="test accuracy in %", xscale="log")
+        axis.minorticks_off()
+        axis.set_xticks(ticks := [500, 1000, 2000, 5000, 10_000], [f"{count:,}" for count in ticks])
+        axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 

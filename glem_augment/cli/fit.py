@@ -151,7 +151,10 @@ def private_arguments(args: argparse.Namespace, journal: Path) -> dict[str, Any]
     from glem_augment.classes.privacy import Privacy
 
     if journal.exists():
-        common.note(f"glem: {journal} has releases of an interrupted run, which are used: nothing is released twice")
+        common.note(
+            f"glem: {journal} has releases of an interrupted run, which are used: nothing is released twice. "
+            "If the images have changed since, stop, and give another --out"
+        )
     privacy = Privacy(args.epsilon, args.delta or 1e-6, args.images_per_person or 1)
     return {"privacy": privacy, "public": args.public, "journal": journal}
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from glem_augment.codec.pixel_range import DTYPES, dtype_name
 from glem_augment.errors import DataError
-from glem_augment.images.arrays import EXTENSIONS
+from glem_augment.images.arrays import EXTENSIONS, MOST_CHANNELS
 from glem_augment.images.matching import (
     ONE_CLASS,
     Integers,
@@ -340,6 +340,9 @@ def tensor_source(
         raise TypeError(f"images must be {', '.join(DTYPES)}, got {x.dtype}")
     if x.ndim != 4 or x.numel() == 0:
         raise DataError(f"images must be [N,C,H,W], and at least one, got shape {tuple(x.shape)}")
+    if x.shape[1] > MOST_CHANNELS:
+        last = ": if channels are last, give x.permute(0, 3, 1, 2)" if x.shape[3] <= MOST_CHANNELS else ""
+        raise DataError(f"images have at most {MOST_CHANNELS} channels, got shape {tuple(x.shape)}{last}")
     if x.is_floating_point() and not bool(x.isfinite().all()):
         raise DataError(f"{name} has values that are NaN or infinite: replace them")
     ids = list(classes if class_ids is None else class_ids)

@@ -408,11 +408,14 @@ class GLEM(ConditionalFlow):
     @staticmethod
     def images_to_fit(data: LabelledImages, flow: GLEM | str | os.PathLike[str] | None, **options: Any) -> ImageData:
         """The images that `fit` uses: `open_data` with the size of the flow's model; `options` as for `open_data`."""
+        names = ("image_size", "channels", "value_range")
         if isinstance(data, ImageData):
+            if given := [name for name in names if options.get(name) is not None]:
+                raise ValueError(f"these images are opened already: give {' and '.join(given)} to open_data")
             return data
         if flow is None:
             return open_data(data, **options)
-        if [name for name in ("image_size", "channels", "value_range") if options.pop(name, None) is not None]:
+        if [name for name in names if options.pop(name, None) is not None]:
             raise ValueError(
                 "image_size, channels and value_range are for models without a flow, which has them: leave them out"
             )

@@ -189,7 +189,8 @@ def _begin(
 def _manifest(plan: Plan, form: Format, facts: CardFacts) -> dict[str, Any]:
     """The manifest of a set that is not complete: the model that draws the images, and the settings."""
     order, model, config = plan.order, plan.model, plan.model.config
-    model.check_promise()
+    if config.privacy is not None:
+        model.check_promise()
     ids, names = ([values[i] for i in order] for values in (config.class_ids, config.class_names))
     classes = zip(ids, names, class_folders(ids, names), (plan.counts[i] for i in order), strict=True)
     described = {key: value for key, value in config.to_dict().items() if key != "training"}  # may name folders

@@ -47,6 +47,10 @@ def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
         GLEM.fit(data, "taef2", flow)
     with pytest.raises(ValueError, match="image_size"):
         GLEM.fit("bundled:fashion-mnist", flow=flow, image_size=16)
+    with pytest.raises(ValueError, match="opened already: give image_size to open_data"):
+        GLEM.fit(data, image_size=16)
+    with pytest.raises(DataError, match=r"at most 16 channels.* give x\.permute\(0, 3, 1, 2\)"):
+        GLEM.fit((torch.zeros(2, 32, 32, 3, dtype=torch.uint8), [0, 1]))
     with pytest.raises(DataError, match="shape"):
         GLEM.fit(images(shape=(1, 8, 8)), flow=flow)
     with pytest.raises(TypeError, match="autoencoder"):
