@@ -171,20 +171,20 @@ def samples() -> Named:
 
 def private() -> Named:
     """Classifiers trained on samples of private models."""
-    lines = private_rows(stored("private"))
+    usual = {"judged": "test", "temperature": 1.0}.items()
+    lines = [n for n in private_rows(stored("private")) if usual <= n.items()]
+    lines = [n for n in lines if not (n["epsilon"] and n["cells asked"])]
     columns = sorted({line["epsilon"] for line in lines if line["epsilon"]})
     subsets = summary(stored("samples_alone"), False)
     names = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
     judges = {"taef2": "ResNet, decoded samples", "long": "ResNet, 60,000 samples, 30 epochs"}
     judges |= {"latents": "perceptron, samples' latents", "pixels": "ResNet, samples of pixels"}
-    for n in (n for n in lines if n["delta"] != 1e-5):
+    for n in (n for n in lines if n["method"] == "taef2" and n["delta"] != 1e-5):
         accuracy = Interval(n["accuracy"], n["+/-"] or 0, n["seeds"]).text()
         yield f"private, {n['data']}: epsilon {n['epsilon']:g}, delta {n['delta']:g}", accuracy
     rows, controls = [], []
     for (data, shown), (kind, judge) in itertools.product(names.items(), judges.items()):
-        facts = {"data": data, "method": kind, "judged": "test", "delta": 1e-5, "temperature": 1.0}.items()
-        chosen = [n for n in lines if facts <= n.items() and not (n["epsilon"] and n["cells asked"])]
-        own = {n["epsilon"]: n for n in chosen}
+        own = {n["epsilon"]: n for n in lines if (n["data"], n["method"], n["delta"]) == (data, kind, 1e-5)}
         cells = {e: f"{n['accuracy']:.1f} " + (f"± {n['+/-']:.1f}" if n["+/-"] else "(one)") for e, n in own.items()}
         if own:
             controls.append([shown, judge, *(cells.get(e, "") for e in (*columns, 0))])

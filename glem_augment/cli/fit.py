@@ -155,7 +155,8 @@ def private_arguments(args: argparse.Namespace, journal: Path) -> dict[str, Any]
             f"glem: {journal} has releases of an interrupted run, which are used: nothing is released twice. "
             "If the images have changed since, stop, and give another --out"
         )
-    privacy = Privacy(args.epsilon, args.delta or 1e-6, args.images_per_person or 1)
+    stated = {name: getattr(args, name) for name in ("delta", "images_per_person") if getattr(args, name) is not None}
+    privacy = Privacy(args.epsilon, **stated)
     return {"privacy": privacy, "public": args.public, "journal": journal}
 
 

@@ -175,7 +175,7 @@ class ImageData(Dataset):
         other = copy.copy(self)
         other._pixels, other._rows = None, self._source_rows
         other.image_shape = (channels, round(scale * shape[0]), round(scale * shape[1]))
-        other.unstated = ("image_size", *self.unstated)
+        other.unstated = tuple(dict.fromkeys(("image_size", *self.unstated)))
         return other
 
     def with_targets(

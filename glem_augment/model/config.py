@@ -222,9 +222,8 @@ def data_name(spec: object) -> str:
 def data_names(training: Mapping[str, Any]) -> list[str]:
     """Public names of the data that the model was trained on, and of the data that it was then adapted to."""
     unnamed = "data that its record does not name"
-    return [
-        data_name(record["data"]) if record.get("data") else unnamed for record in reversed(records(training)) if record
-    ]
+    found = [record.get("data") for record in reversed(records(training)) if record]
+    return [data_name(data) if data else unnamed for data in found or [None]]
 
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -203,7 +203,7 @@ def rows_are_independent(model: ConditionalFlow) -> bool:
     first, _, again = (model.encode(part[:1])[0].cpu() for part in (x, other[1:], x))
     if not torch.equal(first, again):
         raise ValueError("this autoencoder gives an image another latent each time: use one that is a fixed function")
-    if not all(torch.equal(first, other) for other in gather(first)):
+    if not all(torch.equal(first, found) for found in gather(first)):
         raise ValueError("the machines of this run give an image different latents: use machines of one kind")
     turned = model.encode(x.roll(3, 0))[0].roll(-3, 0)
     return torch.equal(model.encode(other)[0][1], z[0]) and torch.equal(turned, z)

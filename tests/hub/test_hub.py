@@ -380,6 +380,7 @@ def test_data_are_named_without_their_folders() -> None:
     ):
         assert data_name(spec) == name
     assert data_names({"data": "photos", "adapted_from": {"training": {}}}) == ["photos"]  # nothing was trained before
+    assert data_names({}) == ["data that its record does not name"]
     once = {"data": "photos", "adapted_from": {"training": {"data": "private/large"}}}
     assert trained_on(data_names({"adapted_from": {"training": once}})) == (
         "large, then adapted to photos, then adapted to data that its record does not name"
