@@ -90,7 +90,7 @@ OTHERS = (
 
 
 class Pooled(Noise):
-    """Noise of the pooled covariance, whose modes the model must have; `smooth`: of its average over shifts."""
+    """Noise of the pooled covariance, of a model by `fit_pooled`; `smooth`: of its average over shifts."""
 
     def __init__(self, strength: float, smooth: bool = False) -> None:
         super().__init__(strength)
@@ -100,9 +100,9 @@ class Pooled(Noise):
         return {"eps": torch.randn(len(selected.rows), 3 * SIZE * SIZE, generator=generator)}
 
     def move(self, batch: Any) -> Tensor:
-        modes, eps = batch.model.modes, self.strength * batch.drawn["eps"]
+        modes, eps = batch.model.pooled, self.strength * batch.drawn["eps"]
         if not self.smooth:
-            return torch.addmm(batch.z, eps[:, : modes.rank] * modes.shared_scales, modes.shared_directions)
+            return torch.addmm(batch.z, eps[:, : modes.rank] * modes.scales[0], modes.directions[0])
         white = torch.fft.rfft2(eps.view(-1, 3, SIZE, SIZE))
         field = torch.einsum("hwij,njhw->nihw", _colours(batch.model), white)
         return batch.z + torch.fft.irfft2(field, s=(SIZE, SIZE)).flatten(1)
@@ -111,8 +111,7 @@ class Pooled(Noise):
 @cache
 def _colours(model: GLEM) -> Tensor:
     """The root of the pooled modes' power between the colours at each frequency: complex [H, W // 2 + 1, 3, 3]."""
-    assert model.modes is not None
-    modes = model.modes.shared_scales[:, None] * model.modes.shared_directions
+    modes = model.pooled.scales[0][:, None] * model.pooled.directions[0]
     waves = torch.fft.rfft2(modes.view(-1, 3, SIZE, SIZE).double(), norm="ortho")
     values, vectors = torch.linalg.eigh(torch.einsum("mihw,mjhw->hwij", waves, waves.conj()))
     return ((vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mH).cfloat()
@@ -143,10 +142,18 @@ def stored(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
 
 
-def fit(data: ImageData, rank: int) -> GLEM:
+def fit(data: ImageData, rank: int, pooled: bool = False) -> GLEM:
     """A model of the pixels, of images of `SIZE` pixels."""
     x = resize(data.tensor(), [SIZE, SIZE], antialias=True) if data.image_shape[1] > SIZE else data.tensor()
-    return GLEM.fit((x, torch.from_numpy(data.targets)), rank=rank, classes=data.classes, progress=False)
+    classes = None if pooled else data.classes
+    return GLEM.fit((x, torch.from_numpy(data.targets)), rank=rank, pooled=pooled, classes=classes, progress=False)
+
+
+def fit_pooled(data: ImageData, rank: int) -> GLEM:
+    """The same model, with the modes of the pooled covariance as `pooled`."""
+    model = fit(data, rank)
+    model.pooled = fit(data, rank * len(data.classes), pooled=True).modes
+    return model
 
 
 def main() -> None:
@@ -163,7 +170,7 @@ def main() -> None:
     )
     held, pool = few(train, HELD, TUNING)
     most = setting.per_class - 1  # all modes that there are
-    models = {kind: partial(fit, rank=rank) for kind, rank in (("pixels", most), ("pooled", most * len(train.classes)))}
+    models = {"pixels": partial(fit, rank=most), "pooled": partial(fit_pooled, rank=most)}
     path, processor = args.out / f"{name}.json", machine()["processor"]
     cells = stored(path)
 

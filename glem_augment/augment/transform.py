@@ -378,7 +378,7 @@ class GLEMAugment(nn.Module):
         """
         given = {name: value for name, value in config.items() if name not in ("model", "policy")}
         policy = as_policy(config.get("policy", "mixup"))
-        return cls(config["model"] if model is None else model, policy, **given)
+        return cls(config.get("model") if model is None else model, policy, **given)  # type: ignore[arg-type]
 
     def _settings(self) -> dict[str, Any]:
         named = {name: getattr(self, name) for name in ("p", "modes", "class_map", "seed")}

@@ -59,7 +59,7 @@ def fit_classes(
     """Gaussians, modes and temperature of the classes, on the CPU.
 
     Args:
-        rank: modes to keep per class, or per part, at least 1; more than d become d.
+        rank: modes to keep per class, or per part, at least 1; no more than a class or part has.
         shrinkage: k, in images, >= 0.
         psi: of the model's Gaussians; the new ones get a wider psi where this one can't hold their variances.
         full: the class densities have full covariances (`ClassModes.log_prob`); the scatter must be whole.
@@ -86,15 +86,18 @@ def fit_classes(
 @torch.no_grad()
 def fit_modes(statistics: ClassStatistics, rank: int, full: bool = False) -> ClassModes:
     """Means, principal modes and remaining variances, on the CPU; arguments and errors as for `fit_classes`."""
-    dim = statistics.dim
-    rank = min(rank, dim)
+    dim, pooled, freedom = statistics.dim, statistics.pooled, statistics.pooled.count
+    rows = {
+        row: (part, *((part, part.count - 1) if part.count > 1 else (pooled, freedom)))
+        for y, parts in enumerate(statistics.parts)
+        for row, part in enumerate(parts, y * statistics.most_parts)
+    }
+    # More modes than any class has would cost memory and time in every move.
+    rank = max(1, min(rank, max(len(shown.directions) for _, shown, _ in rows.values())))
     modes = ClassModes(len(statistics.classes), rank, dim, statistics.most_parts, dim if full else None)
-    pooled, freedom = statistics.pooled, statistics.pooled.count
-    for y, parts in enumerate(statistics.parts):
-        for row, part in enumerate(parts, y * statistics.most_parts):
-            modes.mean[row], modes.counts[row] = part.mean, part.count
-            shown, degrees = (part, part.count - 1) if part.count > 1 else (pooled, freedom)
-            _store(modes, row, shown, degrees)
+    for row, (part, shown, degrees) in rows.items():
+        modes.mean[row], modes.counts[row] = part.mean, part.count
+        _store(modes, row, shown, degrees)
     scales = pooled.values[: len(modes.shared_scales)] / math.sqrt(freedom)
     modes.shared_directions[: len(scales)] = pooled.directions[: len(scales)].float()
     modes.shared_scales[: len(scales)] = scales.float()

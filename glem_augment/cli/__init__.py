@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -103,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from huggingface_hub.utils import disable_progress_bars
 
             disable_progress_bars()
-        code = args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            code = args.run(args)
         sys.stdout.flush()
         return code or 0
     except BrokenPipeError:
@@ -124,6 +127,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         reason = _one_line(error)
         return _fail(f"out of memory ({reason}); lower --batch-size, or take a smaller flow or smaller images")
+
+
+def _warn(message: Warning | str, *about: object, **more: object) -> None:
+    """Print a warning, for example of a divergence, as one line, above a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(f"glem: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:

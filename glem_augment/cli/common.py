@@ -151,6 +151,8 @@ def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -
 
 def in_file(text: str) -> Path:
     """An argparse type: the path of a file."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty: give one")
     try:
         return Path(text).expanduser()
     except RuntimeError:

@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
             f"glem: {result['bits_per_dim']:.2f} bits/dim is more than {model.bits}, the bits of a pixel as it is: "
             "the model does not fit these images; fit it to them (glem fit)"
         )
+    if model.num_classes == 1:
+        common.note("glem: the model has one class, so accuracy, top5 and ece say nothing")
     result["rejected_moves"] = common.moves(model, data, progress=not args.quiet)
     if args.out is not None:  # first, since printing to a closed pipe ends the command
         write_json(args.out, finite(result))

@@ -87,6 +87,8 @@ def per_class(text: str) -> Any:
         name, _, count = entry.rpartition("=")
         if not name.strip():
             raise argparse.ArgumentTypeError(f"{entry!r} is not CLASS=N (names with commas go into a file)")
+        if name.strip() in counts:
+            raise argparse.ArgumentTypeError(f"{text!r} has {name.strip()} twice")
         counts[name.strip()] = common.whole(0)(count)
     return counts
 
@@ -157,9 +159,6 @@ def _check_together(args: argparse.Namespace) -> None:
         raise ValueError(f"{option} needs real images: give --real DATA")
     for name, needed, there in (
         ("real", "--per-class balance, --source mixup or --report", balance or mixup or args.report),
-        ("temperature", "--source gaussian or rfcm", not mixup),
-        ("modes", "--source mixup", mixup),
-        ("alpha", "--source mixup", mixup),
         ("split", "--real", args.real is not None),
         ("class_map", "--real", args.real is not None),
         ("skip_bad", "--real", args.real is not None),

@@ -44,10 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from huggingface_hub.utils import validate_repo_id
+
     from glem_augment.hub import upload, write_repository
     from glem_augment.hub.cards import CardFacts
     from glem_augment.model.glem import GLEM
 
+    validate_repo_id(args.repo)
     facts = CardFacts(args.license, args.license_name, args.license_link, args.datasets, args.metrics)
     model = GLEM.from_pretrained(args.model)
     write = partial(write_repository, model, facts, samples=not args.no_samples)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 import time
 import warnings
 from contextlib import nullcontext, suppress
@@ -262,10 +261,7 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
     if trainer.config.sample_every and find_spec("matplotlib") is None:
         common.note("glem: curves.png is left out, because matplotlib is not installed: pip install matplotlib")
     try:
-        with warnings.catch_warnings():
-            # Warnings, for example of a divergence, appear above the bar.
-            warnings.showwarning = lambda message, *about: tqdm.write(f"glem: {message}", file=sys.stderr)
-            model = trainer.fit()
+        model = trainer.fit()
     except TimeUpError as stop:
         common.note(f"glem: {stop}")
         return EXIT_TIME_UP

@@ -89,6 +89,7 @@ def compare(
 
     Raises:
         DataError: classes that differ, or a class with fewer than five images. ValueError: timm has no such network.
+            FileExistsError: the folder holds trainings of other images or options (but for the minutes).
     """
     began = time.monotonic() if began is None else began
     train.pixel_range.need_8_bits("a comparison", train.image_shape[0])
@@ -156,12 +157,18 @@ class Store:
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            if found["settings"] == settings:
-                self.done = {str(key): float(value) for key, value in found["cells"].items()}
-                self.plan, self.seconds = dict(found["plan"]), float(found["seconds"])
+            other = [name for name in settings if found["settings"][name] != settings[name]]
+            done = {str(key): float(value) for key, value in found["cells"].items()}
+            plan, seconds = dict(found["plan"]), float(found["seconds"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            self.done, self.plan, self.seconds = {}, {}, 0.0  # a file of something else is replaced
-        self.earlier = self.seconds
+            return  # a file of something else is replaced
+        if done and set(other) - {"minutes"}:
+            raise FileExistsError(
+                f"{path} holds another comparison ({', '.join(other)} differ): give another folder, or remove the file"
+            )
+        if not other:
+            self.done, self.plan, self.seconds = done, plan, seconds
+            self.earlier = seconds
 
     def spent(self, seconds: float) -> None:
         """Store everything after so many seconds of this call. A disk that is full must not end the comparison."""

@@ -202,16 +202,16 @@ class _Side:
         return [self.names] if numbers else [self.ids, self.names]
 
 
-_composed = functools.partial(unicodedata.normalize, "NFC")  # macOS writes an accent as a separate character
+composed = functools.partial(unicodedata.normalize, "NFC")  # macOS writes an accent as a separate character
 
 
 def _plain(name: str) -> str:
     """The letters, digits and marks (vowels in many scripts), in lower case; + and #, because C++ and C# are not C."""
-    composed = _composed(re.sub(r"^\d+\s*[_-]\s*(?=[^\W\d])", "", name).lower())  # 03_cat, but not 737-200
-    return "".join(c for c in composed if c.isalnum() or c in "+#" or unicodedata.category(c)[0] == "M")
+    text = composed(re.sub(r"^\d+\s*[_-]\s*(?=[^\W\d])", "", name).lower())  # 03_cat, but not 737-200
+    return "".join(c for c in text if c.isalnum() or c in "+#" or unicodedata.category(c)[0] == "M")
 
 
-_FORMS: tuple[Callable[[str], str], ...] = (_composed, _plain)  # the surest comparison first
+_FORMS: tuple[Callable[[str], str], ...] = (composed, _plain)  # the surest comparison first
 
 
 def _unique(columns: Sequence[Sequence[str]], form: Callable[[str], str]) -> dict[str, int]:

@@ -148,7 +148,9 @@ def _image_folder(folder: Path) -> FolderSource:
 
     An export has the classes and labels of its classes.json, and some classes may have no folder.
     """
-    exported = _is_export(folder) and (folder / CLASS_FILE).is_file()
+    exported = _is_export(folder)
+    if exported and not (folder / CLASS_FILE).is_file():
+        raise DataError(f"{folder} holds shards: read them with webdataset or timm, or export them as imagefolder")
     class_ids = _exported_classes(folder) if exported else _folders(folder)
     if not class_ids:
         raise DataError(f"{folder} has no folders: it must be an ImageFolder, with one folder of images per class")
@@ -205,6 +207,8 @@ def _split_folder(folder: Path, split: str, classes: bool = True) -> Path:
     """The folder of a split, which is the folder itself if it has no splits."""
     inside = _split_folders(folder, split.lower(), classes)
     if not _SPLIT_FOLDERS.keys() & inside:
+        if split.lower() not in _TRAIN + _TEST:  # which are defaults; another split was asked for
+            raise DataError(f"{folder} has no splits, such as train/ and val/ folders: leave the split out")
         return folder
     for name in _SPLIT_FOLDERS.get(split.lower(), (split.lower(),)):
         if name in inside:

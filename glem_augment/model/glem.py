@@ -313,7 +313,7 @@ class GLEM(ConditionalFlow):
 
         >>> model = GLEM.fit("bundled:fashion-mnist", autoencoder="taef2", max_per_class=10, progress=False)
         >>> model.classes[:2], model.modes.rank
-        (['T-shirt/top', 'Trouser'], 64)
+        (['T-shirt/top', 'Trouser'], 9)
 
         Args:
             data: an `ImageData`, or anything else that `open_data` takes.
@@ -348,6 +348,7 @@ class GLEM(ConditionalFlow):
                 raise ValueError(
                     "a private fit takes no flow, max_per_class, pooled, rank, shrinkage or seed: leave them out"
                 )
+            parts = None if parts is None else check_whole("parts", parts, 1)
             images = as_image_data(images, images.image_shape, classes)
             return cls._fit_private(images, autoencoder, privacy, parts, public, journal, device, progress)
         if public is not None or journal is not None:
@@ -364,7 +365,7 @@ class GLEM(ConditionalFlow):
                 images,
                 classes=classes,
                 rank=rank,
-                parts=parts or 1,
+                parts=1 if parts is None else parts,
                 pooled=pooled,
                 shrinkage=shrinkage,
                 max_per_class=max_per_class,
@@ -437,7 +438,8 @@ class GLEM(ConditionalFlow):
         Args:
             data: an `ImageData` of the model's shape, or anything else that `open_data` takes, which is then resized.
                 Labels of data that name no classes are the model's indices.
-            rank: k modes per class; the variation outside them is kept as a variance per dimension.
+            rank: k modes per class, fewer if no class has so many (n images have n - 1); the variation outside them
+                is kept as a variance per dimension.
             max_per_class: use only the first images of every class, at most this many.
             class_map: how the data's classes map to the model's, see `match_classes`.
             seed: of the dequantisation noise.
@@ -528,7 +530,7 @@ class GLEM(ConditionalFlow):
             TypeError, ValueError: arguments that make no sense.
         """
         shrinkage = check_number("shrinkage", shrinkage, 0.0, math.inf)
-        seed, rank = check_whole("seed", seed, 0), check_whole("rank", rank, 1)
+        seed, rank, parts = check_whole("seed", seed, 0), check_whole("rank", rank, 1), check_whole("parts", parts, 1)
         # The variation of a class needs two images.
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
         images = as_image_data(data, self.image_shape, classes, self.pixel_range, split=split, progress=progress)
@@ -578,7 +580,8 @@ class GLEM(ConditionalFlow):
         modes = min(DEFAULT_MODES, self.modes.rank) if modes is None else check_whole("modes", modes, 1)
         if modes > self.modes.rank:
             raise ValueError(
-                f"modes must be from 1 to {self.modes.rank}, got {modes}; for more call model.fit_modes(data, rank)"
+                f"modes must be from 1 to {self.modes.rank}, got {modes}; for more call model.fit_modes(data, rank), "
+                "with more images than modes in a class"
             )
         return modes
 

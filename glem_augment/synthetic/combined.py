@@ -131,9 +131,11 @@ class RealAndSynthetic(Dataset):
 
     @functools.cached_property
     def _real_mode(self) -> str | None:
-        """The mode of the first real PIL image; None for other images."""
-        first = self.real[0][0] if self._real_count else None
-        return first.mode if isinstance(first, Image.Image) else None
+        """The mode of real PIL images; None for other images, or if a few spread ones differ in their modes."""
+        places = np.linspace(0, self._real_count - 1, min(8, self._real_count)).astype(int).tolist()
+        some = [self.real[place][0] for place in places]
+        modes = {image.mode if isinstance(image, Image.Image) else None for image in some}
+        return modes.pop() if len(modes) == 1 else None
 
 
 def _innermost(real: Any) -> Any:

@@ -55,8 +55,8 @@ class SyntheticDataset(Dataset):
             change afterwards.
         per_class: images of each class: a number for all, K numbers, a mapping from class names, ids or indices, or
             "balance", which fills up each class of `real` to its largest class. Classes without a number get no images.
-        temperature: factor on the standard deviation. None: 0.9, or 1.0 for a private model, for whose sets lower
-            temperatures were worse.
+        temperature: factor on the standard deviation, not for "mixup". None: 0.9, or 1.0 for a private model, for whose
+            sets lower temperatures were worse.
         seed: int >= 0; seed, class and place within the class fix an item's latent.
         transform: PIL image (or tensor) -> anything; target_transform: int -> anything.
         source: "gaussian": the diagonal Gaussian of the class. "rfcm": mean and full covariance of its real latents.
@@ -65,12 +65,12 @@ class SyntheticDataset(Dataset):
         device: where to decode; None: where the model is.
         cache_bytes: memory for decoded images in each process, at least one block.
         real: real images, see `open_data`, for "balance" and "mixup". Exports take the class numbers of `real`.
-        modes, alpha: settings of source "mixup", as in GLEMAugment (64 modes, or as many as there are).
+        modes, alpha: settings of source "mixup" alone: modes as in GLEMAugment, and alpha of Mixup, 1 by default.
         class_map: how the classes of `real` map to the model's, see `match_classes`.
 
     Raises:
         ValueError: "balance" or "mixup" with a private model, since real images would decide the set; or arguments that
-            make no sense.
+            make no sense, or have no effect with this source.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class SyntheticDataset(Dataset):
         cache_bytes: int = 256 * 2**20,
         real: Any = None,
         modes: int | None = None,
-        alpha: float = 1.0,
+        alpha: float | None = None,
         class_map: ClassMap = None,
     ) -> None:
         self.cache_bytes = check_whole("cache_bytes", cache_bytes, 0)

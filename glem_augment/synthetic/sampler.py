@@ -20,7 +20,7 @@ from torch import Tensor
 from glem_augment.checks import SOURCES, DrawSource, check_choice, check_number, check_whole
 from glem_augment.classes.modes import mix_along_modes
 from glem_augment.images.dataset import ImageData, LabelledImages, as_image_data
-from glem_augment.images.matching import ClassMap, check_targets, match_classes
+from glem_augment.images.matching import ClassMap, check_targets, composed, match_classes
 from glem_augment.images.readers import Source
 from glem_augment.images.sources import open_source
 from glem_augment.model.glem import GLEM
@@ -119,8 +119,9 @@ def class_values(model: GLEM, values: Any, argument: str, default: Any) -> list[
                 f"{argument} must be {model.num_classes} values, one for each of its classes; got {given!r}"
             )
         return given
-    known = (range(model.num_classes), model.class_ids, model.classes)  # a name comes before an id
-    index = {key: i for keys in known for i, key in enumerate(keys)}
+    known = (range(model.num_classes), map(composed, model.class_ids), map(composed, model.classes))
+    index = {key: i for keys in known for i, key in enumerate(keys)}  # a name comes before an id
+    values = {composed(key) if isinstance(key, str) else key: value for key, value in values.items()}
     unknown = [key for key in values if key not in index]
     if unknown:
         raise ValueError(f"{argument} names {unknown[0]!r}; the model has {', '.join(model.classes[:20])}")
@@ -197,15 +198,18 @@ class Sampler:
         seed: int,
         temperature: float | None,
         modes: int | None,
-        alpha: float,
+        alpha: float | None,
     ) -> None:
         source = source or ("gaussian" if model.modes is None else "rfcm")
         check_choice("source", source, SOURCES)
+        unused = {"temperature": temperature} if source == "mixup" else {"modes": modes, "alpha": alpha}
+        if given := [name for name, value in unused.items() if value is not None]:
+            raise ValueError(f"source={source!r} takes no {' and no '.join(given)}: leave out what has no effect")
         self.model, self.source, self.seed = model, source, check_whole("seed", seed, 0)
         if temperature is None:
             temperature = TEMPERATURE if model.config.privacy is None else PRIVATE_TEMPERATURE
         self.temperature = check_number("temperature", temperature, 0.0, math.inf)
-        self.alpha = check_number("alpha", alpha, 0.0, math.inf, open_low=True)
+        self.alpha = check_number("alpha", 1.0 if alpha is None else alpha, 0.0, math.inf, open_low=True)
         self.real: RealLatents | None = None
         if source != "gaussian" and model.modes is None:
             raise ValueError(f"source={source!r} needs model.modes: fit them first with model.fit_modes(data)")

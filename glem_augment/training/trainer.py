@@ -466,12 +466,9 @@ class Trainer:
         if len(batches.split.val):
             calibrate(model, batches.data.subset(batches.split.val), self.shown)
         if config.modes_rank:
-            # A class of n images has n - 1 modes. One class is in memory at a time.
             data = batches.data.subset(batches.some_of_each_class(np.arange(len(batches.data)), model.dim))
-            largest = int(np.bincount(data.targets).max())
-            rank = max(1, min(config.modes_rank, largest - 1, model.dim))
             with progress_bar("modes", len(data), "image", self.shown) as bar:
-                model.fit_modes(data, rank, count=bar.update)
+                model.fit_modes(data, config.modes_rank, count=bar.update)
         model = self.whole(model).eval().requires_grad_(False)
         if is_primary():
             model.save(self.out)  # last, because `glem train` takes a model for a finished run

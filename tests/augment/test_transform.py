@@ -319,6 +319,8 @@ def test_settings_go_through_json(model: GLEM) -> None:
     assert bundled["model"] == "bundled:fashion-mnist" and GLEMAugment.from_config(bundled).to_config() == bundled
     assert GLEMAugment.from_config({"policy": "noise"}, model).policy == Noise(0.5)
     assert GLEMAugment.from_config({}, model).policy == Mixup()
+    with pytest.raises(TypeError, match="model must be a GLEM"):
+        GLEMAugment.from_config({"policy": "noise"})
 
 
 @pytest.mark.parametrize(

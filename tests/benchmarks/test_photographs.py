@@ -9,7 +9,7 @@ from model_cases import photos
 from torch import Tensor
 
 from benchmarks.proof import photographs
-from glem_augment import GLEM, GLEMAugment, ImageData, Noise, Policy
+from glem_augment import GLEMAugment, ImageData, Noise, Policy
 
 
 def test_drawn_images_and_the_rest_are_disjoint() -> None:
@@ -25,7 +25,8 @@ def test_smooth_noise_keeps_energy_spectrum_and_colours_alone(monkeypatch: pytes
     size = 8
     monkeypatch.setattr(photographs, "SIZE", size)
     x, y = photos(24, size)
-    model = GLEM.fit((x, y), rank=22, progress=False)
+    data = ImageData.from_tensors(x, y, ["a", "b"])
+    model = photographs.fit_pooled(data, rank=11)
     image = torch.full((1, 3, size, size), 0.5).expand(4000, -1, -1, -1)
 
     def moves(policy: Policy) -> Tensor:

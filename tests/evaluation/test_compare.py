@@ -241,6 +241,9 @@ def test_a_stopped_comparison_resumes(clock: Clock, tmp_path: Path) -> None:
     assert len(clock.asked) == asked and again["rows"] == found["rows"]
     compare(data, data, **{**options, "minutes": 9})  # another comparison
     assert len(clock.asked) > asked
+    for other in ({"network": "resnet26"}, {"seeds": 2}):
+        with pytest.raises(FileExistsError, match=f"another comparison .*{min(other)} differ"):
+            compare(data, data, **{**options, **other})
     (tmp_path / CELLS).write_text("[]")
     assert compare(data, data, **options)["rows"]
 

@@ -137,6 +137,10 @@ def test_splits(tmp_path: Path) -> None:
     assert len(open_data(tmp_path, "test")) == 4  # the only held-out part
     with pytest.raises(DataError, match="extra.*train, val"):
         open_data(tmp_path, "extra")
+    inside = tmp_path / "train"
+    assert len(open_data(inside, "test")) == 6  # a default, as train is
+    with pytest.raises(DataError, match="has no splits.*leave the split out"):
+        open_data(inside, "val")
     (tmp_path / "val").rename(tmp_path / "other")
     with pytest.raises(DataError, match="test.*train"):
         open_data(tmp_path, "test")

@@ -280,10 +280,15 @@ def test_settings_can_be_written_down(tmp_path: Path) -> None:
     x, y = torch.randint(0, 255, (6, 1, 8, 8), dtype=torch.uint8), [0, 1, 2] * 2
     real = ImageData.from_tensors(x, y, NAMES)
     model.fit_modes(real, rank=1)
-    options: dict[str, Any] = {"temperature": np.float32(0.5), "modes": np.int64(1), "per_class": np.int64(2)}
+    options: dict[str, Any] = {"alpha": np.float32(0.5), "modes": np.int64(1), "per_class": np.int64(2)}
     data = make(model, source="mixup", real=real, **options)
     settings = manifest_of(data.export(tmp_path / "out", progress=False))["settings"]
-    assert settings["modes"] == 1 and settings["temperature"] == 0.5
+    assert settings["modes"] == 1 and settings["alpha"] == 0.5
+    plain = make(model, temperature=np.float32(0.5)).plan.settings
+    assert json.loads(json.dumps(plain))["temperature"] == 0.5
+    for source, options in (("rfcm", {"modes": 1}), ("gaussian", {"alpha": 1.0}), ("mixup", {"temperature": 1.0})):
+        with pytest.raises(ValueError, match=f"takes no {min(options)}"):
+            make(model, source=source, real=real, **options)
     # The hash is of the images, not of latents, whose last bits are the machine's.
     others = (ImageData.from_tensors(255 - x, y, NAMES), ImageData.from_tensors(x, [0, 1, 2, 0, 2, 1], NAMES))
     hashes = [make(model, source="mixup", real=other).plan.settings[REAL_IMAGES] for other in others]
@@ -298,6 +303,8 @@ def test_shards_replace_an_earlier_export_and_leave_files_of_others(
 
     folder = tmp_path / "out"
     before = export(folder)
+    with pytest.raises(DataError, match="holds shards"):
+        open_data(folder)
     (folder / "data" / "train-00007-of-00009.tar").write_bytes(b"of a larger export")
     (folder / "data" / "val-00000.tar").write_bytes(b"mine")
     with pytest.raises(FileExistsError):
@@ -317,7 +324,7 @@ def test_shards_replace_an_earlier_export_and_leave_files_of_others(
 def test_glem_generate_passes_few_files(tmp_path: Path) -> None:
     """A reader can follow `glem generate` with balance and mixup; flows/ and classes/ are not counted."""
     data = open_data("bundled:fashion-mnist")
-    for row in (*range(0, 1000, 100), 1):  # an image of each class, and one more
+    for row in (*range(0, 1000, 50), 1):  # two images of each class, and one more
         folder = tmp_path / "real" / str(data.targets[row])
         folder.mkdir(parents=True, exist_ok=True)
         to_pil_image(data[row][0]).save(folder / f"{row}.png")

@@ -78,6 +78,8 @@ def test_counts_per_class(model: GLEM) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             SyntheticDataset(model, per_class=per_class)
+    accented = GLEM.create("identity", (3, 8, 8), classes=["caf\u00e9", "bar"])
+    assert SyntheticDataset(accented, {"cafe\u0301": 2}).counts == [2, 0]  # macOS writes the accent separately
 
 
 def balanced(model: GLEM, real: Any) -> list[int]:
@@ -218,6 +220,14 @@ def test_real_data_of_any_kind(model: GLEM, image_folder: Path, kind: str) -> No
         batches = list(DataLoader(both, batch_size=5, shuffle=True))
         assert all(images.dtype == torch.uint8 and images.shape[1:] == (3, 8, 8) for images, _ in batches)
         assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == sorted(both.targets)
+
+
+@pytest.mark.parametrize(("modes", "found"), [("LRL", "RGB"), ("LLL", "L"), ("RRR", "RGB")])
+def test_synthetic_images_keep_their_colours_beside_a_grey_first_image(model: GLEM, modes: str, found: str) -> None:
+    shapes = {"L": (8, 8), "R": (8, 8, 3)}
+    real = [(Image.fromarray(np.zeros(shapes[mode], np.uint8)), label) for label, mode in enumerate(modes)]
+    both = RealAndSynthetic(real, SyntheticDataset(model, per_class=1))
+    assert both[0][0].mode == ("RGB" if modes[0] == "R" else "L") and both[3][0].mode == found
 
 
 def test_class_maps(model: GLEM, tail: ImageData) -> None:
