@@ -97,22 +97,23 @@ class Pooled(Noise):
         self.smooth = smooth
 
     def draw(self, selected: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"eps": torch.randn(len(selected.rows), 3 * SIZE * SIZE, generator=generator)}
+        return {"eps": torch.randn(len(selected.rows), 3 * SIZE * SIZE, generator=generator)}  # the largest model's
 
     def move(self, batch: Any) -> Tensor:
         modes, eps = batch.model.pooled, self.strength * batch.drawn["eps"]
         if not self.smooth:
             return torch.addmm(batch.z, eps[:, : modes.rank] * modes.scales[0], modes.directions[0])
-        white = torch.fft.rfft2(eps.view(-1, 3, SIZE, SIZE))
+        shape = batch.model.image_shape
+        white = torch.fft.rfft2(eps[:, : batch.model.dim].reshape(-1, *shape))
         field = torch.einsum("hwij,njhw->nihw", _colours(batch.model), white)
-        return batch.z + torch.fft.irfft2(field, s=(SIZE, SIZE)).flatten(1)
+        return batch.z + torch.fft.irfft2(field, s=shape[1:]).flatten(1)
 
 
 @cache
 def _colours(model: GLEM) -> Tensor:
-    """The root of the pooled modes' power between the colours at each frequency: complex [H, W // 2 + 1, 3, 3]."""
+    """The root of the pooled modes' power between the colours at each frequency: complex [H, W // 2 + 1, C, C]."""
     modes = model.pooled.scales[0][:, None] * model.pooled.directions[0]
-    waves = torch.fft.rfft2(modes.view(-1, 3, SIZE, SIZE).double(), norm="ortho")
+    waves = torch.fft.rfft2(modes.view(-1, *model.image_shape).double(), norm="ortho")
     values, vectors = torch.linalg.eigh(torch.einsum("mihw,mjhw->hwij", waves, waves.conj()))
     return ((vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mH).cfloat()
 

@@ -8,7 +8,7 @@ Bits/dim and accuracy are measured on training images that no cell trains on; th
 favours small flows, and says nothing about large flows after hours.
 
 The widths of variants marked "=" are chosen so that their networks take as many FLOPs as the base. FLOPs count
-convolutions, matrix products and attention in one forward pass, times three; a multiply-add counts as two.
+convolutions and matrix products in one forward pass, times three; a multiply-add counts as two.
 
 Each finished cell is stored in backbones.json at once, and a rerun continues with the missing cells.
 """
@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
@@ -51,7 +50,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "affine, relu, depth 16, narrow": {**AFFINE, "depth": [16, 16], "width": [24, 32]},
     "affine, relu, 3 levels": {**AFFINE, "depth": [8, 8, 8], "width": [40, 56, 72], "blocks": [1, 1, 1]},
     "bottleneck =": {"subnet": "bottleneck", "width": [136, 184]},
-    "transformer, lr 0.003 =": {"subnet": "transformer", "width": [64, 88], "lr": 0.003},
     "patch 4 =": {"patch": 4, "depth": [16], "width": [32], "blocks": [1]},
     "depth 16 =": {"depth": [16, 16], "width": [32, 40]},
 }
@@ -65,9 +63,13 @@ COSTS = ("seconds", "steps", "parameters", "images_seen", "flops_per_image")
 
 
 def make_trainer(variant: str, data: ImageData, folder: str, seed: int, warmup: int) -> Trainer:
-    changes = {**BASE, **VARIANTS[variant]}
-    settings = {**RECIPE, "seed": seed, "warmup_steps": warmup, "epochs": 1}
-    settings |= {"lr": changes.pop("lr", RECIPE["lr"]), "flow_options": changes}
+    settings = {
+        **RECIPE,
+        "seed": seed,
+        "warmup_steps": warmup,
+        "epochs": 1,
+        "flow_options": {**BASE, **VARIANTS[variant]},
+    }
     own, research = split_settings(settings)
     return ResearchTrainer(data, TrainConfig(**own), folder, device="cpu", progress=False, research=research)
 
@@ -101,8 +103,7 @@ def run_cell(variant: str, pool: ImageData, held_out: ImageData, seed: int, seco
             found = {"bits_per_dim": None, "accuracy": None}
         spent = time.process_time() - began
     flow = trainer.model.flow.float()
-    # The FLOP counter counts the matrix products of attention only in its plain form.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         flow(torch.zeros(1, *pool.image_shape))
     weights, flops = sum(p.numel() for p in flow.parameters()), 3 * counter.get_total_flops()
     costs = zip(COSTS, (spent, trainer.step, weights, trainer.step * batch, flops), strict=True)

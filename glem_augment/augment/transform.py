@@ -66,7 +66,7 @@ class GLEMAugment(nn.Module):
     def __init__(
         self,
         model: GLEM | str | os.PathLike[str],
-        policy: Policy | PolicyName = "mixup",
+        policy: Policy | PolicyName = "noise",
         p: float = 0.5,
         modes: int | None = None,
         mean: float | Sequence[float] | None = None,
@@ -377,7 +377,7 @@ class GLEMAugment(nn.Module):
         Settings that `config` lacks have their defaults. The module with a policy of your own must be imported before.
         """
         given = {name: value for name, value in config.items() if name not in ("model", "policy")}
-        policy = as_policy(config.get("policy", "mixup"))
+        policy = as_policy(config.get("policy", "noise"))
         return cls(config.get("model") if model is None else model, policy, **given)  # type: ignore[arg-type]
 
     def _settings(self) -> dict[str, Any]:

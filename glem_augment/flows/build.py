@@ -12,11 +12,11 @@ from glem_augment.flows.layers import ActNorm, Mixing1x1
 from glem_augment.flows.linear import FlatIdentity, WhitenedFlow
 from glem_augment.flows.multiscale import MultiscaleFlow
 from glem_augment.flows.stationary import StationaryFlow
-from glem_augment.flows.subnets import ACTIVATIONS, CONV_SUBNETS, SUBNETS, Subnet
+from glem_augment.flows.subnets import ACTIVATIONS, SUBNETS, Subnet
 
 # Far above any use. The limits keep a hostile config from demanding absurd amounts of memory or time.
 _LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "total": 2048}
-_PATCHES, _MOST_TOKENS = (1, 2, 4), 128 * 128
+_PATCHES = (1, 2, 4)
 # A saved flow may lack these keys.
 DEFAULTS = {"subnet": "residual", "activation": "elu", "patch": 2}
 _KEYS_OF_ALL = {"preset", "image_shape", "coupling", "whiten"}
@@ -71,20 +71,12 @@ def check_spec(spec: dict[str, Any]) -> None:
             f"a flow of {count} levels{'' if patch == 2 else f' and patch {patch}'} needs height and width divisible "
             f"by {factor}, got {height}x{width}; resize to {near[0]}x{near[1]}, or use fewer levels"
         )
-    tokens = (height // patch) * (width // patch)
-    if spec.get("subnet") == "transformer" and tokens > _MOST_TOKENS:
-        raise ValueError(
-            f"a transformer would attend to {tokens} pixels or patches, at most {_MOST_TOKENS} are allowed; raise "
-            f"patch, or choose another subnet ({', '.join(CONV_SUBNETS)})"
-        )
     actnorm = spec.get("actnorm")
     require(actnorm in ("element", "channel"), "actnorm must be 'element' or 'channel'", actnorm)
     kind.check({**kind.options, **spec})
     for key, choices in (("subnet", SUBNETS), ("activation", tuple(ACTIVATIONS))):
         value = spec.get(key, DEFAULTS[key])
         require(value in choices, f"{key} must be one of {', '.join(choices)}", value)
-    given = spec.get("activation") if spec.get("subnet") == "transformer" else None
-    require(given is None, "the transformer always has GELU: leave activation out", given)
 
 
 def build_flow(spec: dict[str, Any]) -> Flow:
@@ -106,7 +98,7 @@ def build_flow(spec: dict[str, Any]) -> Flow:
     for depth, blocks, net_width in zip(spec["depth"], spec["blocks"], spec["width"], strict=True):
         channels, height, width = side * side * channels, height // side, width // side
         side = 2
-        net = dict(width=net_width, blocks=blocks, size=(height, width), activation=full["activation"])
+        net = dict(width=net_width, blocks=blocks, activation=full["activation"])
         norm = partial(ActNorm, channels, height, width, spec["actnorm"])
         coupling = partial(kind, channels, partial(Subnet, full["subnet"], **net), **options)
         levels.append([(norm(), Mixing1x1(channels), coupling()) for _ in range(depth)])

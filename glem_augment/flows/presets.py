@@ -62,8 +62,6 @@ def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: An
             spec.pop(key, None)
         for key, value in {**after.options, "actnorm": "element", **DEFAULTS}.items():
             spec.setdefault(key, value)
-    if overrides.get("subnet") == "transformer":  # It always has GELU.
-        spec.pop("activation", None)
     unknown = set(overrides) - set(spec) - {"whiten"}
     if unknown:
         allowed = sorted((set(spec) | {"whiten"}) - {"preset", "image_shape"})
@@ -87,7 +85,7 @@ def create_flow(name: Preset, image_shape: tuple[int, int, int], **overrides: An
             - One number per level: `depth` (steps), `blocks` and `width` (of the subnets).
             - `coupling`: "matexp", "affine", or a name from `register_coupling`, and its options: `bound` of log-scales
               or of ||S||, and `rank` of wide couplings for "matexp".
-            - `subnet`: "residual", "bottleneck", "transformer". `activation`, but for transformers: "elu", "relu".
+            - `subnet`: "residual", "bottleneck". `activation`: "elu", "relu".
             - `actnorm`: "element", "channel".
             - `patch`: side of the pixel blocks that the first level makes channels, 1, 2 or 4; later levels: 2.
 

@@ -30,7 +30,6 @@ def test_parameter_counts_of_the_published_sizes(preset: str, published: int) ->
 def test_specs_name_the_subnet_and_older_ones_mean_the_published_one() -> None:
     spec = resolve_preset("mef_tiny", (1, 8, 8), **SMALL)
     assert (spec["subnet"], spec["activation"], spec["patch"]) == ("residual", "elu", 2)
-    assert "activation" not in resolve_preset("mef_tiny", (1, 8, 8), subnet="transformer")
     assert set(resolve_preset("identity", (1, 8, 8))) == {"preset", "image_shape", "coupling"}
     assert [resolve_preset("latent", (32, side, side))["whiten"] for side in (4, 8)] == [512, 0]
     older = {key: value for key, value in spec.items() if key not in ("subnet", "activation", "patch")}
@@ -43,7 +42,7 @@ def test_specs_name_the_subnet_and_older_ones_mean_the_published_one() -> None:
 
 
 HOSTILE: list[tuple[dict[str, Any], str]] = [
-    ({"subnet": "resnet"}, r"subnet must be one of residual.*transformer, got 'resnet'"),
+    ({"subnet": "resnet"}, r"subnet must be one of residual, bottleneck, got 'resnet'"),
     ({"activation": "gelu"}, "activation must be one of elu, relu, got 'gelu'"),
     ({"patch": 8}, "patch must be one of"),
     ({"patch": True}, "patch must be one of"),
@@ -64,7 +63,6 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"image_shape": [3, 8192, 8]}, "image_shape must be"),
     ({"image_shape": [3, 6, 10]}, "divisible by 4, got 6x10; resize to 8x8"),
     ({"expansion": 10**9}, r"unknown settings \['expansion'\]"),
-    ({"subnet": "transformer", "activation": "relu"}, "always has GELU: leave activation out, got 'relu'"),
     ({"coupling": "identity"}, r"unknown settings \['activation', .*; known are \['coupling', 'image_shape'"),
 ]
 
@@ -72,30 +70,16 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("change", "message"), HOSTILE)
 def test_hostile_specs_are_refused(change: dict[str, Any], message: str) -> None:
     spec = {**resolve_preset("mef_tiny", (3, 8, 8), **SMALL), **change}
-    if "subnet" in change and "activation" not in change:
-        spec.pop("activation")
     for refuse in (check_spec, build_flow):
         with pytest.raises(ValueError, match=message) as caught:
             refuse(spec)
         assert len(str(caught.value)) < 500
 
 
-def test_a_transformer_on_too_many_pixels_is_refused() -> None:
-    spec = {**resolve_preset("mef_tiny", (3, 256, 256), depth=[1], blocks=[1], width=[8]), "subnet": "transformer"}
-    del spec["activation"]
-    check_spec(spec)  # 128 x 128 pixels after the squeeze
-    with pytest.raises(ValueError, match="attend to 16512 pixels or patches, at most 16384.*raise patch"):
-        check_spec({**spec, "image_shape": [3, 258, 256]})
-
-
 def test_unknown_names_and_options_say_what_there_is() -> None:
     for message, refused in (
         ("mef_tiny", lambda: create_flow("mef_huge", (3, 8, 8))),
         (r"no option \['deepness'\].*depth", lambda: create_flow("mef_tiny", (3, 8, 8), deepness=[1, 1])),
-        (
-            r"no option \['activation'\]",
-            lambda: create_flow("mef_tiny", (1, 8, 8), subnet="transformer", activation="relu"),
-        ),
         (r"no option \['subnet'\]", lambda: create_flow("identity", (1, 8, 8), subnet="residual")),
     ):
         with pytest.raises(ValueError, match=message):

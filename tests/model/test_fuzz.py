@@ -36,8 +36,8 @@ Pair = tuple[bytes, bytes]
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
     """Real files: config and weights of small models of every kind."""
     small = dict(depth=[1, 1], blocks=[1, 1], width=[4, 4])
-    transformer = tiny_model("mef_tiny", subnet="transformer", depth=[1], blocks=[1], width=[16])
-    models = [tiny_model(**small), tiny_model("glow_tiny", psi=None, **small), tiny_model("identity"), transformer]
+    bottleneck = tiny_model("mef_tiny", subnet="bottleneck", depth=[1], blocks=[1], width=[16])
+    models = [tiny_model(**small), tiny_model("glow_tiny", psi=None, **small), tiny_model("identity"), bottleneck]
     # full covariances, and a whitened flow of an autoencoder's latents
     full = tiny_model("identity").adapt((images(150), torch.arange(150) % 3), rank=3, progress=False)
     assert full.config.covariance == "full"
