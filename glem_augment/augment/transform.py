@@ -43,10 +43,10 @@ class GLEMAugment(nn.Module):
 
     Args:
         model: a GLEM with fitted modes (`model.fit_modes(data)`), or its name (see `GLEM.from_pretrained`).
-        policy: how images are moved: Mixup(), Noise() or Adversarial(), with arguments; "mixup", "noise" and
-            "adversarial" are short for their defaults. A policy of your own is a subclass of `Policy`. In 49 tuning
-            groups Adversarial came first 40 times, with pooled modes 6 times, Noise twice and the default Mixup never:
-            start with Noise(strength=0.5), or Adversarial(strength=0.25) where a classifier is at hand.
+        policy: how images are moved: Noise(), Adversarial() or Mixup(), with arguments; "noise", "adversarial" and
+            "mixup" are short for their defaults. A policy of your own is a subclass of `Policy`. In 49 tuning groups
+            Adversarial came first 40 times, with pooled modes 6 times, Noise twice and Mixup() never: take
+            Adversarial(strength=0.25) where a classifier is at hand.
         p: float in [0, 1]: the part of the images that is moved. In a batch p * B rows are, rounded up or down at
             random; with p = 0 the same images come back.
         modes: how many of the top modes are used, at most `model.modes.rank`; None: 64, or all if there are fewer.

@@ -23,7 +23,7 @@ def normalised(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(("flow", "channels"), [(1, 1), (3, 3), (1, 3), (3, 1)])
 def test_other_sizes_and_channels(model: GLEM, rgb: GLEM, size: tuple[int, int], flow: int, channels: int) -> None:
     x = F.interpolate(images(8, channels, 40) / 255, size=size)
-    aug = GLEMAugment(model if flow == 1 else rgb, p=1.0, seed=0)
+    aug = GLEMAugment(model if flow == 1 else rgb, "mixup", p=1.0, seed=0)
     params = aug.draw(x, labels(8))
     out, _ = aug.replay(x, labels(8), params)
     assert out.shape == x.shape and out.min() >= 0 and out.max() <= 1
