@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,8 @@ from glem_augment.errors import ModelFileError
 
 __all__ = ["atomic_write", "finite", "json_text", "save_png", "write_json"]  # for applications
 
+# Temporary files of `atomic_write`, which a killed process leaves behind.
+LEFT_OVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 # `atomic_write` rewrites these system errors, because they name a temporary file, or none.
 _REFUSED = {
     errno.ENOSPC,
@@ -116,6 +119,14 @@ def file_sha256(path: Path) -> str:
             return hashlib.sha256().hexdigest()
         with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
             return hashlib.sha256(content).hexdigest()
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Remove the unfinished files that killed processes left below a folder; each may be as large as a checkpoint."""
+    for path in folder.rglob(".*.tmp"):
+        if LEFT_OVER.fullmatch(path.name):
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:

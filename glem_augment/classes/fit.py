@@ -42,6 +42,7 @@ from glem_augment.errors import DataError
 REST_FLOOR = 1e-8
 # config.json holds numbers of psi up to 1e6; a flow can't invert latents of that size anyway.
 _LARGEST_VARIANCE = 1e5
+SHRINKAGE = 10.0  # k
 KEPT = 2000  # at most about so many latents fit the temperature
 
 Psi = tuple[float, float, float] | None
@@ -51,19 +52,19 @@ Psi = tuple[float, float, float] | None
 def fit_classes(
     statistics: ClassStatistics,
     rank: int,
-    shrinkage: float = 10.0,
     psi: Psi = None,
     full: bool = False,
     floor: float = 0.0,
+    shrinkage: float = SHRINKAGE,
 ) -> Classes:
     """Gaussians, modes and temperature of the classes, on the CPU.
 
     Args:
         rank: modes to keep per class, or per part, at least 1; no more than a class or part has.
-        shrinkage: k, in images, >= 0.
         psi: of the model's Gaussians; the new ones get a wider psi where this one can't hold their variances.
         full: the class densities have full covariances (`ClassModes.log_prob`); the scatter must be whole.
         floor: the least variance of a Gaussian, as a share of the mean over the dimensions.
+        shrinkage: k, in images, >= 0.
 
     Raises:
         DataError: variances above 1e5.
@@ -75,7 +76,7 @@ def fit_classes(
     if full:
 
         def fit(others: ClassStatistics) -> Classes:
-            return fit_classes(others, rank, shrinkage, psi, full, floor)
+            return fit_classes(others, rank, psi, full, floor, shrinkage)
 
         found.temperature = held_out_temperature(statistics, fit)
     else:

@@ -204,7 +204,7 @@ def _gaussians(
         found.append(_moments(max(count, 2), *parts))
     whole = _moments(max(2, round(float(counts.sum()))), mean, pooled, other)
     statistics = ClassStatistics(found, [[each] for each in found], whole, leading == means.shape[1])
-    return fit_classes(statistics, leading, 0.0, full=statistics.whole)
+    return fit_classes(statistics, leading, full=statistics.whole, shrinkage=0.0)
 
 
 def _moments(count: int, mean: Tensor, covariance: Tensor, rest: Tensor) -> Moments:

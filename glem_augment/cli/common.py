@@ -68,8 +68,8 @@ def describe(parser: argparse.ArgumentParser, description: str, examples: str, e
 # ---- arguments that commands share -----------------------------------------------------------------------------------
 
 
-def add_model(parser: argparse.ArgumentParser, text: str = MODEL_HELP, **optional: Any) -> None:
-    parser.add_argument("model", metavar="MODEL", help=text, **optional)
+def add_model(parser: argparse.ArgumentParser, **optional: Any) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP, **optional)
 
 
 def add_data(parser: argparse.ArgumentParser, split: str | None = "test", **optional: Any) -> None:
@@ -101,8 +101,8 @@ def add_count(
     parser.add_argument(flag, type=whole(low), default=default, metavar="N", help=text)
 
 
-def add_seed(parser: argparse._ActionsContainer, of: str = "all draws") -> None:
-    add_count(parser, "--seed", f"seed of {of}", 0, low=0)
+def add_seed(parser: argparse._ActionsContainer) -> None:
+    add_count(parser, "--seed", "seed of all draws", 0, low=0)
 
 
 def add_out(parser: argparse.ArgumentParser, text: str) -> None:

@@ -67,10 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     common.add_count(parser, "--parts", parts)
     pooled = "one class for all images, with modes from all classes: for moves of any image"
     parser.add_argument("--pooled", action="store_true", help=pooled)
-    half = "images of a class at which its variance and the pooled variance count equally (default: %(default)g)"
-    parser.add_argument("--shrinkage", type=common.number(0), default=10.0, metavar="N", help=half)
     common.add_count(parser, "--max-per-class", "images of a class at most (default: all)")
-    common.add_seed(parser, "the dequantisation noise")
     parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
     common.add_machine(parser)
 
@@ -113,7 +110,7 @@ def fit(args: argparse.Namespace) -> None:
         progress=not args.quiet,
     )
     common.name_skipped(data)
-    names = ("autoencoder", "flow", "rank", "parts", "pooled", "shrinkage", "max_per_class", "seed")
+    names = ("autoencoder", "flow", "rank", "parts", "pooled", "max_per_class")
     given = {name: getattr(args, name) for name in names}
     journal = folder / RELEASES
     if args.epsilon is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from glem_augment.checks import DEFAULT_MODES, Preset, check_number, check_whole
+from glem_augment.checks import DEFAULT_MODES, Preset, check_whole
 from glem_augment.classes.classes import Classes
 from glem_augment.classes.fit import KEPT, fit_classes, fit_modes
 from glem_augment.classes.gaussians import ClassGaussians
@@ -214,13 +214,12 @@ class GLEM(ConditionalFlow):
         return model
 
     @classmethod
-    def from_bijection(cls, module: Flow, image_shape: tuple[int, int, int], pixel_range: PixelRange = UINT8) -> GLEM:
+    def from_bijection(cls, module: Flow, image_shape: tuple[int, int, int]) -> GLEM:
         """A model around a user's flow, in eval mode, with one class, "image", a standard normal; see `adapt`.
 
         Args:
             module: a subclass of `flows.Flow`. It is not copied, and from now on frozen and in eval mode.
             image_shape: (C, H, W).
-            pixel_range: see `create`.
 
         Raises:
             TypeError, ValueError: see `flows.check_flow`.
@@ -228,8 +227,7 @@ class GLEM(ConditionalFlow):
         check_flow(module, image_shape)
         config = GLEMConfig(
             flow={"image_shape": list(image_shape), "coupling": "custom", "module": type(module).__qualname__},
-            bits=pixel_range.bits,
-            pixel_range=pixel_range,
+            bits=UINT8.bits,
             psi=None,
             class_ids=[ONE_CLASS],
             class_names=[ONE_CLASS],
@@ -303,7 +301,6 @@ class GLEM(ConditionalFlow):
         rank: int = 64,
         parts: int | None = None,
         pooled: bool = False,
-        shrinkage: float = 10.0,
         max_per_class: int | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
@@ -327,7 +324,7 @@ class GLEM(ConditionalFlow):
             image_size, channels: see `open_data`; by default read from the images. With privacy state them, here or
                 where `data` is opened: everybody will know them, and one image could change them.
             value_range: see `open_data`; by default measured for int16 and float images.
-            classes, split, rank, pooled, shrinkage, max_per_class, seed, progress: see `adapt`.
+            classes, split, rank, pooled, max_per_class, seed, progress: see `adapt`.
             parts: see `adapt`; None: 1, or with privacy as many as the noise allows.
             device: where the model computes.
 
@@ -343,11 +340,8 @@ class GLEM(ConditionalFlow):
         images = cls.images_to_fit(data, flow, **reading)
         if privacy is not None:
             images.pixel_range.need_8_bits("a private model")
-            unused = flow, max_per_class, pooled, rank, shrinkage, seed
-            if unused != (None, None, False, 64, 10.0, 0):
-                raise ValueError(
-                    "a private fit takes no flow, max_per_class, pooled, rank, shrinkage or seed: leave them out"
-                )
+            if (flow, max_per_class, pooled, rank, seed) != (None, None, False, 64, 0):
+                raise ValueError("a private fit takes no flow, max_per_class, pooled, rank or seed: leave them out")
             parts = None if parts is None else check_whole("parts", parts, 1)
             images = as_image_data(images, images.image_shape, classes)
             return cls._fit_private(images, autoencoder, privacy, parts, public, journal, device, progress)
@@ -367,7 +361,6 @@ class GLEM(ConditionalFlow):
                 rank=rank,
                 parts=1 if parts is None else parts,
                 pooled=pooled,
-                shrinkage=shrinkage,
                 max_per_class=max_per_class,
                 seed=seed,
                 progress=progress,
@@ -461,7 +454,7 @@ class GLEM(ConditionalFlow):
         latents = self.latents_of_classes(images, rows, seed, count)
         statistics = class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
         if self.adapted:  # the Gaussians come from images, too
-            found = self._fit_classes(statistics, rank, self.config.training["adapt"]["shrinkage"])
+            found = self._fit_classes(statistics, rank)
         else:
             found = Classes(self.gaussians, fit_modes(statistics, rank), False, self.latent_classes.temperature)
         self.latent_classes = found.to(self.device, self.dtype)
@@ -482,12 +475,12 @@ class GLEM(ConditionalFlow):
         """Whether the Gaussians were fitted to latents (`fit`, `adapt`), not trained with the flow."""
         return isinstance(self.config.training.get("adapt"), dict)
 
-    def _fit_classes(self, statistics: ClassStatistics, rank: int, shrinkage: float) -> Classes:
+    def _fit_classes(self, statistics: ClassStatistics, rank: int) -> Classes:
         # A flow leaves the dimensions of a class nearly independent. Pixels and latents of an autoencoder are not.
         identity, images = self.config.flow["coupling"] == "identity", int(statistics.counts().sum())
         eight = self.pixel_range.bits == 8
         full = eight and identity and statistics.whole and images >= _IMAGES_PER_DIMENSION * self.dim
-        return fit_classes(statistics, rank, shrinkage, self.config.psi, full, 0.0 if eight else _LEAST_VARIANCE)
+        return fit_classes(statistics, rank, self.config.psi, full, 0.0 if eight else _LEAST_VARIANCE)
 
     @torch.no_grad()
     def adapt(
@@ -499,7 +492,6 @@ class GLEM(ConditionalFlow):
         rank: int = 64,
         parts: int = 1,
         pooled: bool = False,
-        shrinkage: float = 10.0,
         max_per_class: int | None = None,
         seed: int = 0,
         progress: bool = True,
@@ -519,7 +511,6 @@ class GLEM(ConditionalFlow):
                 images or more.
             pooled: make one class, "image", which varies as the images of a class do: for moves of images of any class.
                 With a thousand classes it takes a thousandth of the memory.
-            shrinkage: number of images at which a class's variances are half pooled.
             progress: show a bar on stderr.
 
         Returns:
@@ -529,7 +520,6 @@ class GLEM(ConditionalFlow):
             DataError: images of another shape, a class without images, no class with two, latents off any scale.
             TypeError, ValueError: arguments that make no sense.
         """
-        shrinkage = check_number("shrinkage", shrinkage, 0.0, math.inf)
         seed, rank, parts = check_whole("seed", seed, 0), check_whole("rank", rank, 1), check_whole("parts", parts, 1)
         # The variation of a class needs two images.
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
@@ -546,7 +536,7 @@ class GLEM(ConditionalFlow):
             statistics = class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
         if pooled:
             statistics = statistics.as_one_class()
-        found = self._fit_classes(statistics, rank, shrinkage)
+        found = self._fit_classes(statistics, rank)
         assert found.modes is not None
         config = replace(
             copy.deepcopy(self.config),
@@ -558,9 +548,7 @@ class GLEM(ConditionalFlow):
                 "data": images.name,
                 "images": sum(counts),
                 "images_per_class": [min(counts), max(counts)],
-                "adapt": dict(
-                    shrinkage=shrinkage, rank=found.modes.rank, parts=parts, max_per_class=max_per_class, seed=seed
-                ),
+                "adapt": dict(rank=found.modes.rank, parts=parts, max_per_class=max_per_class, seed=seed),
                 "adapted_from": dict(
                     weights_sha256=weights_sha256(self), origin=self.origin, training=self.config.training
                 ),

@@ -37,7 +37,15 @@ from glem_augment.distributed import gather, rank, world_size
 from glem_augment.hub import upload, write_card
 from glem_augment.hub.cards import CardFacts, dataset_card
 from glem_augment.images.sources import CLASS_FILE, PROVENANCE
-from glem_augment.io import atomic_write, expand, file_sha256, lock_folder, write_json
+from glem_augment.io import (
+    LEFT_OVER,
+    atomic_write,
+    expand,
+    file_sha256,
+    lock_folder,
+    remove_left_overs,
+    write_json,
+)
 from glem_augment.model.config import data_name, data_names, licence_id
 from glem_augment.model.weights import weights_sha256
 from glem_augment.synthetic.sampler import Drawn, Plan
@@ -49,7 +57,6 @@ _IN_PNG = ((1, "uint8"), (3, "uint8"), (1, "uint16"))  # channels and dtypes tha
 _WORK = ".glem-export"  # the hidden folder with the images of shards
 # Files beside the shards: a description for timm's reader, a card, and the picture of a quality report.
 _SHARDS_INFO, _CARD, _PICTURE = "data/_info.json", "README.md", "report.png"
-_LEFT_OVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp|\.lock")  # files of a run that was killed
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -113,9 +120,7 @@ def export_set(
             if shards:
                 _describe_shards(plan, folder, facts, manifest, name or folder.resolve().name)
             shutil.rmtree(folder / _WORK, ignore_errors=True)
-            for path in folder.rglob(".*.tmp"):
-                if _LEFT_OVER.fullmatch(path.name):
-                    path.unlink()
+            remove_left_overs(folder)
             del manifest["finish"]
             write_json(folder / PROVENANCE, manifest | {"complete": True})  # last: from now on the set is complete
             _warn(plan, folder, manifest, out_of_range)
@@ -247,7 +252,8 @@ def check_folder(folder: Path) -> dict[str, Any] | None:
         parent, _, file = name.rpartition("/")
         number = re.fullmatch(r"(\d{6}|[1-9]\d{6,})\.(png|npy)", file)
         image = number is not None and int(number[1]) < counts.get(parent, 0)
-        if not (image or _LEFT_OVER.fullmatch(file) or (name in known and not path.is_symlink())):
+        of_killed_run = LEFT_OVER.fullmatch(file) or file == ".lock"
+        if not (image or of_killed_run or (name in known and not path.is_symlink())):
             found = "no earlier export, which --overwrite needs" if old is None else f"{name!r}, which no export wrote"
             raise FileExistsError(f"{folder} is not empty, it holds {found}: give another folder")
     return old

@@ -13,9 +13,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import re
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +32,6 @@ NEWEST, GOOD = "checkpoint.safetensors", "checkpoint.good.safetensors"
 _KEY, _FORMAT, _DIGEST_BYTES = "glem-augment-state", b"glem-augment checkpoint 5", 32
 # Settings that may change when a run is resumed. "threads" and "memory" change the last bits of the weights.
 FREE = {"max_minutes", "sample_every", "workers", "threads", "memory", "modes_rank"}
-# Temporary files of glem_augment.io.atomic_write, which a killed process leaves behind.
-_LEFT_OVER = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -124,14 +120,6 @@ def load_checkpoint(folder: Path, good: bool = False) -> Checkpoint:
     if problems:
         raise TrainingError(f"{'; '.join(problems)}. Restore one, or start over in another folder")
     raise FileNotFoundError(errno.ENOENT, f"no checkpoint at {folder / NEWEST}; start without --resume")
-
-
-def remove_left_overs(folder: Path) -> None:
-    """Remove the unfinished files that killed processes left behind; each may be as large as a checkpoint."""
-    for path in [*folder.glob(".*.tmp"), *folder.glob("samples/.*.tmp")]:
-        if _LEFT_OVER.fullmatch(path.name):
-            with suppress(OSError):
-                path.unlink()
 
 
 def require_folder(folder: Path) -> None:

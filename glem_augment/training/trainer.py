@@ -28,7 +28,7 @@ from glem_augment.evaluation.metrics import calibrate, held_out
 from glem_augment.evaluation.pictures import compose
 from glem_augment.evaluation.preview import class_samples
 from glem_augment.images.dataset import ImageData
-from glem_augment.io import expand, lock_folder, save_png
+from glem_augment.io import expand, lock_folder, remove_left_overs, save_png
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
 from glem_augment.training.batches import EVAL_BATCH, Augment, Batches
@@ -37,7 +37,6 @@ from glem_augment.training.checkpoint import (
     check_same_run,
     data_fingerprint,
     load_checkpoint,
-    remove_left_overs,
     require_unused,
     save_checkpoint,
 )

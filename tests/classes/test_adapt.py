@@ -31,7 +31,7 @@ def statistics_of(latents: list[Tensor], rank: int, parts: int = 1, keep: int = 
 
 
 def fitted(latents: list[Tensor], rank: int, shrinkage: float) -> Classes:
-    return fit_classes(statistics_of(latents, rank), rank, shrinkage, PAPER)
+    return fit_classes(statistics_of(latents, rank), rank, PAPER, shrinkage=shrinkage)
 
 
 def make_class(n: int) -> Tensor:
@@ -104,7 +104,7 @@ def images(*counts: int) -> tuple[Tensor, Tensor]:
 
 def test_a_model_gets_the_means_and_variances_of_its_latents() -> None:
     model, (x, y) = tiny_model(shape=(1, 8, 8), classes=("a", "b")), images(9, 1)
-    adapted = model.adapt((x, y), rank=3, shrinkage=2.0, progress=False)
+    adapted = model.adapt((x, y), rank=3, progress=False)
     # The noise is a function of the seed and the class.
     z = [model.encode(x[y == c], torch.Generator().manual_seed(c))[0] for c in (0, 1)]
     torch.testing.assert_close(adapted.gaussians.mu[0], z[0].mean(0))
@@ -148,7 +148,7 @@ def test_bad_input_is_one_clear_error_before_any_work(image_folder: Path) -> Non
         model.adapt((x[:2], torch.tensor([0, 1])))
     with pytest.raises(DataError, match="the model takes .1, 8, 8."):
         model.adapt(open_data(image_folder, progress=False))
-    for bad in ({"shrinkage": -1.0}, {"rank": 0}, {"max_per_class": 0}, {"max_per_class": 1}, {"max_per_class": 2.5}):
+    for bad in ({"parts": 0}, {"rank": 0}, {"max_per_class": 0}, {"max_per_class": 1}, {"max_per_class": 2.5}):
         with pytest.raises((TypeError, ValueError), match=next(iter(bad))):
             model.adapt((x, y), **bad)
     with pytest.raises(TypeError, match="ImageData"):

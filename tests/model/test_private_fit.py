@@ -191,8 +191,8 @@ def test_too_few_images_and_too_large_a_delta_are_one_clear_error(data: ImageDat
         GLEM.fit(images(per_class=10), "taef2", privacy=Privacy(0.5, 1e-4), progress=False)
     with pytest.raises(ValueError, match="delta"):
         GLEM.fit(data, "taef2", privacy=Privacy(10, 0.05), progress=False)
-    for unused in (dict(rank=8), dict(shrinkage=1), dict(seed=1), dict(pooled=True)):
-        with pytest.raises(ValueError, match="a private fit takes no .* rank, shrinkage or seed"):
+    for unused in (dict(rank=8), dict(seed=1), dict(pooled=True)):
+        with pytest.raises(ValueError, match="a private fit takes no .* rank or seed"):
             GLEM.fit(data, "taef2", privacy=Privacy(10, 1e-4), progress=False, **unused)
     few = ImageData.from_tensors(data.tensor()[:302], data.targets[:302], data.classes)  # two of the last class
     found = GLEM.fit(few, "taef2", privacy=Privacy(10, 1e-4), progress=False)
