@@ -109,7 +109,7 @@ def significant(noisy: Tensor, sd: float) -> tuple[Tensor, int]:
 
 
 def floored(covariance: Tensor, variance: Tensor) -> Tensor:
-    """A covariance [d, d] with at least `LEAST_VARIANCE` in every direction, in units in which `variance` [d] is 1.
+    """A covariance [d, d] with about `LEAST_VARIANCE` or more in every direction, if `variance` [d] is 1.
 
     Its diagonal stays as it was where it was at least `LEAST_OF_PRIOR` of `variance`.
     """

@@ -28,7 +28,7 @@ from glem_augment.classes.fit import fit_classes
 from glem_augment.classes.groups import k_means
 from glem_augment.classes.modes import ClassModes
 from glem_augment.classes.privacy import LEADING, Privacy, PrivateSums, Release, describe, noisy_histogram
-from glem_augment.classes.statistics import ClassStatistics, Moments
+from glem_augment.classes.statistics import ClassStatistics, Moments, can_be_whole
 from glem_augment.errors import DataError
 
 # Parts of mu^2, and the shares of counts, sums and second moments within a part.
@@ -203,7 +203,8 @@ def _gaussians(
         parts = (mean, pooled, other) if k in drowned else (means[k], covariances[k], rest[k])
         found.append(_moments(max(count, 2), *parts))
     whole = _moments(max(2, round(float(counts.sum()))), mean, pooled, other)
-    statistics = ClassStatistics(found, [[each] for each in found], whole, leading == means.shape[1])
+    full = leading == means.shape[1] and can_be_whole(*means.shape)
+    statistics = ClassStatistics(found, [[each] for each in found], whole, full)
     return fit_classes(statistics, leading, full=statistics.whole, shrinkage=0.0)
 
 

@@ -86,12 +86,14 @@ def run(args: argparse.Namespace) -> None:
 def fit(args: argparse.Namespace) -> None:
     """Fit the model and save it. FileExistsError: the folder holds something else."""
     from glem_augment.distributed import is_primary
+    from glem_augment.io import LEFT_OVER, remove_left_overs
     from glem_augment.model.glem import GLEM
     from glem_augment.model.weights import CONFIG, WEIGHTS
 
     folder = args.out
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    others = {name for name in found - {CONFIG, WEIGHTS, ".lock"} if not name.lstrip(".").startswith(RELEASES)}
+    # A run that was killed leaves its releases, and temporary files.
+    others = {name for name in found - {CONFIG, WEIGHTS, ".lock", RELEASES} if not LEFT_OVER.fullmatch(name)}
     if args.epsilon is not None and others:
         raise FileExistsError(f"{folder} holds {min(others)}, which no promise covers: give a new folder")
     if not args.overwrite and any((folder / name).exists() for name in (WEIGHTS, CONFIG)):
@@ -122,6 +124,7 @@ def fit(args: argparse.Namespace) -> None:
         return
     model.save(folder)
     journal.unlink(missing_ok=True)
+    remove_left_overs(folder)
     result = {
         "out": str(folder),
         "flow": args.flow,

@@ -116,8 +116,9 @@ def run(args: argparse.Namespace) -> None:
         unseen = common.open_resized(model, args.real, "test", **reading)
     given = ("temperature", "modes", "alpha")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
-    drawn = real if model.config.privacy is None else None  # real images can change the order of labels
-    options |= {"real": drawn, "class_map": args.class_map}
+    # A private set takes nothing from real images; the report looks at them.
+    alone = model.config.privacy is not None and args.per_class != "balance" and args.source != "mixup"
+    options |= {"real": None if alone else real, "class_map": args.class_map}
     dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, **options)
     began = time.monotonic()
     command = shlex.join(["glem", *args.argv])

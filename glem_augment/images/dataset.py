@@ -314,7 +314,8 @@ def open_data(
     unstated = ["classes"] if source.classes_are_labels and not unlabelled else []
     if not isinstance(source, TensorSource):  # all its images have one shape
         unstated += [name for name, value in (("image_size", size), ("channels", channels)) if value is None]
-    return ImageData(source, shape, rows, pixels, list(bad.values()), pixel_range, unstated)
+    skipped, unstated = [*source.skipped, *bad.values()], [*dict.fromkeys((*source.unstated, *unstated))]
+    return ImageData(source, shape, rows, pixels, skipped, pixel_range, unstated)
 
 
 def _range_of(
@@ -386,7 +387,7 @@ def as_image_data(
         options["value_range"] = pixel_range
         data = open_data(data, image_size=(height, width), channels=channels if channels in (1, 3) else None, **options)
     names = data.classes if classes is None else [str(name) for name in classes]
-    if names != data.classes:
+    if classes is not None:
         ids = data.class_ids if data.named and len(names) == len(data.class_ids) else None
         data = data.with_targets(data.targets, names, ids)
     if data.image_shape != image_shape:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
@@ -95,7 +95,10 @@ class Source(Dataset, ABC):
     class_ids: list[str]
     targets: np.ndarray
     threads = 8  # how many may open images at the same time
-    repeated = False  # whether an image is there several times
+    # As of an `ImageData` that is inside: whether an image is there several times, and its skipped and unstated.
+    repeated = False
+    skipped: ClassVar[Sequence[tuple[str, str]]] = ()
+    unstated: ClassVar[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
         self.named = bool(self.classes)

@@ -64,7 +64,8 @@ def open_source(data: Any, split: str = "train", unlabelled: bool = False) -> So
         whole, rows = open_source(data.dataset, split), np.asarray(data.indices, dtype=np.int64)
         names, ids = (whole.classes, whole.class_ids) if whole.named else ([], [])
         source = ItemSource(whole.name, names, ids, whole.targets[rows], Subset(whole, rows.tolist()), 0)
-        source.threads, source.repeated = whole.threads, len(np.unique(rows)) < len(rows)
+        _inherit(source, whole)
+        source.threads, source.repeated = whole.threads, whole.repeated or len(np.unique(rows)) < len(rows)
         source.classes_are_labels = whole.classes_are_labels
         return source
     if isinstance(data, tuple) and len(data) == 2:
@@ -322,13 +323,23 @@ def _data_set_source(data: Any, name: str | None = None) -> Source:
             raise DataError(f"{name} has no `targets`, and its items are not (image, int): {error}") from error
     targets = np.asarray(labels)
     if isinstance(data, ImageFolder):
-        return FolderSource(str(data.root), names, ids, targets, [path for path, _ in data.samples])
+        paths = [path for path, _ in data.samples]
+        folder = FolderSource(str(data.root), names, ids, targets, paths)
+        folder.repeated = len(set(paths)) < len(paths)
+        return folder
     if isinstance(data, VisionDataset) and hasattr(data, "data"):  # CIFAR and MNIST families hold all their pixels
         arrays = np.asarray(data.data)
         if arrays.dtype == np.uint8 and (arrays.ndim == 3 or arrays.shape[-1:] == (3,)):
             images = torch.from_numpy(arrays[:, None] if arrays.ndim == 3 else arrays.transpose(0, 3, 1, 2))
             return TensorSource(name, names, [str(i) for i in range(len(names))], targets, images)
-    return ItemSource(name, names, ids, targets, data, 0)
+    return _inherit(ItemSource(name, names, ids, targets, data, 0), data)
+
+
+def _inherit(source: ItemSource, inside: Any) -> ItemSource:
+    """The source, with what an `ImageData` or a source inside knows of its images."""
+    for fact in ("repeated", "skipped", "unstated"):
+        setattr(source, fact, getattr(inside, fact, getattr(source, fact)))
+    return source
 
 
 def tensor_source(

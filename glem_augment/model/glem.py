@@ -31,7 +31,7 @@ from glem_augment.flows import Flow, build_flow, check_flow, resolve_preset
 from glem_augment.images.dataset import ImageData, LabelledImages, Limits, as_image_data, images_for, open_data
 from glem_augment.images.matching import ONE_CLASS, ClassMap
 from glem_augment.model.conditional_flow import ConditionalFlow
-from glem_augment.model.config import GLEMConfig
+from glem_augment.model.config import MAX_PARTS, GLEMConfig
 from glem_augment.model.private_fit import fit_private
 from glem_augment.model.weights import (
     CUSTOM,
@@ -342,7 +342,8 @@ class GLEM(ConditionalFlow):
             images.pixel_range.need_8_bits("a private model")
             if (flow, max_per_class, pooled, rank, seed) != (None, None, False, 64, 0):
                 raise ValueError("a private fit takes no flow, max_per_class, pooled, rank or seed: leave them out")
-            parts = None if parts is None else check_whole("parts", parts, 1)
+            if parts is not None and check_whole("parts", parts, 1) > MAX_PARTS:  # before the promise is spent
+                raise ValueError(f"parts must be at most {MAX_PARTS}, got {parts}")
             images = as_image_data(images, images.image_shape, classes)
             return cls._fit_private(images, autoencoder, privacy, parts, public, journal, device, progress)
         if public is not None or journal is not None:

@@ -69,8 +69,8 @@ class SyntheticDataset(Dataset):
         class_map: how the classes of `real` map to the model's, see `match_classes`.
 
     Raises:
-        ValueError: "balance" or "mixup" with a private model, since real images would decide the set; or arguments that
-            make no sense, or have no effect with this source.
+        ValueError: `real` with a private model, since real images would decide the set or the order of its classes; or
+            arguments that make no sense, or have no effect with this source.
     """
 
     def __init__(
@@ -91,6 +91,8 @@ class SyntheticDataset(Dataset):
     ) -> None:
         self.cache_bytes = check_whole("cache_bytes", cache_bytes, 0)
         self.model = as_model(model).on(device)
+        if real is not None:
+            self.model.refuse_if_private("real=")
         matched = None if real is None else open_real(self.model, real, class_map)
         self.counts = class_counts(self.model, per_class, matched)
         self.transform, self.target_transform = transform, target_transform

@@ -55,8 +55,8 @@ CHECKSUMS = "checksums.sha256"
 MAX_SHARDS, MIN_SHARD = 64, 32
 _IN_PNG = ((1, "uint8"), (3, "uint8"), (1, "uint16"))  # channels and dtypes that PNG files hold
 _WORK = ".glem-export"  # the hidden folder with the images of shards
-# Files beside the shards: a description for timm's reader, a card, and the picture of a quality report.
-_SHARDS_INFO, _CARD, _PICTURE = "data/_info.json", "README.md", "report.png"
+# Files beside the shards: a description for timm's reader, a card, and a quality report.
+_SHARDS_INFO, _CARD, _NUMBERS, _PICTURE = "data/_info.json", "README.md", "report.json", "report.png"
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -177,6 +177,10 @@ def _begin(
             raise FileExistsError(
                 f"{folder} is not empty: it holds an export of other images ({'; '.join(found[:4])}), "
                 "which are not mixed: give another folder, or overwrite=True (glem generate --overwrite)"
+            )
+        if plan.model.config.privacy is not None and old["weights_sha256"] != manifest["weights_sha256"]:
+            raise FileExistsError(
+                f"{folder} holds files of another model, which no promise covers: give a new folder for a private set"
             )
         # The earlier manifest stays until then: after a kill it names the images that remain.
         _remove(folder, old)
@@ -302,7 +306,7 @@ def _remove(folder: Path, old: dict[str, Any]) -> None:
             if (folder / entry["folder"]).is_dir():
                 shutil.rmtree(folder / entry["folder"])  # `check_folder` found only its images there
     else:
-        files += [_SHARDS_INFO, _CARD, _PICTURE, *map(str, folder.glob("data/train-*-of-*.tar"))]
+        files += [_SHARDS_INFO, _CARD, _NUMBERS, _PICTURE, *map(str, folder.glob("data/train-*-of-*.tar"))]
     for name in files:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / _WORK, ignore_errors=True)
@@ -403,7 +407,7 @@ def _describe_shards(plan: Plan, folder: Path, facts: CardFacts, manifest: dict[
     write_json(folder / _SHARDS_INFO, {"splits": {"train": split}})
     if facts.report is not None:
         report = expand(facts.report)
-        manifest["quality"] = json.loads((report / "report.json").read_text(encoding="utf-8"))
+        manifest["quality"] = json.loads((report / _NUMBERS).read_text(encoding="utf-8"))
         shutil.copy(report / _PICTURE, folder)
     write_card(dataset_card(manifest, name, replace(facts, license=_stated_licence(plan, facts))), folder)
 

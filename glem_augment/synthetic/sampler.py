@@ -95,7 +95,6 @@ def class_counts(model: GLEM, per_class: PerClass, real: Real | None) -> list[in
             raise ValueError(f"per_class must be a number, K numbers, a mapping or 'balance', got {per_class!r}")
         if real is None:
             raise ValueError("per_class='balance' fills up a real data set: give real=")
-        model.refuse_if_private("per_class='balance'")  # the counts would tell how many images each class has
         present = np.bincount(real.targets, minlength=k)
         counts = np.where(np.isin(np.arange(k), real.classes), present.max() - present, 0).tolist()
         if not any(counts):
@@ -214,7 +213,6 @@ class Sampler:
         if source != "gaussian" and model.modes is None:
             raise ValueError(f"source={source!r} needs model.modes: fit them first with model.fit_modes(data)")
         if source == "mixup":
-            model.refuse_if_private("source='mixup'")
             if real is None:
                 raise ValueError("source='mixup' mixes real images: give real=")
             self.modes = model.checked_modes(modes)

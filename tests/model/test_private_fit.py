@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import tarfile
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
+from torchvision.datasets import ImageFolder
 
 from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
 from glem_augment.classes import private as private_module
 from glem_augment.classes.privacy import Privacy, epsilon_of
 from glem_augment.classes.private import nearest
 from glem_augment.cli import main
+from glem_augment.codec.codec import Codec
 from glem_augment.errors import DataError, GLEMError, ModelFileError
 from glem_augment.hub.cards import CardFacts, model_card
 from glem_augment.model.private_fit import check_images, latents_alone, rows_are_independent, set_coordinates
@@ -130,6 +133,15 @@ def test_many_dimensions_have_second_moments_of_the_leading_ones(monkeypatch: py
     assert model.sample(torch.arange(3), 1.0, source="rfcm").isfinite().all()
 
 
+def test_classes_too_many_for_whole_covariances_lose_no_budget(
+    data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glem_augment.classes.statistics._MOST_WHOLE", 100)
+    GLEM.fit(data, "taef2", privacy=Privacy(10, 1e-4), progress=False).save(tmp_path)
+    found = GLEM.from_pretrained(tmp_path)
+    assert found.config.covariance == "diagonal" and found.sample(torch.arange(3), source="rfcm").isfinite().all()
+
+
 def test_a_latent_depends_on_its_image_alone(model: GLEM, data: ImageData) -> None:
     assert rows_are_independent(model)
     z, y = latents_alone(model, data, progress=False)
@@ -158,6 +170,8 @@ def test_what_a_private_model_refuses(model: GLEM, data: ImageData) -> None:
         SyntheticDataset(model, 3, source="mixup", real=data)
     with pytest.raises(ValueError, match="privac"):
         SyntheticDataset(model, "balance", real=data)
+    with pytest.raises(ValueError, match="real= would break the model's privacy"):
+        SyntheticDataset(model, 3, real=data)  # the order of its classes would be the order of the labels
     with pytest.raises(ValueError, match="privac"):
         SyntheticDataset(model, 1).push_to_hub("org/images", report="report")
     assert model.adapt(images(20), progress=False).config.privacy is None  # no promise covers these images
@@ -213,6 +227,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "full" / "report.json").touch()
     assert main([*argv, "--out", str(tmp_path / "full")]) == 2
     assert "holds report.json, which no promise covers" in capsys.readouterr().err
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "releases.safetensors"):  # of a run that was killed in the middle of a write
+        (tmp_path / "model" / f".{name}.1-0123abcd.tmp").touch()
     assert main([*argv, "--out", str(tmp_path / "model")]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["privacy"]["epsilon"] == 40 and "differentially private" in err and "above the noise" in err
@@ -240,9 +257,21 @@ def test_what_one_image_could_change_is_refused_or_told(model: GLEM, data: Image
         GLEM.fit(open_data(tmp_path / "bad", image_size=16, channels=1, skip_bad=True), "taef2", **promise)
     with pytest.warns(UserWarning, match="will know the classes of the private model"):
         GLEM.fit((data.tensor(), data.targets), "taef2", **promise)  # another label would be another class
-    repeated = Subset(TensorDataset(data.tensor(), torch.from_numpy(data.targets)), [0, 0, 1])
-    with pytest.raises(DataError, match="several times"):
-        check_images(open_data(repeated), None, progress=False)
+    rows = TensorDataset(data.tensor(), torch.from_numpy(data.targets))
+    folder = ImageFolder(tmp_path / "bad", is_valid_file=lambda path: not path.endswith("x.png"))
+    folder.samples += folder.samples[:1]
+    folder.targets += folder.targets[:1]
+    twice = Subset(rows, [0, 0, 1])
+    for repeated in (twice, Subset(twice, [0, 1]), Subset(data.subset([0, 0, 1]), [0, 1, 2]), folder):
+        with pytest.raises(DataError, match="several times"):
+            check_images(open_data(repeated, image_size=16, channels=1), None, progress=False)
+    bad = open_data(tmp_path / "bad", image_size=16, skip_bad=True)
+    inside = open_data(Subset(bad, range(9)), image_size=16, channels=1)
+    assert inside.skipped == bad.skipped and inside.unstated == ("channels",)
+    same = [ImageData.from_tensors(torch.zeros(2, 1, 16, 16, dtype=torch.uint8), [0, 0], ["a"]) for _ in range(2)]
+    check_images(same[0], same[1], progress=False)  # images of one colour
+    with pytest.raises(ValueError, match="parts must be at most 256"):
+        GLEM.fit(data, "taef2", parts=300, **promise)
     with pytest.raises(ValueError, match="for private models: give privacy, too"):
         GLEM.fit(data, public=data)
 
@@ -265,8 +294,57 @@ def test_classes_that_are_read_from_labels_are_told(tmp_path: Path) -> None:
     check_images(open_data(tmp_path / "folder", image_size=16, channels=1), None, progress=False)
 
 
-def test_machines_that_compute_other_latents_are_refused(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glem_augment.model.private_fit.gather", lambda z: [z, z + 1e-7])
+def test_a_private_export_replaces_no_files_of_another_model(model: GLEM, data: ImageData, tmp_path: Path) -> None:
+    """A quality report on real images could lie there."""
+    for form in ("imagefolder", "webdataset"):
+        plain = SyntheticDataset(GLEM.fit(data, progress=False), 1)
+        plain.export(tmp_path / form, form, progress=False)  # type: ignore[arg-type]
+        private = SyntheticDataset(model, 1)
+        with pytest.raises(FileExistsError, match="holds files of another model, which no promise covers"):
+            private.export(tmp_path / form, form, progress=False, overwrite=True)  # type: ignore[arg-type]
+    private.export(tmp_path / "own", "webdataset", progress=False)
+    (tmp_path / "own" / "report.json").touch()
+    SyntheticDataset(model, 2).export(tmp_path / "own", "webdataset", progress=False, overwrite=True)
+    assert not (tmp_path / "own" / "report.json").exists()
+
+
+def test_a_codec_of_the_user_is_fitted_to_public_images(data: ImageData) -> None:
+    codec, public = Centred(data.image_shape, data.image_shape), images(seed=1)
+    private = GLEM.fit(data, codec, privacy=Privacy(10, 1e-4), public=public, progress=False)
+    assert float(private.codec.middle) == pytest.approx(float(public.tensor().float().mean() / 255), abs=0.01)
+
+
+class Centred(Codec):
+    """Pixels less the mean of some images."""
+
+    def __init__(self, image_shape: tuple[int, int, int], shape: tuple[int, int, int]) -> None:
+        super().__init__(image_shape, shape)
+        self.register_buffer("middle", torch.tensor(math.nan))
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.middle.isfinite())
+
+    def fit(self, x: Tensor) -> None:
+        self.middle.fill_(float(x.float().mean() / 255))
+
+    def encode(self, x: Tensor, noise: object = None) -> Tensor:
+        return (x.float() / 255 if not x.is_floating_point() else x) - self.middle
+
+    def decode(self, h: Tensor) -> Tensor:
+        return h + self.middle
+
+
+@pytest.mark.parametrize("row", [0, 5, -1])  # of the image alone, of a pass, or whether passes are independent
+def test_machines_that_compute_other_latents_are_refused(
+    model: GLEM, monkeypatch: pytest.MonkeyPatch, row: int
+) -> None:
+    def others(found: Tensor) -> list[Tensor]:
+        last = found.clone()
+        last[row] += 1e-7
+        return [found, last]
+
+    monkeypatch.setattr("glem_augment.model.private_fit.gather", others)
     with pytest.raises(ValueError, match="the machines of this run give an image different latents"):
         rows_are_independent(model)
 
