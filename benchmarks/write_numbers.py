@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
 from benchmarks.common import RESULTS, ROOT, Interval, Named, by_seed, interval, markdown, table
 from benchmarks.paper.claims import verdicts
 from benchmarks.paper.paper import stored_markdown
-from benchmarks.proof import long_tails, pretrained
+from benchmarks.proof import directions, long_tails, pretrained
 from benchmarks.proof.augmentation.named import GROUPS, bold, naturally
 from benchmarks.proof.augmentation.named import numbers as augmentation
 from benchmarks.proof.augmentation.plan import IDENTITY, Store
@@ -51,6 +51,7 @@ from glem_augment.io import atomic_write, file_sha256, json_text
 LOCK = "digests.json"
 PAPER = (*(f"table{n}" for n in range(1, 9)), "pareto", "trust")
 REPORTS: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
+    "directions": directions.page,
     "fine_tuned": pretrained.report,
     "long_tails": long_tails.report,
     "private": private_page,
@@ -64,6 +65,7 @@ KEYS = {
     "augmentation_tuning": ",".join(IDENTITY),
     "backbones": "variant,data,seed",
     "covariances": "images,count",
+    "directions": "setting,what,seed",
     "fine_tuned": "setting,arm,value,steps,seed",
     "latent_flows": "numbers,flow,rate,steps",
     "long_tails": "setting,source,fill,stack,seed",
@@ -481,6 +483,7 @@ def names() -> dict[str, str]:
     found: dict[str, str] = {}
     own = (
         augmentation(Store(RESULTS), stored("no_network")["measured"]),
+        directions.numbers(stored("directions"), stored("photographs")["cells"]),
         long_tails.numbers(stored("long_tails")),
         pretrained.numbers(stored("pretrained")["measured"]),
         pretrained.fine_tuned_numbers(stored("fine_tuned")),

@@ -11,6 +11,7 @@ seed draws other training images; all test images are judged. Stored rows are no
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from functools import partial
@@ -21,14 +22,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
+from benchmarks.common import Interval, Named, interval, machine, parser, processors, publish, table
 from benchmarks.common import command as line_of
-from benchmarks.common import machine, parser, processors, publish
 from benchmarks.proof.augmentation.data import make_task
+from benchmarks.proof.augmentation.named import bold
 from benchmarks.proof.augmentation.settings import SETTINGS
-from benchmarks.proof.photographs import COPIES, JITTERED, POOLED, SMOOTH, STEPS, fit, fit_pooled, on
+from benchmarks.proof.photographs import COPIES, JITTERED, POOLED, SMOOTH, STEPS, TUNING, fit, fit_pooled, on
 from glem_augment import ImageData, Noise
-from glem_augment.evaluation.compare import report
-from glem_augment.evaluation.intervals import difference
 from glem_augment.evaluation.stacks import PLAIN
 from glem_augment.evaluation.trainings import Comparison
 from glem_augment.io import write_json
@@ -43,23 +43,45 @@ OVER = ("crop + flip", "pooled noise", "smooth noise", "ColorJitter")
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each setting: accuracies, and class noise over each of the other stacks."""
-    table = []
+    """A line for each setting: accuracies, and class noise over each of the other stacks, by seeds that all have."""
+    found = []
     for name in dict.fromkeys(row["setting"] for row in rows):
-        found: dict[str, dict[int, float]] = {what: {} for what in STACKS}
+        own: dict[str, dict[int, float]] = {what: {} for what in STACKS}
         for row in rows:
             if row["setting"] == name:
-                found[row["what"]][row["seed"]] = row["accuracy"]
-        seeds = [seed for seed in found["crop + flip"] if all(seed in values for values in found.values())]
-        lines = report({what: [values[seed] for seed in seeds] for what, values in found.items()})
-        line_for = dict(zip(found, lines, strict=True))
+                own[row["what"]][row["seed"]] = row["accuracy"]
+        seeds = [seed for seed in own["crop + flip"] if all(seed in values for values in own.values())]
         line: dict[str, Any] = {"setting": name, "seeds": len(seeds)}
-        line |= {what: line_for[what]["mean"] for what in STACKS}
+        line |= {what: interval(values[seed] for seed in seeds).mean for what, values in own.items()}
         for what in OVER:
-            points, half = difference(line_for["class noise"], line_for[what])
-            line |= {f"class noise over {what}": points, f"+/- ({what})": half}
-        table.append(line)
-    return table
+            gain = interval(own["class noise"][seed] - own[what][seed] for seed in seeds)
+            line |= {f"over {what}": gain.mean, f"+/- ({what})": gain.half}
+        found.append(line)
+    return found
+
+
+def page(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The page of the rows, with the command that measures them; gains are of class noise."""
+    title = "Noise of one strength along the modes of the class, along pooled modes, and smooth"
+    asked = line_of(f"benchmarks/proof/{NAME}.py")
+    return {"title": title, "command": asked, "measured on": processors(rows), "rows": summary(rows)}
+
+
+def numbers(rows: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Named:
+    """One table of these settings and of `photographs.py`, which has stored `cells`."""
+    what_of = {stack.name: what for what, stack in STACKS.items()}
+    photographs = [
+        {"setting": "photographs", "what": what_of[cell["stack"]], "seed": cell["seed"], "accuracy": cell["value"]}
+        for cell in cells
+        if cell["stack"] in what_of and cell["seed"] != TUNING
+    ]
+    lines = []
+    for row in summary(rows + photographs):
+        gains = (Interval(row[f"over {what}"], row[f"+/- ({what})"], row["seeds"]) for what in OVER)
+        accuracies = (f"{row[what]:.1f} %" for what in STACKS)
+        lines.append([f"`{row['setting']}`", *accuracies, *map(bold, gains), str(row["seeds"])])
+    head = "crop + flip | class's modes | pooled modes | smooth | ColorJitter | class's modes over crop + flip"
+    yield "directions", table(f"setting | {head} | over pooled modes | over smooth | over ColorJitter | seeds", lines)
 
 
 def main() -> None:
@@ -71,36 +93,26 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     path = args.out / f"{NAME}.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    for name in args.settings:
-        for seed in args.seeds:
-            left = [what for what in STACKS if (name, seed, what) not in _measured(rows)]
-            if not left:
-                continue
-            setting, task = SETTINGS[name], make_task(SETTINGS[name], seed)
-            train, test = (ImageData.from_tensors(*part, task.classes) for part in (task.train, task.test))
-            models = {"pixels": partial(fit, rank=setting.per_class - 1)}
-            models["pooled"] = partial(fit_pooled, rank=setting.per_class - 1)
-            comparison = Comparison(models, STEPS, copies=COPIES)
-            for what in left:
-                stack = STACKS[what]
-                if not comparison.has_moved(stack, train):
-                    comparison.moved(stack, train)  # in float32
-                with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # see photographs.py
-                    value = comparison.accuracy(stack, train, test, seed)
-                row = {"setting": name, "what": what, "seed": seed, "accuracy": value}
-                rows.append(row | {"processor": machine()["processor"]})
-                write_json(path, rows)
-                print(*row.values(), flush=True)
-    title = "Noise of one strength along the modes of the class, along pooled modes, and smooth"
-    asked = line_of(f"benchmarks/proof/{NAME}.py")
-    publish(
-        args.out, NAME,
-        {"title": title, "command": asked, "measured on": processors(rows), "rows": summary(rows)}, rows,
-    )  # fmt: skip
-
-
-def _measured(rows: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
-    return {(row["setting"], row["seed"], row["what"]) for row in rows}
+    for name, seed in itertools.product(args.settings, args.seeds):
+        measured = {(row["setting"], row["seed"], row["what"]) for row in rows}
+        if not (left := [what for what in STACKS if (name, seed, what) not in measured]):
+            continue
+        setting, task = SETTINGS[name], make_task(SETTINGS[name], seed)
+        train, test = (ImageData.from_tensors(*part, task.classes) for part in (task.train, task.test))
+        most = setting.per_class - 1  # all modes that there are
+        models = {"pixels": partial(fit, rank=most), "pooled": partial(fit_pooled, rank=most)}
+        comparison = Comparison(models, STEPS, copies=COPIES)
+        for what in left:
+            stack = STACKS[what]
+            if not comparison.has_moved(stack, train):
+                comparison.moved(stack, train)  # in float32
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # see photographs.py
+                value = comparison.accuracy(stack, train, test, seed)
+            row = {"setting": name, "what": what, "seed": seed, "accuracy": value}
+            rows.append(row | {"processor": machine()["processor"]})
+            write_json(path, rows)
+            print(*row.values(), flush=True)
+    publish(args.out, NAME, page(rows), rows)
 
 
 if __name__ == "__main__":
