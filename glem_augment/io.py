@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -121,9 +121,9 @@ def file_sha256(path: Path) -> str:
             return hashlib.sha256(content).hexdigest()
 
 
-def remove_left_overs(folder: Path) -> None:
-    """Remove the unfinished files that killed processes left below a folder; each may be as large as a checkpoint."""
-    for path in folder.rglob(".*.tmp"):
+def remove_left_overs(found: Iterable[Path]) -> None:
+    """Remove the unfinished files that killed processes left, among `found`; each may be as large as a checkpoint."""
+    for path in found:
         if LEFT_OVER.fullmatch(path.name):
             with suppress(OSError):
                 path.unlink()

@@ -124,7 +124,8 @@ def fit(args: argparse.Namespace) -> None:
         return
     model.save(folder)
     journal.unlink(missing_ok=True)
-    remove_left_overs(folder)
+    if args.epsilon is not None:
+        remove_left_overs(folder.glob(".*.tmp"))
     result = {
         "out": str(folder),
         "flow": args.flow,

@@ -95,7 +95,7 @@ class Source(Dataset, ABC):
     class_ids: list[str]
     targets: np.ndarray
     threads = 8  # how many may open images at the same time
-    # As of an `ImageData` that is inside: whether an image is there several times, and its skipped and unstated.
+    # Facts of the same names of an `ImageData`, also of one that is inside.
     repeated = False
     skipped: ClassVar[Sequence[tuple[str, str]]] = ()
     unstated: ClassVar[Sequence[str]] = ()

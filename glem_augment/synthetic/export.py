@@ -120,7 +120,7 @@ def export_set(
             if shards:
                 _describe_shards(plan, folder, facts, manifest, name or folder.resolve().name)
             shutil.rmtree(folder / _WORK, ignore_errors=True)
-            remove_left_overs(folder)
+            remove_left_overs(folder.rglob(".*.tmp"))
             del manifest["finish"]
             write_json(folder / PROVENANCE, manifest | {"complete": True})  # last: from now on the set is complete
             _warn(plan, folder, manifest, out_of_range)

@@ -140,7 +140,7 @@ class Trainer:
             self.restore(begun)
         if is_primary():
             self.out.mkdir(parents=True, exist_ok=True)
-            remove_left_overs(self.out)
+            remove_left_overs([*self.out.glob(".*.tmp"), *self.out.glob("samples/.*.tmp")])
         self.log = MetricsLog(self.out, self.step, callbacks)
 
     def _open_folder(self, data: ImageData, resume: bool, init_model: GLEM | None) -> Checkpoint | None:
