@@ -58,10 +58,12 @@ def check_number(name: str, value: object, low: float, high: float, open_low: bo
     raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
-def check_whole(name: str, value: object, low: int) -> int:
-    """`value`, an integer of Python or NumPy, as an int. TypeError: no integer. ValueError: below `low`."""
+def check_whole(name: str, value: object, low: int, high: float = math.inf) -> int:
+    """`value`, an integer of Python or NumPy, as an int. TypeError: no int. ValueError: below `low`, over `high`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
+    if int(value) > high:
+        raise ValueError(f"{name} must be at most {high}, got {value}")
     return int(value)

@@ -27,7 +27,7 @@ from benchmarks.common import command as line_of
 from benchmarks.proof.augmentation.data import make_task
 from benchmarks.proof.augmentation.named import bold
 from benchmarks.proof.augmentation.settings import SETTINGS
-from benchmarks.proof.photographs import COPIES, JITTERED, POOLED, SMOOTH, STEPS, TUNING, fit, fit_pooled, on
+from benchmarks.proof.photographs import COPIES, JITTERED, POOLED, SMOOTH, STEPS, TUNING, accuracy, fit, fit_pooled, on
 from glem_augment import ImageData, Noise
 from glem_augment.evaluation.stacks import PLAIN
 from glem_augment.evaluation.trainings import Comparison
@@ -61,10 +61,14 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def page(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The page of the rows, with the command that measures them; gains are of class noise."""
+    """The page of the rows, with the commands that measure them; gains are of class noise."""
     title = "Noise of one strength along the modes of the class, along pooled modes, and smooth"
-    asked = line_of(f"benchmarks/proof/{NAME}.py")
-    return {"title": title, "command": asked, "measured on": processors(rows), "rows": summary(rows)}
+    asked: dict[tuple[int, ...], list[str]] = {}
+    for name in dict.fromkeys(row["setting"] for row in rows):
+        asked.setdefault(tuple(sorted({row["seed"] for row in rows if row["setting"] == name})), []).append(name)
+    script = f"benchmarks/proof/{NAME}.py"
+    lines = [line_of(script, "--settings", *names, "--seeds", *seeds) for seeds, names in asked.items()]
+    return {"title": title, "command": "\n".join(lines), "measured on": processors(rows), "rows": summary(rows)}
 
 
 def numbers(rows: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Named:
@@ -103,11 +107,7 @@ def main() -> None:
         models = {"pixels": partial(fit, rank=most), "pooled": partial(fit_pooled, rank=most)}
         comparison = Comparison(models, STEPS, copies=COPIES)
         for what in left:
-            stack = STACKS[what]
-            if not comparison.has_moved(stack, train):
-                comparison.moved(stack, train)  # in float32
-            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # see photographs.py
-                value = comparison.accuracy(stack, train, test, seed)
+            value = accuracy(comparison, STACKS[what], train, test, seed)
             row = {"setting": name, "what": what, "seed": seed, "accuracy": value}
             rows.append(row | {"processor": machine()["processor"]})
             write_json(path, rows)

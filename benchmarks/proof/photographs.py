@@ -157,6 +157,15 @@ def fit_pooled(data: ImageData, rank: int) -> GLEM:
     return model
 
 
+def accuracy(comparison: Comparison, stack: Stack, train: ImageData, judged: ImageData, seed: int) -> float:
+    """Percent of the judged images that the network recognises, trained in bfloat16 on images moved in float32."""
+    if not comparison.has_moved(stack, train):
+        comparison.moved(stack, train)
+    # A cache of the weights in bfloat16 would last for the whole block, and hide all steps.
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        return comparison.accuracy(stack, train, judged, seed)
+
+
 def main() -> None:
     args = parser(__doc__)
     args.set_defaults(threads=1)
@@ -183,11 +192,7 @@ def main() -> None:
             known = {"seed": seed, "stack": stack.name}
             cell = next((cell for cell in cells if known.items() <= cell.items()), None)
             if cell is None:
-                if not comparison.has_moved(stack, images):
-                    comparison.moved(stack, images)  # in float32
-                # A cache of the weights in bfloat16 would last for the whole block, and hide all steps.
-                with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-                    value = comparison.accuracy(stack, images, judged, seed)
+                value = accuracy(comparison, stack, images, judged, seed)
                 cell = known | {"value": value, "processor": processor}
                 cells.append(cell)
                 write_json(path, {"cells": cells})

@@ -63,13 +63,8 @@ COSTS = ("seconds", "steps", "parameters", "images_seen", "flops_per_image")
 
 
 def make_trainer(variant: str, data: ImageData, folder: str, seed: int, warmup: int) -> Trainer:
-    settings = {
-        **RECIPE,
-        "seed": seed,
-        "warmup_steps": warmup,
-        "epochs": 1,
-        "flow_options": {**BASE, **VARIANTS[variant]},
-    }
+    flow = {**BASE, **VARIANTS[variant]}
+    settings = {**RECIPE, "seed": seed, "warmup_steps": warmup, "epochs": 1, "flow_options": flow}
     own, research = split_settings(settings)
     return ResearchTrainer(data, TrainConfig(**own), folder, device="cpu", progress=False, research=research)
 

@@ -88,17 +88,15 @@ def fit_classes(
 def fit_modes(statistics: ClassStatistics, rank: int, full: bool = False) -> ClassModes:
     """Means, principal modes and remaining variances, on the CPU; arguments and errors as for `fit_classes`."""
     dim, pooled, freedom = statistics.dim, statistics.pooled, statistics.pooled.count
-    rows = {
-        row: (part, *((part, part.count - 1) if part.count > 1 else (pooled, freedom)))
-        for y, parts in enumerate(statistics.parts)
-        for row, part in enumerate(parts, y * statistics.most_parts)
-    }
+    shown_parts = (part if part.count > 1 else pooled for parts in statistics.parts for part in parts)
     # More modes than any class has would cost memory and time in every move.
-    rank = max(1, min(rank, max(len(shown.directions) for _, shown, _ in rows.values())))
+    rank = max(1, min(rank, max(len(part.directions) for part in shown_parts)))
     modes = ClassModes(len(statistics.classes), rank, dim, statistics.most_parts, dim if full else None)
-    for row, (part, shown, degrees) in rows.items():
-        modes.mean[row], modes.counts[row] = part.mean, part.count
-        _store(modes, row, shown, degrees)
+    for y, parts in enumerate(statistics.parts):
+        for row, part in enumerate(parts, y * statistics.most_parts):
+            modes.mean[row], modes.counts[row] = part.mean, part.count
+            shown, degrees = (part, part.count - 1) if part.count > 1 else (pooled, freedom)
+            _store(modes, row, shown, degrees)
     scales = pooled.values[: len(modes.shared_scales)] / math.sqrt(freedom)
     modes.shared_directions[: len(scales)] = pooled.directions[: len(scales)].float()
     modes.shared_scales[: len(scales)] = scales.float()

@@ -342,8 +342,7 @@ class GLEM(ConditionalFlow):
             images.pixel_range.need_8_bits("a private model")
             if (flow, max_per_class, pooled, rank, seed) != (None, None, False, 64, 0):
                 raise ValueError("a private fit takes no flow, max_per_class, pooled, rank or seed: leave them out")
-            if parts is not None and check_whole("parts", parts, 1) > MAX_PARTS:  # before the promise is spent
-                raise ValueError(f"parts must be at most {MAX_PARTS}, got {parts}")
+            parts = None if parts is None else check_whole("parts", parts, 1, MAX_PARTS)  # before the promise is spent
             images = as_image_data(images, images.image_shape, classes)
             return cls._fit_private(images, autoencoder, privacy, parts, public, journal, device, progress)
         if public is not None or journal is not None:
@@ -521,7 +520,8 @@ class GLEM(ConditionalFlow):
             DataError: images of another shape, a class without images, no class with two, latents off any scale.
             TypeError, ValueError: arguments that make no sense.
         """
-        seed, rank, parts = check_whole("seed", seed, 0), check_whole("rank", rank, 1), check_whole("parts", parts, 1)
+        seed, rank = check_whole("seed", seed, 0), check_whole("rank", rank, 1)
+        parts = check_whole("parts", parts, 1, MAX_PARTS)
         # The variation of a class needs two images.
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
         images = as_image_data(data, self.image_shape, classes, self.pixel_range, split=split, progress=progress)

@@ -91,9 +91,10 @@ class SyntheticDataset(Dataset):
     ) -> None:
         self.cache_bytes = check_whole("cache_bytes", cache_bytes, 0)
         self.model = as_model(model).on(device)
+        matched = None
         if real is not None:
             self.model.refuse_if_private("real=")
-        matched = None if real is None else open_real(self.model, real, class_map)
+            matched = open_real(self.model, real, class_map)
         self.counts = class_counts(self.model, per_class, matched)
         self.transform, self.target_transform = transform, target_transform
         wanted = np.asarray(self.counts) > 0

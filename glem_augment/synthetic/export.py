@@ -37,15 +37,7 @@ from glem_augment.distributed import gather, rank, world_size
 from glem_augment.hub import upload, write_card
 from glem_augment.hub.cards import CardFacts, dataset_card
 from glem_augment.images.sources import CLASS_FILE, PROVENANCE
-from glem_augment.io import (
-    LEFT_OVER,
-    atomic_write,
-    expand,
-    file_sha256,
-    lock_folder,
-    remove_left_overs,
-    write_json,
-)
+from glem_augment.io import LEFT_OVER, atomic_write, expand, file_sha256, lock_folder, remove_left_overs, write_json
 from glem_augment.model.config import data_name, data_names, licence_id
 from glem_augment.model.weights import weights_sha256
 from glem_augment.synthetic.sampler import Drawn, Plan
