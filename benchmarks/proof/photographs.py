@@ -66,13 +66,12 @@ SETTINGS = {
 }
 
 
-def other(*image: str, batch: str = "", jitter: float = 0.0) -> Stack:
+def other(*image: str, batch: str = "") -> Stack:
     """A stack of torchvision's operations, named after them."""
-    words = [f"ColorJitter {jitter:g}"] * bool(jitter) + [*image] + [batch] * bool(batch)
-    return Stack(", ".join(words), "other", image, batch, jitter=jitter)
+    return Stack(", ".join([*image, batch] if batch else image), "other", image, batch)
 
 
-JITTERED = other(jitter=0.4)
+JITTERED = other("ColorJitter 0.4")
 OTHERS = (
     other(batch="CutMix"),
     other("RandomErasing", batch="CutMix"),
@@ -80,12 +79,12 @@ OTHERS = (
     other("TrivialAugmentWide", "RandomErasing", batch="MixUp"),
     *(other(f"RandAugment {magnitude}", "RandomErasing", batch="MixUp") for magnitude in (5, 9, 13)),
     JITTERED,
-    other(jitter=0.2),
-    other(jitter=0.8),
-    other(batch="CutMix", jitter=0.4),
-    other(batch="CutMix", jitter=0.8),
-    other(batch="MixUp", jitter=0.4),
-    other("RandomErasing", batch="CutMix", jitter=0.4),
+    other("ColorJitter 0.2"),
+    other("ColorJitter 0.8"),
+    other("ColorJitter 0.4", batch="CutMix"),
+    other("ColorJitter 0.8", batch="CutMix"),
+    other("ColorJitter 0.4", batch="MixUp"),
+    other("ColorJitter 0.4", "RandomErasing", batch="CutMix"),
 )
 
 

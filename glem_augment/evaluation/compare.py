@@ -228,7 +228,7 @@ class Run:
             measured=measured,
             seeds=seeds,
             deadline=deadline,
-            step_seconds=self._step_seconds([PLAIN, ORDINARY[1], JITTER[0], self.ours["pixels"][-1]]),
+            step_seconds=self._step_seconds([PLAIN, ORDINARY[1], self.ours["pixels"][-1]]),
             judge_seconds=self._judge_seconds(),
             copy_seconds={s: (sizes[0] * self.copy[k], sizes[1] * self.copy[k]) for k in copied for s in copied[k]},
             fit_seconds=fitting,

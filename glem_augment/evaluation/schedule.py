@@ -146,7 +146,7 @@ class Schedule:
 
 def speed_of(stack: Stack) -> str:
     """Stacks with steps of about the same time."""
-    return "adversarial" if stack.adversarial else "jitter" if stack.jitter else "image" if stack.image else "plain"
+    return "adversarial" if stack.adversarial else "image" if stack.image else "plain"
 
 
 def interleaved(kinds: Sequence[Sequence[Stack]]) -> list[Stack]:

@@ -20,10 +20,10 @@ class Stack:
     Attributes:
         name: for people.
         kind: "plain", "ordinary", "jitter", "pixels", "autoencoder" or "flow": stacks compete within a kind.
-        image: names of torchvision v2 transforms of single images; "RandAugment 5" has magnitude 5.
+        image: names of torchvision v2 transforms of single images; "RandAugment 5" has magnitude 5. "ColorJitter 0.4"
+            changes brightness, contrast and saturation by up to 0.4, and hue by up to a quarter of it.
         batch: "MixUp", "CutMix" or "".
         policy: of `GLEMAugment`, which moves half of the images; None: none.
-        jitter: magnitude of ColorJitter: of brightness, contrast and saturation; a quarter of it for hue. 0: none.
     """
 
     name: str
@@ -31,7 +31,6 @@ class Stack:
     image: tuple[str, ...] = ()
     batch: str = ""
     policy: Policy | None = None
-    jitter: float = 0.0
 
     @property
     def adversarial(self) -> bool:
@@ -50,9 +49,9 @@ ORDINARY = (
 )
 # At least as many trials as moves have: the strongest single operation on small colour images.
 JITTER = tuple(
-    Stack(", ".join([f"ColorJitter {size:g}", *([shown] if shown else [])]), "jitter", (), batch, jitter=size)
+    Stack(f"ColorJitter {size:g}{shown}", "jitter", (f"ColorJitter {size:g}",), batch)
     for size in sorted(MAGNITUDES, key=lambda size: abs(size - 0.4))  # the usual magnitude first
-    for shown, batch in (("", ""), ("CutMix", "CutMix"), ("Mixup", "MixUp"))
+    for shown, batch in (("", ""), (", CutMix", "CutMix"), (", Mixup", "MixUp"))
 )
 ADVISED = Noise(strength=0.5)  # what the README advises
 POLICIES: tuple[Policy, ...] = (ADVISED, Noise(strength=1.0), Mixup())

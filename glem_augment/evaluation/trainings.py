@@ -15,7 +15,6 @@ from glem_augment.augment.transform import GLEMAugment
 from glem_augment.codec.pixel_range import to_uint8
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.evaluation.classifier import MEAN, STD, fit_network, new_network, normalised
-from glem_augment.evaluation.jitter import color_jitter
 from glem_augment.evaluation.stacks import Stack
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.glem import GLEM
@@ -101,7 +100,6 @@ class Comparison:
                     images = aug(images, y[rows])[0]
                 with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
                     torch.set_rng_state(state)
-                    images = color_jitter(images, stack.jitter) if stack.jitter else images
                     images = normalised(torch.stack([each(image) for image in images]))
                     labels: Tensor = y[rows]
                     if mix is not None:
@@ -147,6 +145,9 @@ class Comparison:
 
 def _operation(name: str, magnitude: str | None = None) -> Callable[[Tensor], Tensor]:
     """torchvision's transform of this name."""
+    if name == "ColorJitter":
+        size = float(magnitude or 0)
+        return v2.ColorJitter(size, size, size, size / 4)
     made: Callable[[Tensor], Tensor] = getattr(v2, name)(**{} if magnitude is None else {"magnitude": int(magnitude)})
     return made
 
