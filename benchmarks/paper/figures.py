@@ -15,7 +15,7 @@ from benchmarks.paper.research import Research, ResearchObjective
 from benchmarks.paper.tables import Cell
 from glem_augment import GLEM, GLEMAugment
 from glem_augment.classes.gaussians import ClassGaussians
-from glem_augment.codec.pixel_range import in_range
+from glem_augment.codec.pixel_range import UINT8
 from glem_augment.io import write_json
 from glem_augment.training.objective import Progress
 from glem_augment.training.statistics import LatentStatistics
@@ -216,7 +216,7 @@ def pairwise_interpolations(lab: Lab, path: Path, side: int = 7) -> None:
     z = model.encode(corners.to(model.device))[0]
     down, right = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
     weights = torch.stack([(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right], dim=-1)
-    images = in_range(model.decode(weights.view(-1, 4).to(z) @ z)).cpu()
+    images = UINT8.clamp(model.decode(weights.view(-1, 4).to(z) @ z)).cpu()
     figure, axes = _plots().subplots(side, side, figsize=(side, side))
     for axis, image in zip(axes.flat, images, strict=True):
         _show(axis, (image * 255).round().to(torch.uint8))

@@ -29,7 +29,7 @@ from benchmarks.paper.rfcm import ThinCovariances, fit_covariances
 from benchmarks.paper.scales import SCALES, DataSpec, Scale
 from benchmarks.paper.tables import Cell
 from glem_augment import GLEM, ImageData, open_data
-from glem_augment.codec.pixel_range import in_range
+from glem_augment.codec.pixel_range import UINT8
 from glem_augment.evaluation import coverage, evaluate, feature_fid, label_reliability
 from glem_augment.evaluation.metrics import spread
 from glem_augment.io import atomic_write, write_json
@@ -257,7 +257,7 @@ class Lab:
         if codes is not None and model.num_classes == 1:
 
             def draw(n: int) -> Tensor:
-                return in_range(model.sample(torch.zeros(n, dtype=torch.int64), cell.tau, g))
+                return UINT8.clamp(model.sample(torch.zeros(n, dtype=torch.int64), cell.tau, g))
 
             x, y, facts = balance_by_rejection(draw, codes, per_class, _CHUNK)
             return x, y, {"kept": 100 * facts["acceptance"], "rarest class": 100 * facts["rarest"]}
@@ -266,7 +266,7 @@ class Lab:
         parts = []
         for part in y.split(_CHUNK):
             x = model.sample(part, cell.tau, g) if rfcm is None else model.decode(rfcm.sample(part, cell.tau, g))
-            x = in_range(x).cpu()
+            x = UINT8.clamp(x).cpu()
             parts.append(((codes.split(x)[0] if codes is not None else x) * 255).round().to(torch.uint8))
         return torch.cat(parts), y, {}
 

@@ -32,9 +32,7 @@ from glem_augment.evaluation import (
     compose,
     difference,
     evaluate,
-    features_and_logits,
     interval,
-    label_reliability,
     spread,
 )
 from glem_augment.io import atomic_write, finite, save_png, write_json
@@ -147,7 +145,7 @@ def private(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
         for seed in range(size.seeds):
             batches = steps(classifier.random_batches(data, seed), size.steps, f"{name} {seed + 1}", progress)
             network = classifier.train_network(batches, size.steps, 1, classes, seed)
-            accuracies[name].append(accuracy(network, test))
+            accuracies[name].append(classifier.accuracy(network, test))
     facts = shared.config.privacy
     assert facts is not None
     words: dict[str, Any] = {"train": f"{len(train):,}", "test": f"{len(test):,}", "seeds": size.seeds, "each": each}
@@ -183,7 +181,8 @@ def moves(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)  # torchvision's crops draw from torch's global generator
                 batches = steps(cropped(loader), size.few_steps, f"{name} {seed + 1}", progress)
-                values.append(accuracy(classifier.train_network(batches, size.few_steps, 1, classes, seed), test))
+                network = classifier.train_network(batches, size.few_steps, 1, classes, seed)
+                values.append(classifier.accuracy(network, test))
     words = {
         "few": FEW,
         "few_steps": size.few_steps,
@@ -236,12 +235,6 @@ def cropped(loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, T
         for x, y in loader:
             crop = v2.RandomCrop(x.shape[-2:], padding=CROP, fill=-classifier.MEAN / classifier.STD)
             yield torch.stack([crop(image) for image in x]), y
-
-
-def accuracy(network: torch.nn.Module, test: ImageData) -> float:
-    """Accuracy of a network in percent."""
-    logits = features_and_logits(network, test.tensor(), classifier.MEAN, classifier.STD)[1]
-    return 100 * label_reliability(logits, torch.from_numpy(test.targets))
 
 
 def compared(

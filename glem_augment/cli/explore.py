@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import signal
 
-from glem_augment.checks import BUNDLED_IMAGES
 from glem_augment.cli import common
 
 DESCRIPTION = """\
 Start a local web page to explore a model: samples, images of DATA (without it: samples) or files moved along the modes
 of their classes, lines between two images, and the likelihoods of DATA. Needs the extra "explore".
 """
+BUNDLED = "bundled:fashion-mnist"
 EXAMPLES = "  glem explore bundled:fashion-mnist\n  glem explore runs/photos photos/ --split val\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.describe(parser, DESCRIPTION, EXAMPLES)
-    common.add_model(parser, nargs="?", default="bundled:fashion-mnist")
+    common.add_model(parser, nargs="?", default=BUNDLED)
     common.add_data(parser, split=None, nargs="?")
     common.add_class_map(parser)
     common.add_count(parser, "--limit", "images per split", 1000)
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from glem_augment.evaluation import spread
     from glem_augment.images.sources import without_splits
 
-    real = args.data is not None or args.model == BUNDLED_IMAGES
+    real = args.data is not None or args.model == BUNDLED
     if not real and (args.split or args.class_map or args.skip_bad):
         raise ValueError(f"DATA is missing: name its images, for example glem explore {args.model} photos/")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends the command as Ctrl-C does

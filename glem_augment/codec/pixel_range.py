@@ -111,11 +111,6 @@ class PixelRange:
 UINT8 = PixelRange()
 
 
-def in_range(x: Tensor) -> Tensor:
-    """Decoded 8-bit images in [0, 1], see `PixelRange.clamp`."""
-    return UINT8.clamp(x)
-
-
 def to_uint8(x: Tensor) -> Tensor:
     """Decoded 8-bit images, float of any values, as uint8."""
     return UINT8.from_floats(x)

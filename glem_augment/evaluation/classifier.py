@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glem_augment.images.dataset import ImageData
 
-__all__ = ["BATCH", "LEARNING_RATE", "MEAN", "NETWORK", "STD", "fit_network", "new_network"]
+__all__ = ["BATCH", "LEARNING_RATE", "MEAN", "NETWORK", "STD", "accuracy", "fit_network", "new_network"]
 __all__ += ["normalised", "random_batches", "train_network"]
 
 # A timm network of 0.2 million weights, which learns from 1000 images in seconds on a CPU. A held-out quarter of the
@@ -84,3 +84,12 @@ def train_network(
 ) -> torch.nn.Module:
     """A new network after `fit_network`."""
     return fit_network(new_network(channels, num_classes, seed), batches, steps)
+
+
+def accuracy(network: torch.nn.Module, data: ImageData) -> float:
+    """Accuracy in percent of a network in eval mode on images uint8, which are normalised for it."""
+    right = 0
+    with torch.inference_mode():
+        for x, y in data.batches(np.arange(len(data)), 256):
+            right += int((network(normalised(x)).argmax(1) == y).sum())
+    return 100 * right / len(data)

@@ -16,8 +16,6 @@ from torchvision.utils import make_grid
 
 from glem_augment.codec.pixel_range import UINT8, PixelRange
 
-__all__ = ["LARGEST", "SMALLEST", "Section", "compose", "short", "unit", "visible"]
-
 # Smaller cells are enlarged by a whole factor, larger ones shrunk.
 SMALLEST, LARGEST = 56, 224
 _PAGE, _ENLARGED = 1600, 128  # pixels of a page's width, and of a cell that is enlarged to fill it

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 from glem_augment.evaluation.stacks import PLAIN, Stack
 
-__all__ = ["Cell", "OutOfTime", "Schedule"]
-
 ENOUGH_STEPS = 200  # cells are cut before a training becomes shorter
 FEWEST_STEPS, MOST_STEPS = 30, 3000
 LONGER = 4  # how many times as many steps the check of learning takes

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from glem_augment.augment.policies import Adversarial, Mixup, Noise, Policy
 
-__all__ = ["ADVISED", "JITTER", "ORDINARY", "PLAIN", "POLICIES", "Stack", "moves"]
-
 BASE = "crop + flip"
 MAGNITUDES = (0.2, 0.4, 0.8)  # of ColorJitter
 

@@ -14,16 +14,13 @@ from torchvision.transforms import v2
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.codec.pixel_range import to_uint8
 from glem_augment.codec.resize import PixelAdapter
-from glem_augment.evaluation.classifier import MEAN, STD, fit_network, new_network, normalised
+from glem_augment.evaluation.classifier import MEAN, STD, accuracy, fit_network, new_network, normalised
 from glem_augment.evaluation.stacks import Stack
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.glem import GLEM
 
-__all__ = ["BATCH", "COPIES", "MODES", "NETWORK", "Comparison", "models_for"]
-
 COPIES, BATCH = 4, 64  # moved copies of an image at most, images per step
 NETWORK, RATE, RATE_PRETRAINED = "test_resnet", 5e-3, 1e-3  # a small ResNet of timm, and learning rates
-MODES = 64
 
 
 @dataclass
@@ -48,15 +45,7 @@ class Comparison:
 
     def accuracy(self, stack: Stack, train: ImageData, test: ImageData, seed: int, steps: int | None = None) -> float:
         """Accuracy in percent on `test` of the network trained on `train` with this stack."""
-        return self.judged(self.trained(stack, train, seed, steps), test)
-
-    def judged(self, network: torch.nn.Module, test: ImageData) -> float:
-        """Accuracy in percent of a network."""
-        right = 0
-        with torch.inference_mode():
-            for x, y in test.batches(np.arange(len(test)), 256):
-                right += int((network(normalised(x)).argmax(1) == y).sum())
-        return 100 * right / len(test)
+        return accuracy(self.trained(stack, train, seed, steps), test)
 
     def trained(self, stack: Stack, train: ImageData, seed: int, steps: int | None = None) -> torch.nn.Module:
         """The network trained on `train` with this stack, in eval mode; it expects normalised images."""
@@ -154,7 +143,7 @@ def _operation(name: str, magnitude: str | None = None) -> Callable[[Tensor], Te
 
 def models_for(train: ImageData, autoencoder: str | None, flow: GLEM | None) -> dict[str, Callable[[ImageData], GLEM]]:
     """Makers of the model for each kind of moves: one pass over the training images, nothing is trained."""
-    fit = partial(GLEM.fit, rank=MODES, progress=False)
+    fit = partial(GLEM.fit, progress=False)
     made: dict[str, Callable[[ImageData], GLEM]] = {"pixels": fit}
     if autoencoder is not None and train.image_shape[0] == 3:
         made["autoencoder"] = partial(fit, autoencoder=autoencoder)

@@ -1,4 +1,4 @@
-"""Matrix exponentials: exp(S) applied to vectors pixel by pixel without being formed, and exp(A) of the 1x1 mixings.
+"""Matrix exponentials exp(S), applied to vectors pixel by pixel without being formed.
 
 `exp(S) v = sum_k S^k v / k!` costs n^2 operations per term and pixel, and exp(-S) undoes it exactly. The series needs a
 known bound of `||S||_inf`. The couplings guarantee one, so the number of terms is known before any value is looked at.
@@ -162,35 +162,3 @@ def expm_apply_low_rank(u: Tensor, w: Tensor, v: Tensor, bound: float = 1.0, inv
             total = total + term
         v = v + torch.einsum("bnqhw,bqhw->bnhw", u, total) * scale
     return v
-
-
-class _ExpOfGenerators(torch.autograd.Function):
-    """exp(sign A) in float64, rounded once, because it enters the round trip; its gradient in the precision of A.
-
-    The adjoint of the derivative at A is the derivative at A^T. The derivative of exp at X along D is the upper right
-    block of `exp([[X, D], [0, X]])` (Najfeld & Havel, Advances in Applied Mathematics 1995).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, generators: Tensor, sign: float) -> Tensor:
-        ctx.save_for_backward(generators)
-        ctx.sign = sign
-        return torch.matrix_exp(generators.double() * sign).to(generators.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        (generators,) = ctx.saved_tensors
-        with torch.autocast(g.device.type, enabled=False):
-            x = generators.transpose(1, 2) * ctx.sign
-            blocks = torch.cat([torch.cat([x, g], 2), torch.cat([torch.zeros_like(x), x], 2)], 1)
-            c = x.shape[1]
-            return torch.matrix_exp(blocks)[:, :c, c:] * ctx.sign, None
-
-
-def exp_of_generators(generators: Tensor, sign: float) -> Tensor:
-    """`exp(sign * A)` of A [S, c, c], float32 or float64. Can be differentiated once.
-
-    On a GPU the host waits here, because `torch.matrix_exp` chooses its degree by the norms of the matrices.
-    """
-    return _ExpOfGenerators.apply(generators, sign)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,26 +16,12 @@ FULL_MATRIX_UP_TO = 24
 _LARGEST_RANK = 64
 
 
-def row_bounded(raw: Tensor, bound: float, dim: int) -> tuple[Tensor, Tensor]:
-    """`S = bound * raw / (1 + sum |raw|)` with the sum along `dim`, and the denominators. Row sums of |S| are < bound.
+def row_bounded(raw: Tensor, bound: float, dim: int) -> Tensor:
+    """`S = bound * raw / (1 + sum |raw|)` with the sum along `dim`: row sums of |S| are below the bound.
 
     A single entry may use the whole budget of its row. So a diagonal S can scale by e^(+-bound) for every n.
     """
-    denominators = 1 + raw.abs().sum(dim, keepdim=True)
-    return raw * (bound / denominators), denominators
-
-
-def _norm_bound(denominators: Tensor, bound: float) -> float:
-    """An upper bound of `||S||_inf` over the batch, `bound` / 2^0..10: early in training S needs few terms.
-
-    The largest row sum of S is `bound - bound / denominator`. It is read only on a CPU, which waits for no device.
-    """
-    if denominators.device.type != "cpu" or not denominators.numel():
-        return bound
-    norm = bound - bound / float(denominators.detach().max()) + 1e-6 * bound
-    if not norm < bound:  # also if a network has diverged to NaN
-        return bound
-    return bound * 0.5 ** min(10, math.floor(math.log2(bound / norm)))
+    return raw * (bound / (1 + raw.abs().sum(dim, keepdim=True)))
 
 
 @register_coupling("matexp")
@@ -84,13 +69,13 @@ class MatExpCoupling(Coupling):
         if self.low_rank:
             raw_u, raw_w = raw.split(n * q, 1)
             # ||U|| ||W|| <= r, with the root of r for each.
-            u, _ = row_bounded(raw_u.unflatten(1, (n, q)), r**0.5, 2)
-            w, _ = row_bounded(raw_w.unflatten(1, (q, n)) + self.factor_offset, r**0.5, 2)
+            u = row_bounded(raw_u.unflatten(1, (n, q)), r**0.5, 2)
+            w = row_bounded(raw_w.unflatten(1, (q, n)) + self.factor_offset, r**0.5, 2)
             v = expm_apply_low_rank(u, w, v, r, inverse)
             logdet = torch.einsum("bnqhw,bqnhw->b", u, w)
         else:
-            s, denominators = row_bounded(raw.unflatten(1, (n, n)), r, 2)
-            v = expm_apply(s, v, _norm_bound(denominators, r), inverse)
+            s = row_bounded(raw.unflatten(1, (n, n)), r, 2)
+            v = expm_apply(s, v, r, inverse)
             logdet = s.diagonal(dim1=1, dim2=2).sum((1, 2, 3))
         if inverse:
             return v.transpose(0, 1), -logdet

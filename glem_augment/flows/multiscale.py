@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 from glem_augment.flows.coupling import Coupling
 from glem_augment.flows.flow import Flow
 from glem_augment.flows.layers import ActNorm, Mixing1x1
-from glem_augment.flows.matexp import exp_of_generators
 from glem_augment.precision import full_precision
 
 Step = tuple[ActNorm, Mixing1x1, Coupling]
@@ -103,7 +102,9 @@ class Level(nn.Module):
         generators = torch.stack([mixing.weight for mixing in self.mixing_layers])
         logdet = log_scale.sum() * self.norms[0].pixels + generators.diagonal(dim1=1, dim2=2).sum() * self.pixels
         sign = -1.0 if inverse else 1.0
-        matrix, scale = exp_of_generators(generators, sign), (sign * log_scale).exp()
+        # In float64 and rounded once, because it enters the round trip.
+        matrix = torch.matrix_exp(sign * generators.double()).to(generators.dtype)
+        scale = (sign * log_scale).exp()
         shift = -bias if inverse else bias * scale
         return [Mixing(*each) for each in zip(scale, shift, matrix, strict=True)], sign * logdet
 

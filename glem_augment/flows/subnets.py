@@ -8,28 +8,12 @@ There are two kinds of blocks:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 SUBNETS = ("residual", "bottleneck")
-ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"elu": F.elu, "relu": F.relu}
-
-
-class Activation(nn.Module):
-    """An elementwise nonlinearity, one of `ACTIVATIONS`, which overwrites its input.
-
-    Their derivatives follow from their results, so that autograd keeps one tensor instead of two.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.name](x, inplace=True)
+# Their derivatives follow from their results, so they overwrite their inputs and autograd keeps one tensor, not two.
+ACTIVATIONS: dict[str, type[nn.ELU | nn.ReLU]] = {"elu": nn.ELU, "relu": nn.ReLU}
 
 
 class ResidualBlock(nn.Module):
@@ -38,7 +22,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, width: int, inner: int, kernels: tuple[int, int, int], activation: str) -> None:
         super().__init__()
         first, second, third = kernels
-        self.act = Activation(activation)
+        self.act = ACTIVATIONS[activation](inplace=True)
         self.conv1 = nn.Conv2d(width, inner, first, padding=first // 2)
         self.conv2 = nn.Conv2d(inner, inner, second, padding=second // 2)
         self.conv3 = nn.Conv2d(inner, width, third, padding=third // 2)
@@ -80,7 +64,7 @@ class Subnet(nn.Module):
         kernels, last, inner = ((3, 1, 3), 3, width) if residual else ((1, 3, 1), 1, max(1, width // 2))
         self.head = nn.Conv2d(in_channels, width, 3, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(width, inner, kernels, activation) for _ in range(blocks))
-        self.act = Activation(activation)
+        self.act = ACTIVATIONS[activation](inplace=True)
         self.tail = nn.Conv2d(width, out_channels, last, padding=last // 2)
         for weight in self.tail.parameters():
             nn.init.zeros_(weight)

@@ -190,15 +190,6 @@ class TensorSource(Source):
     def open(self, index: int) -> Image.Image | Tensor:
         return as_pil(self.images[index].clone(memory_format=torch.contiguous_format))
 
-    def header(self, index: int) -> tuple[int, int, int, str]:
-        _, channels, height, width = self.images.shape
-        return channels, height, width, dtype_name(self.images)
-
-    def pixels(self, index: int, channels: int) -> Tensor:
-        if self.images.shape[1] != channels:
-            return super().pixels(index, channels)
-        return self.images[index].clone(memory_format=torch.contiguous_format)
-
 
 @dataclass
 class ItemSource(Source):

@@ -100,7 +100,7 @@ def class_counts(model: GLEM, per_class: PerClass, real: Real | None) -> list[in
         if not any(counts):
             raise ValueError(f"per_class='balance': all classes have {present.max()} images already")
     elif isinstance(per_class, (Mapping, Sequence, np.ndarray, Tensor)):
-        given = class_values(model, per_class, "per_class", 0)
+        given = class_values(model, per_class)
         counts = [check_whole(f"per_class for {name!r}", n, 0) for name, n in zip(model.classes, given, strict=True)]
     else:
         counts = [check_whole("per_class", per_class, 1)] * k
@@ -109,25 +109,23 @@ def class_counts(model: GLEM, per_class: PerClass, real: Real | None) -> list[in
     return counts
 
 
-def class_values(model: GLEM, values: Any, argument: str, default: Any) -> list[Any]:
-    """K values, one per class of the model. Classes that a mapping leaves out get `default`."""
+def class_values(model: GLEM, values: Any) -> list[Any]:
+    """K values of `per_class`, one per class of the model. Classes that a mapping leaves out get 0."""
     if not isinstance(values, Mapping):
         given = values.tolist() if isinstance(values, Tensor) else np.asarray(values).tolist()
         if not isinstance(given, list) or len(given) != model.num_classes:
-            raise ValueError(
-                f"{argument} must be {model.num_classes} values, one for each of its classes; got {given!r}"
-            )
+            raise ValueError(f"per_class must be {model.num_classes} values, one for each class; got {given!r}")
         return given
     known = (range(model.num_classes), map(composed, model.class_ids), map(composed, model.classes))
     index = {key: i for keys in known for i, key in enumerate(keys)}  # a name comes before an id
     values = {composed(key) if isinstance(key, str) else key: value for key, value in values.items()}
     unknown = [key for key in values if key not in index]
     if unknown:
-        raise ValueError(f"{argument} names {unknown[0]!r}; the model has {', '.join(model.classes[:20])}")
+        raise ValueError(f"per_class names {unknown[0]!r}; the model has {', '.join(model.classes[:20])}")
     found = {index[key]: value for key, value in values.items()}
     if len(found) < len(values):
-        raise ValueError(f"{argument} has a class twice, under two of its names: {list(values)[:20]}")
-    return [found.get(i, default) for i in range(model.num_classes)]
+        raise ValueError(f"per_class has a class twice, under two of its names: {list(values)[:20]}")
+    return [found.get(i, 0) for i in range(model.num_classes)]
 
 
 # ---- latents and images --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from glem_augment.distributed import is_primary
-from glem_augment.io import atomic_write
+from glem_augment.io import atomic_write, finite
 from glem_augment.training.checkpoint import require_folder
 
 METRICS = "metrics.jsonl"
@@ -64,7 +64,7 @@ class MetricsLog:
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one row, without numbers that are not finite."""
-        row = without_infinities(row)
+        row = finite(row)
         self.rows.append(row)
         if not is_primary():
             return
@@ -77,11 +77,6 @@ class MetricsLog:
         except OSError as error:
             raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}; the checkpoint stays") from error
         self._tell(row)
-
-
-def without_infinities(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with None, which JSON can carry, for numbers that are not finite."""
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:

@@ -28,7 +28,7 @@ from glem_augment.evaluation.metrics import calibrate, held_out
 from glem_augment.evaluation.pictures import compose
 from glem_augment.evaluation.preview import class_samples
 from glem_augment.images.dataset import ImageData
-from glem_augment.io import expand, lock_folder, remove_left_overs, save_png
+from glem_augment.io import expand, finite, lock_folder, remove_left_overs, save_png
 from glem_augment.model.glem import GLEM
 from glem_augment.model.weights import weights_sha256
 from glem_augment.training.batches import EVAL_BATCH, Augment, Batches
@@ -43,7 +43,7 @@ from glem_augment.training.checkpoint import (
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.guard import DivergenceError, LossGuard
 from glem_augment.training.latents import latent_views, model_of_images, model_of_latents
-from glem_augment.training.log import Callback, MetricsLog, plot_curves, progress_bar, without_infinities
+from glem_augment.training.log import Callback, MetricsLog, plot_curves, progress_bar
 from glem_augment.training.objective import Objective, Progress, objective_of
 from glem_augment.training.start import INIT_IMAGES, initialise, new_model
 from glem_augment.training.steps import (
@@ -491,7 +491,7 @@ class Trainer:
             "data": self.batches.data.name,
             "images": len(self.batches.data),
             "config": {name: value for name, value in self.settings.items() if name not in unrecorded},
-            "held_out": without_infinities({name: metrics[name] for name in held_out if name in metrics}),
+            "held_out": finite({name: metrics[name] for name in held_out if name in metrics}),
             "independent_pixels": independent,  # or latents, in the unit of the likelihood
             "worse_than_independent_pixels": not metrics[f"val_{key}"] < independent,
             **({} if self.init_from is None else {"init_from": self.init_from}),

@@ -130,7 +130,7 @@ class Clock:
 
         monkeypatch.setattr("time.monotonic", lambda: self.now)
         monkeypatch.setattr(Comparison, "trained", trained)
-        monkeypatch.setattr(Comparison, "judged", lambda *_: 50.0)
+        monkeypatch.setattr(module, "accuracy", lambda *_: 50.0)
         monkeypatch.setattr(Comparison, "accuracy", accuracy)
         monkeypatch.setattr(Comparison, "model", lambda *_: None)
         monkeypatch.setattr(Comparison, "moved", lambda *_: None)
