@@ -238,6 +238,20 @@ def load_model(args: argparse.Namespace) -> GLEM:
     return GLEM.from_pretrained(args.model, device=pick_device(args))
 
 
+def uncovered(args: argparse.Namespace, model: GLEM, *written: Path | None) -> None:
+    """Say that the result of a command on a private model and real images is not private.
+
+    ValueError: a path that is `written` is in the model's folder, or in --out of an export, which are shared.
+    """
+    if model.config.privacy is None:
+        return
+    shared = [Path(args.model), *([args.out] if args.command == "generate" else [])]
+    for path in written:
+        if path is not None and any(path.resolve().is_relative_to(folder.resolve()) for folder in shared):
+            raise ValueError(f"{path} would show real images in a folder that is shared: write it elsewhere")
+    note("glem: the model's privacy does not cover this, which looks at real images: share it only if they are public")
+
+
 def open_resized(model: GLEM, spec: str, split: str, **options: Any) -> ImageData:
     """Data resized to the model's size and converted to its channels. Images that were left out are named on stderr."""
     from glem_augment.images.dataset import as_image_data

@@ -71,7 +71,10 @@ def run(args: argparse.Namespace) -> None:
         channels = train.image_shape[0] if train.image_shape[0] in (1, 3) else None
         test = open_data(args.test or args.data, "test", size, channels, **reading)
         common.name_skipped(test)
-    flow = None if args.model is None else GLEM.from_pretrained(args.model)
+    flow = None
+    if args.model is not None:
+        flow = GLEM.from_pretrained(args.model)
+        common.uncovered(args, flow, args.out)
     options: dict[str, Any] = dict(progress=not args.quiet, folder=args.out, began=began)
     try:
         result = compare(

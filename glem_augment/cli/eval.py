@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     from glem_augment.io import finite, write_json
 
     model = common.load_model(args)
+    common.uncovered(args, model, args.out)
     whole_folder = without_splits(args.data)
     if whole_folder and args.split is not None:
         raise ValueError(f"{args.data} has no splits, such as train/ and test/ folders: leave --split out")

@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
     name, split = args.data or args.model, args.split or "test"
     with opened_gradio() as gr:
         model = common.load_model(args)
+        if real:
+            common.uncovered(args, model)
         sets = [] if real else [drawn(model, args.limit)]
         splits = [split] if split == "train" or without_splits(name) else [split, "train"]
         for each in splits if real else []:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +37,24 @@ EXAMPLES = """\
   glem generate runs/shareable --per-class 2000 --out shareable/
 """
 RELEASES = "releases.safetensors"  # of an interrupted private run
+EXCLUDED = "not with --epsilon"
+_NOISY = 0.9  # the share of noise in the differences of class means from which samples teach little
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.describe(parser, DESCRIPTION, EXAMPLES)
     common.add_data(parser, split="train")
     parser.add_argument("--autoencoder", metavar="NAME", help="taef2 or hub:ORG/NAME: model its latents")
-    parser.add_argument("--flow", metavar="MODEL", help=f"model the latents of its flow: {common.MODEL_HELP}")
+    flow = f"model the latents of its flow; {EXCLUDED}: {common.MODEL_HELP}"
+    parser.add_argument("--flow", metavar="MODEL", help=flow)
     channels = "1: grey, 3: colour (default: 1 if all images are grey, otherwise 3)"
     parser.add_argument("--channels", type=int, choices=(1, 3), help=channels)
     add_options(parser)
     group = parser.add_argument_group("differential privacy")
     epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak; state --image-size and --channels, too"
     group.add_argument("--epsilon", type=common.number(0.01, 50), metavar="E", help=epsilon)
-    delta = "the promise's delta; far below one over the number of images (default: 1e-6)"
-    group.add_argument("--delta", type=common.number(1e-12, 0.1), metavar="D", help=delta)
+    delta = "the promise's delta, at most 0.001; far below one over the number of images (default: 1e-6)"
+    group.add_argument("--delta", type=common.number(1e-12, 1e-3), metavar="D", help=delta)
     persons = "the most images of one person: the noise grows with it (default: 1)"
     common.add_count(group, "--images-per-person", persons)
     public = "public images like yours, for the coordinates (default: the coordinates that ship with taef2)"
@@ -62,12 +66,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     common.add_image_size(parser, "without a flow (default: the common size of the images)")
     common.add_value_range(parser)
     common.add_out(parser, "folder for the model")
-    common.add_count(parser, "--rank", "modes per class, or per part", 64)
+    common.add_count(parser, "--rank", f"modes per class, or per part; {EXCLUDED}", 64)
     parts = "groups of similar images per class, for better samples (default: 1; with --epsilon what the noise allows)"
     common.add_count(parser, "--parts", parts)
-    pooled = "one class for all images, with modes from all classes: for moves of any image"
+    pooled = f"one class for all images, with modes from all classes: for moves of any image; {EXCLUDED}"
     parser.add_argument("--pooled", action="store_true", help=pooled)
-    common.add_count(parser, "--max-per-class", "images of a class at most (default: all)")
+    common.add_count(parser, "--max-per-class", f"images of a class at most; {EXCLUDED} (default: all)")
     parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
     common.add_machine(parser)
 
@@ -88,7 +92,8 @@ def fit(args: argparse.Namespace) -> None:
     from glem_augment.distributed import is_primary
     from glem_augment.io import LEFT_OVER, remove_left_overs
     from glem_augment.model.glem import GLEM
-    from glem_augment.model.weights import CONFIG, WEIGHTS
+    from glem_augment.model.private_fit import check_arguments
+    from glem_augment.model.weights import CONFIG, WEIGHTS, find_autoencoder
 
     folder = args.out
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -96,10 +101,26 @@ def fit(args: argparse.Namespace) -> None:
     others = {name for name in found - {CONFIG, WEIGHTS, ".lock", RELEASES} if not LEFT_OVER.fullmatch(name)}
     if args.epsilon is not None and others:
         raise FileExistsError(f"{folder} holds {min(others)}, which no promise covers: give a new folder")
+    if args.epsilon is not None and RELEASES not in found and is_private(folder):
+        raise FileExistsError(
+            f"{folder} holds a private model, whose promise still counts: give another folder, and glem info of both "
+            "says the total"
+        )
     if not args.overwrite and any((folder / name).exists() for name in (WEIGHTS, CONFIG)):
         raise FileExistsError(f"{folder} holds a model already: give another folder, or --overwrite")
-    if args.epsilon is not None and CONFIG in found:
-        common.note(f"glem: if the model in {folder} was private, its promise and the new one add up (see glem info)")
+    # Wrong options are refused before images are read.
+    if args.autoencoder is not None:
+        find_autoencoder(args.autoencoder)
+    names = ("autoencoder", "flow", "rank", "parts", "pooled", "max_per_class")
+    given = {name: getattr(args, name) for name in names}
+    journal = folder / RELEASES
+    if args.epsilon is not None:
+        given |= private_arguments(args, journal)
+        options = ("flow", "rank", "pooled", "max_per_class")
+        stated = {name: given[name] for name in options}
+        check_arguments(given["privacy"], args.autoencoder, args.public, **stated)
+    elif journal.exists():
+        raise FileExistsError(f"{folder} holds the releases of a private run: go on with its --epsilon, or elsewhere")
     began, device = time.monotonic(), common.pick_device(args)
     data = GLEM.images_to_fit(
         args.data,
@@ -112,13 +133,6 @@ def fit(args: argparse.Namespace) -> None:
         progress=not args.quiet,
     )
     common.name_skipped(data)
-    names = ("autoencoder", "flow", "rank", "parts", "pooled", "max_per_class")
-    given = {name: getattr(args, name) for name in names}
-    journal = folder / RELEASES
-    if args.epsilon is not None:
-        given |= private_arguments(args, journal)
-    elif journal.exists():
-        raise FileExistsError(f"{folder} holds the releases of a private run: go on with its --epsilon, or elsewhere")
     model = GLEM.fit(data, device=device, progress=not args.quiet, **given)
     if not is_primary():
         return
@@ -147,15 +161,19 @@ def fit(args: argparse.Namespace) -> None:
     common.print_json(result)
 
 
+def is_private(folder: Path) -> bool:
+    """Whether a folder holds a private model."""
+    from glem_augment.model.weights import CONFIG
+
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("privacy") is not None
+    return False
+
+
 def private_arguments(args: argparse.Namespace, journal: Path) -> dict[str, Any]:
     """The arguments of `GLEM.fit` for a private model."""
     from glem_augment.classes.privacy import Privacy
 
-    if journal.exists():
-        common.note(
-            f"glem: {journal} has releases of an interrupted run, which are used: nothing is released twice. "
-            "If the images have changed since, stop, and give another --out"
-        )
     stated = {name: getattr(args, name) for name in ("delta", "images_per_person") if getattr(args, name) is not None}
     privacy = Privacy(args.epsilon, **stated)
     return {"privacy": privacy, "public": args.public, "journal": journal}
@@ -173,6 +191,11 @@ def tell(privacy: dict[str, Any]) -> None:
         f"{max(modes)} more of each class; Gaussians per class: {privacy['parts']}; noise in what sets the class means "
         f"apart: {100 * min(noise):.0f} to {100 * max(noise):.0f} %"
     )
+    if min(noise) > _NOISY:
+        common.note(
+            "glem: the noise hides what sets the classes apart, so samples will teach little: give more images of each "
+            "class, a smaller --image-size, or a larger --epsilon"
+        )
     if expect["drowned"]:
         common.note(
             f"glem: too few images for the noise, so drawn like all classes together: {', '.join(expect['drowned'])}; "

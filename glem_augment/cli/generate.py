@@ -36,7 +36,6 @@ alone.
 A private model (glem fit --epsilon) refuses balance and mixup, which look at real images. A report on it looks at them
 too: it stays outside --out, and must not be shared.
 """
-UNCOVERED = "the report looks at real images and is not covered by the model's privacy: do not share it"
 EXAMPLES = """\
   glem generate bundled:fashion-mnist --per-class 100 --out synthetic/
   glem generate runs/photos --per-class 1000 --temperature 0.8 --format webdataset --out synthetic/
@@ -103,10 +102,8 @@ def run(args: argparse.Namespace) -> None:
     _check_together(args)
     check_folder(args.out)  # refuses a folder before any work
     model = common.load_model(args)
-    if args.report is not None and model.config.privacy is not None:
-        if any(args.report.resolve().is_relative_to(shared.resolve()) for shared in (args.out, Path(args.model))):
-            raise ValueError("--report on a private model looks at real images: give a folder outside --out and MODEL")
-        common.note(f"glem: {UNCOVERED}")
+    if args.report is not None:
+        common.uncovered(args, model, args.report)
     progress = not args.quiet
     reading = {"progress": progress, "skip_bad": args.skip_bad}
     real = unseen = None

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from glem_augment.cli import common
+from glem_augment.cli.fit import RELEASES
 
 DESCRIPTION = """\
 Describe a model: image shape and bits, the numbers of its flow, parameters, files, classes, modes, and the record of
 its training. The files are validated; a model on the Hugging Face Hub is downloaded first. Of several private models of
-the same images it also says which promise holds for all of them together.
+the same images, and of private runs that did not finish, it also says which promise holds for all of them together.
 """
 EXAMPLES = """\
   glem info bundled:fashion-mnist
@@ -39,6 +42,7 @@ def together(promises: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     from glem_augment.classes.privacy import Privacy, total
 
     if None in promises:
+        common.note("glem: there is no promise for all of them together, since a model without privacy is among them")
         return None
     found = [Privacy(p["epsilon"], p["delta"], p["images_per_person"]) for p in promises if p is not None]
     delta = max(privacy.delta for privacy in found)
@@ -52,8 +56,13 @@ def model_facts(name: str) -> dict[str, Any]:
     """Everything that `glem info` shows, as JSON can hold it. Raises ModelFileError for a damaged model."""
     from glem_augment.io import finite
     from glem_augment.model.glem import GLEM
-    from glem_augment.model.weights import CONFIG
+    from glem_augment.model.private_fit import Journal
+    from glem_augment.model.weights import CONFIG, WEIGHTS
 
+    journal = Path(name) / RELEASES
+    if journal.is_file() and not (Path(name) / WEIGHTS).exists():
+        note = "no model: a private run that did not finish, and that counts as if it had spent its whole promise"
+        return {"model": name, "unfinished": note, "privacy": asdict(Journal.promise(journal))}
     model = GLEM.from_pretrained(name)
     assert model.origin_file is not None
     folder, config = model.origin_file.parent, model.config

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {args.out}")
     model = common.load_model(args)
+    common.uncovered(args, model, args.out)
     progress = not args.quiet
     reading = {"skip_bad": args.skip_bad, "progress": progress, "cache_bytes": 0}  # it shows few of the images
     data = common.open_for(model, args.data, args.split, args.class_map, **reading).at_own_size()

@@ -120,7 +120,7 @@ class Schedule:
                 break
         for name, had, has in (("trials", before[0], len(self.trials)), ("seeds", before[1], self.seeds)):
             if has < had:
-                self.cuts.append(f"{has} of {had} {name}, since {why}")
+                self.cuts.append(f"{name} from {had} to {has}, since {why}")
 
     def _seeds_begun(self) -> int:
         return max((cell.seed + 1 for cell in self._finished() if cell.phase == "measure"), default=0)

@@ -9,7 +9,7 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, ClassVar
 
@@ -170,6 +170,13 @@ class FolderSource(Source):
     """Image files on disk."""
 
     paths: Sequence[str]
+
+    @property
+    def repeated(self) -> bool:  # type: ignore[override]
+        """Whether two paths lead to one file, as links do."""
+        with suppress(OSError):
+            return len({(file.st_dev, file.st_ino) for file in map(os.stat, self.paths)}) < len(self.paths)
+        return len(set(self.paths)) < len(self.paths)
 
     def where(self, index: int) -> str:
         return self.paths[index]

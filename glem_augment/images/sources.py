@@ -48,6 +48,7 @@ _SPLIT_FOLDERS = dict.fromkeys(_TRAIN, _TRAIN) | dict.fromkeys(_TEST, _TEST + _V
 _CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 # Files of `SyntheticDataset.export`: the manifest, and the label of every class, even one whose folder is missing.
 _FILES = (*IMG_EXTENSIONS, *EXTENSIONS)
+_SYSTEMS = ("@eaDir", "__MACOSX")  # folders that systems make
 PROVENANCE, CLASS_FILE = "glem-provenance.json", "classes.json"
 TIMM_PREFIXES = ("torch/", "hfds/")
 
@@ -155,6 +156,8 @@ def _image_folder(folder: Path) -> FolderSource:
     class_ids = _exported_classes(folder) if exported else _folders(folder)
     if not class_ids:
         raise DataError(f"{folder} has no folders: it must be an ImageFolder, with one folder of images per class")
+    if systems := [name for name in class_ids if name.startswith(".") or name in _SYSTEMS]:
+        raise DataError(f"{folder / systems[0]} is no class, but ImageFolder would count it as one: remove the folder")
     labels = {name: index for index, name in enumerate(class_ids)}
     try:
         samples = make_dataset(folder, labels, _FILES, allow_empty=exported)
@@ -324,9 +327,7 @@ def _data_set_source(data: Any, name: str | None = None) -> Source:
     targets = np.asarray(labels)
     if isinstance(data, ImageFolder):
         paths = [path for path, _ in data.samples]
-        folder = FolderSource(str(data.root), names, ids, targets, paths)
-        folder.repeated = len(set(paths)) < len(paths)
-        return folder
+        return FolderSource(str(data.root), names, ids, targets, paths)
     if isinstance(data, VisionDataset) and hasattr(data, "data"):  # CIFAR and MNIST families hold all their pixels
         arrays = np.asarray(data.data)
         if arrays.dtype == np.uint8 and (arrays.ndim == 3 or arrays.shape[-1:] == (3,)):

@@ -32,7 +32,7 @@ from glem_augment.images.dataset import ImageData, LabelledImages, Limits, as_im
 from glem_augment.images.matching import ONE_CLASS, ClassMap
 from glem_augment.model.conditional_flow import ConditionalFlow
 from glem_augment.model.config import MAX_PARTS, GLEMConfig
-from glem_augment.model.private_fit import fit_private
+from glem_augment.model.private_fit import check_arguments, fit_private
 from glem_augment.model.weights import (
     CUSTOM,
     WEIGHTS,
@@ -334,15 +334,16 @@ class GLEM(ConditionalFlow):
         """
         if flow is not None and autoencoder is not None:
             raise ValueError("give an autoencoder or a flow, not both: a flow has its codec already")
+        if privacy is not None:
+            stated = dict(flow=flow, max_per_class=max_per_class, pooled=pooled, rank=rank, seed=seed)
+            check_arguments(privacy, autoencoder, public, **stated)
+            parts = None if parts is None else check_whole("parts", parts, 1, MAX_PARTS)  # before the promise is spent
         reading = dict(
             split=split, image_size=image_size, channels=channels, value_range=value_range, progress=progress
         )
         images = cls.images_to_fit(data, flow, **reading)
         if privacy is not None:
             images.pixel_range.need_8_bits("a private model")
-            if (flow, max_per_class, pooled, rank, seed) != (None, None, False, 64, 0):
-                raise ValueError("a private fit takes no flow, max_per_class, pooled, rank or seed: leave them out")
-            parts = None if parts is None else check_whole("parts", parts, 1, MAX_PARTS)  # before the promise is spent
             images = as_image_data(images, images.image_shape, classes)
             return cls._fit_private(images, autoencoder, privacy, parts, public, journal, device, progress)
         if public is not None or journal is not None:

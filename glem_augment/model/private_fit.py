@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 BATCH = 16  # images per pass; every pass has so many, so that no image's latent depends on the number of images
 _PUBLIC_IMAGES = 2000
+_DEFAULTS = {"rank": 64, "seed": 0}
 _STATED = {
     "image_size": "image_size= (--image-size)",
     "channels": "channels= (--channels)",
@@ -66,9 +67,23 @@ class Journal:
             raise ModelFileError(f"{path} can't be read: {error}; remove it, and count its release as spent") from None
         if facts != self.facts:
             raise GLEMError(
-                f"{path} holds the releases of a run with other options. They are spent: together with a new "
-                "release they add up (see glem info). Give another folder"
+                f"{path} holds the releases of a run with other options. They are spent, so keep the file: give "
+                "another folder (--out), and glem info of both folders says the total"
             )
+        warnings.warn(
+            f"{path} has releases of an interrupted run, which are used: nothing is released twice. If the images have "
+            "changed since, stop, and give another folder (--out)",
+            stacklevel=6,
+        )
+
+    @staticmethod
+    def promise(path: Path) -> Privacy:
+        """The promise of the run that wrote the file. ModelFileError: it can't be read."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                return Privacy(*json.loads(file.metadata()["facts"])["privacy"])
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+            raise ModelFileError(f"{path} can't be read: {error}; count its release as spent") from None
 
     def step(self, name: str, make: Callable[[], Tensors]) -> Tensors:
         """The tensors of the release `name`, from the file or from `make`; kept on the disk before they are used."""
@@ -115,6 +130,31 @@ def fit_private(
     return found
 
 
+def check_arguments(privacy: object, autoencoder: object, public: object, **given: object) -> None:
+    """Refuse arguments of `GLEM.fit` that a private model excludes, before any image is read.
+
+    TypeError: `privacy` is no `Privacy`. ValueError: there are no coordinates, or one of `given` is not the default.
+    """
+    if not isinstance(privacy, Privacy):
+        raise TypeError(f"privacy must be Privacy(epsilon=...), got {privacy!r}")
+    if wrong := [name for name, value in given.items() if value not in (None, False, _DEFAULTS.get(name))]:
+        names = " and ".join(f"{name}= (--{name.replace('_', '-')})" for name in wrong)
+        raise ValueError(f"a private model takes no {names}: leave it out")
+    if public is None and (autoencoder is None or isinstance(autoencoder, str)):
+        stored_coordinates("pixels" if autoencoder is None else autoencoder)
+
+
+def stored_coordinates(name: str) -> Path:
+    """The file of the public coordinates of an autoencoder. ValueError: it has none."""
+    path = coordinates_file(name)
+    if path is None:
+        raise ValueError(
+            f"private sets need public coordinates, and {name} has none: give autoencoder='taef2' (--autoencoder "
+            "taef2), or public images like yours (public=, --public)"
+        )
+    return path
+
+
 def check_images(images: ImageData, public: ImageData | None, progress: bool) -> None:
     """Refuse images of which one has influence beyond its latent, and warn of public facts that were read from them."""
     if images.skipped:
@@ -135,7 +175,7 @@ def check_images(images: ImageData, public: ImageData | None, progress: bool) ->
         warnings.warn(
             f"everybody will know the {' and '.join(images.unstated)} of the private model, but one image could change "
             f"what was read from the images: state {ways}",
-            stacklevel=5,  # the caller of GLEM.fit
+            stacklevel=6,  # the caller of GLEM.fit
         )
 
 
@@ -158,12 +198,7 @@ def set_coordinates(model: ConditionalFlow, public: ImageData | None) -> tuple[T
         ratio = clip_ratio(flow, h)
     else:
         named = model.config.autoencoder or {"name": "pixels"}
-        path = coordinates_file(named["name"])
-        if path is None:
-            raise ValueError(
-                f"private sets need public coordinates, and {named['name']} has none: give autoencoder='taef2', or "
-                "public images like yours (public=, --public)"
-            )
+        path = stored_coordinates(named["name"])
         kind = "grey" if model.image_shape[0] == 1 else "colour"
         stored = {name.partition(".")[2]: tensor for name, tensor in load_file(path).items() if name.startswith(kind)}
         ratio = float(stored.pop("clip_ratio"))

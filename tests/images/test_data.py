@@ -395,6 +395,12 @@ def test_missing_and_empty(tmp_path: Path, image_folder: Path) -> None:
     ):
         with pytest.raises(error, match=message):
             open_data(path)
+    shutil.rmtree(image_folder / "eel")
+    for system in (".ipynb_checkpoints", "@eaDir"):  # torchvision would count it as a class
+        shutil.copytree(image_folder / "cat", image_folder / system)
+        with pytest.raises(DataError, match=f"{system} is no class"):
+            open_data(image_folder)
+        shutil.rmtree(image_folder / system)
 
 
 # ---- idx files -------------------------------------------------------------------------------------------------------

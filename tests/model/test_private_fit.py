@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from glem_augment.classes import private as private_module
 from glem_augment.classes.privacy import Privacy, epsilon_of
 from glem_augment.classes.private import nearest
 from glem_augment.cli import main
+from glem_augment.cli.fit import RELEASES
+from glem_augment.cli.info import model_facts, together
 from glem_augment.codec.codec import Codec
 from glem_augment.errors import DataError, GLEMError, ModelFileError
 from glem_augment.hub.cards import CardFacts, model_card
@@ -103,10 +106,15 @@ def test_an_interrupted_fit_goes_on_and_releases_nothing_twice(
     with pytest.raises(KeyboardInterrupt):
         GLEM.fit(data, "taef2", privacy=privacy, parts=1, journal=journal, progress=False)
     before = journal.read_bytes()
-    GLEM.fit(data, "taef2", privacy=privacy, parts=1, journal=journal, progress=False)
+    shutil.copy(journal, tmp_path / RELEASES)
+    facts = model_facts(str(tmp_path))
+    assert "did not finish" in facts["unfinished"] and together(2 * [facts["privacy"]])["epsilon"] > 10  # type: ignore[index]
+    with pytest.warns(UserWarning, match="releases of an interrupted run, which are used"):
+        GLEM.fit(data, "taef2", privacy=privacy, parts=1, journal=journal, progress=False)
     rounds = len(made)
     assert before != journal.read_bytes() and rounds == 3  # one before, one that was interrupted, one after
-    GLEM.fit(data, "taef2", privacy=privacy, parts=1, journal=journal, progress=False)
+    with pytest.warns(UserWarning, match="nothing is released twice"):
+        GLEM.fit(data, "taef2", privacy=privacy, parts=1, journal=journal, progress=False)
     assert len(made) == rounds
     with pytest.raises(GLEMError, match="spent"):
         GLEM.fit(data, "taef2", privacy=Privacy(5, 1e-4), parts=1, journal=journal, progress=False)
@@ -193,10 +201,11 @@ def test_a_report_on_a_private_model_warns_and_stays_out_of_the_export(
     argv = ["generate", str(tmp_path / "model"), "--per-class", "2", "--real", str(tmp_path / "real"), "--quiet"]
     argv += ["--out", str(tmp_path / "out"), "--report"]
     for shared in ("out", "model"):
-        assert main([*argv, str(tmp_path / shared / "report")]) == 2 and "outside --out" in capsys.readouterr().err
+        assert main([*argv, str(tmp_path / shared / "report")]) == 2
+        assert "would show real images in a folder that is shared" in capsys.readouterr().err
     assert main([*argv, str(tmp_path / "report")]) == 0
     out, err = capsys.readouterr()
-    words = "the report looks at real images and is not covered by the model's privacy: do not share it"
+    words = "the model's privacy does not cover this, which looks at real images: share it only if they are public"
     assert err.count(words) == 1 and json.loads(out)["temperature"] == 1.0
 
 
@@ -206,8 +215,10 @@ def test_too_few_images_and_too_large_a_delta_are_one_clear_error(data: ImageDat
     with pytest.raises(ValueError, match="delta"):
         GLEM.fit(data, "taef2", privacy=Privacy(10, 0.05), progress=False)
     for unused in (dict(rank=8), dict(seed=1), dict(pooled=True)):
-        with pytest.raises(ValueError, match="a private fit takes no .* rank or seed"):
+        with pytest.raises(ValueError, match=f"a private model takes no {min(unused)}= "):
             GLEM.fit(data, "taef2", privacy=Privacy(10, 1e-4), progress=False, **unused)
+    with pytest.raises(TypeError, match="give|must be Privacy"):
+        GLEM.fit(data, "taef2", privacy=10, progress=False)
     few = ImageData.from_tensors(data.tensor()[:302], data.targets[:302], data.classes)  # two of the last class
     found = GLEM.fit(few, "taef2", privacy=Privacy(10, 1e-4), progress=False)
     assert found.config.privacy is not None and found.config.privacy["expect"]["drowned"] == ["class 2"]
@@ -235,7 +246,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(out)["privacy"]["epsilon"] == 40 and "differentially private" in err and "above the noise" in err
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
     assert main([*argv, "--rank", "3", "--out", str(tmp_path / "x")]) == 2
-    assert "a private fit takes no" in capsys.readouterr().err
+    assert "a private model takes no rank= (--rank)" in capsys.readouterr().err
+    assert main([*argv, "--overwrite", "--out", str(tmp_path / "model")]) == 2
+    assert "holds a private model, whose promise still counts" in capsys.readouterr().err
+    shown = ["preview", str(tmp_path / "model"), str(folder), "--out", str(tmp_path / "model" / "look.png")]
+    assert main(shown) == 2 and "in a folder that is shared" in capsys.readouterr().err
     assert main(["fit", str(folder), "--images-per-person", "3", "--out", str(tmp_path / "x")]) == 2
     assert "give --epsilon, too" in capsys.readouterr().err
     assert main(["info", str(tmp_path / "model"), "--json"]) == 0
@@ -262,7 +277,11 @@ def test_what_one_image_could_change_is_refused_or_told(model: GLEM, data: Image
     folder.samples += folder.samples[:1]
     folder.targets += folder.targets[:1]
     twice = Subset(rows, [0, 0, 1])
-    for repeated in (twice, Subset(twice, [0, 1]), Subset(data.subset([0, 0, 1]), [0, 1, 2]), folder):
+    shutil.copytree(tmp_path / "bad", tmp_path / "links", ignore=shutil.ignore_patterns("x.png"))
+    first = min((tmp_path / "links" / "class 0").iterdir())
+    first.with_name("y.png").symlink_to(first)
+    links = tmp_path / "links"
+    for repeated in (twice, Subset(twice, [0, 1]), Subset(data.subset([0, 0, 1]), [0, 1, 2]), folder, links):
         with pytest.raises(DataError, match="several times"):
             check_images(open_data(repeated, image_size=16, channels=1), None, progress=False)
     bad = open_data(tmp_path / "bad", image_size=16, skip_bad=True)
