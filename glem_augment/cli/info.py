@@ -30,7 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from glem_augment.classes.privacy import promise
+
     models = [model_facts(name) for name in args.model]
+    for facts in models:
+        if facts["privacy"] is not None and "unfinished" not in facts:
+            common.note(f"{facts['model']}: {promise(facts['privacy'])}")
     if len(models) == 1:
         common.show(models[0], args.json)
         return

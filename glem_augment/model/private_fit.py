@@ -73,7 +73,7 @@ class Journal:
         warnings.warn(
             f"{path} has releases of an interrupted run, which are used: nothing is released twice. If the images have "
             "changed since, stop, and give another folder (--out)",
-            stacklevel=6,
+            stacklevel=7,  # the caller of GLEM.fit
         )
 
     @staticmethod

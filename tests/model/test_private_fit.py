@@ -254,7 +254,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["fit", str(folder), "--images-per-person", "3", "--out", str(tmp_path / "x")]) == 2
     assert "give --epsilon, too" in capsys.readouterr().err
     assert main(["info", str(tmp_path / "model"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["privacy"]["unit"] == "one image"
+    out, err = capsys.readouterr()
+    assert json.loads(out)["privacy"]["unit"] == "one image"
+    assert "model: This model, and every image drawn from it, is (40, 0.001)-differentially private" in err
     assert main(["info", *2 * [str(tmp_path / "model")], "--json"]) == 0
     together = json.loads(capsys.readouterr().out)["together"]
     assert together["epsilon"] == pytest.approx(epsilon_of(Privacy(40, 1e-3).mu * 2**0.5, 1e-3), rel=1e-3)
