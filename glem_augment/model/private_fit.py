@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 BATCH = 16  # images per pass; every pass has so many, so that no image's latent depends on the number of images
 _PUBLIC_IMAGES = 2000
-_DEFAULTS = {"rank": 64, "seed": 0}
+_DEFAULTS = {"flow": None, "max_per_class": None, "pooled": False, "rank": 64, "seed": 0}
 _STATED = {
     "image_size": "image_size= (--image-size)",
     "channels": "channels= (--channels)",
@@ -137,9 +137,8 @@ def check_arguments(privacy: object, autoencoder: object, public: object, **give
     """
     if not isinstance(privacy, Privacy):
         raise TypeError(f"privacy must be Privacy(epsilon=...), got {privacy!r}")
-    if wrong := [name for name, value in given.items() if value not in (None, False, _DEFAULTS.get(name))]:
-        names = " and ".join(f"{name}= (--{name.replace('_', '-')})" for name in wrong)
-        raise ValueError(f"a private model takes no {names}: leave it out")
+    if wrong := [name for name, value in given.items() if value != _DEFAULTS[name]]:
+        raise ValueError(f"a private model takes no {' and no '.join(wrong)}: leave it out")
     if public is None and (autoencoder is None or isinstance(autoencoder, str)):
         stored_coordinates("pixels" if autoencoder is None else autoencoder)
 

@@ -214,10 +214,10 @@ def test_too_few_images_and_too_large_a_delta_are_one_clear_error(data: ImageDat
         GLEM.fit(images(per_class=10), "taef2", privacy=Privacy(0.5, 1e-4), progress=False)
     with pytest.raises(ValueError, match="delta"):
         GLEM.fit(data, "taef2", privacy=Privacy(10, 0.05), progress=False)
-    for unused in (dict(rank=8), dict(seed=1), dict(pooled=True)):
-        with pytest.raises(ValueError, match=f"a private model takes no {min(unused)}= "):
+    for unused in (dict(rank=8), dict(rank=0), dict(seed=1), dict(pooled=True)):
+        with pytest.raises(ValueError, match=f"a private model takes no {min(unused)}: "):
             GLEM.fit(data, "taef2", privacy=Privacy(10, 1e-4), progress=False, **unused)
-    with pytest.raises(TypeError, match="give|must be Privacy"):
+    with pytest.raises(TypeError, match="must be Privacy"):
         GLEM.fit(data, "taef2", privacy=10, progress=False)
     few = ImageData.from_tensors(data.tensor()[:302], data.targets[:302], data.classes)  # two of the last class
     found = GLEM.fit(few, "taef2", privacy=Privacy(10, 1e-4), progress=False)
@@ -246,7 +246,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(out)["privacy"]["epsilon"] == 40 and "differentially private" in err and "above the noise" in err
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
     assert main([*argv, "--rank", "3", "--out", str(tmp_path / "x")]) == 2
-    assert "a private model takes no rank= (--rank)" in capsys.readouterr().err
+    assert "a private model takes no rank: leave it out" in capsys.readouterr().err
     assert main([*argv, "--overwrite", "--out", str(tmp_path / "model")]) == 2
     assert "holds a private model, whose promise still counts" in capsys.readouterr().err
     shown = ["preview", str(tmp_path / "model"), str(folder), "--out", str(tmp_path / "model" / "look.png")]
