@@ -314,6 +314,10 @@ class GLEMAugment(nn.Module):
         if self.class_map is not None or (named := named_classes(data)) is None:
             return
         index = match_classes(self.model, data, fix=_MAP).tolist()
+        if self.model.num_classes < len(index):
+            raise ClassMismatchError(
+                f"the data has {len(index)} classes, the model {self.model.num_classes}; {self._more_classes}"
+            )
         i = next((i for i, j in enumerate(index) if j != i), None)
         if i is not None:
             raise ClassMismatchError(

@@ -241,13 +241,14 @@ def load_model(args: argparse.Namespace) -> GLEM:
 def uncovered(args: argparse.Namespace, model: GLEM, *written: Path | None) -> None:
     """Say that the result of a command on a private model and real images is not private.
 
-    ValueError: a path that is `written` is in the model's folder, or in --out of an export, which are shared.
+    ValueError: a path that is `written` is in the model's folder, which is shared.
     """
+    from glem_augment.io import expand
+
     if model.config.privacy is None:
         return
-    shared = [Path(args.model), *([args.out] if args.command == "generate" else [])]
     for path in written:
-        if path is not None and any(path.resolve().is_relative_to(folder.resolve()) for folder in shared):
+        if path is not None and path.resolve().is_relative_to(expand(args.model).resolve()):
             raise ValueError(f"{path} would show real images in a folder that is shared: write it elsewhere")
     note("glem: the model's privacy does not cover this, which looks at real images: share it only if they are public")
 

@@ -7,9 +7,12 @@ import json
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glem_augment.cli import common
+
+if TYPE_CHECKING:
+    import torch
 
 DESCRIPTION = """\
 Make a model of your labelled images in one pass; nothing is trained. Each class gets a mean, variances and principal
@@ -82,12 +85,13 @@ def run(args: argparse.Namespace) -> None:
 
     if args.epsilon is None and (args.delta or args.images_per_person or args.public):
         raise ValueError("--delta, --images-per-person and --public are for private models: give --epsilon, too")
+    device = common.pick_device(args)  # joins the ranks
     # Two private runs in one folder could both make the next release.
     with lock_folder(args.out) if args.epsilon is not None and is_primary() else nullcontext():
-        fit(args)
+        fit(args, device)
 
 
-def fit(args: argparse.Namespace) -> None:
+def fit(args: argparse.Namespace, device: torch.device) -> None:
     """Fit the model and save it. FileExistsError: the folder holds something else."""
     from glem_augment.distributed import is_primary
     from glem_augment.io import LEFT_OVER, remove_left_overs
@@ -121,7 +125,7 @@ def fit(args: argparse.Namespace) -> None:
         check_arguments(given["privacy"], args.autoencoder, args.public, **stated)
     elif journal.exists():
         raise FileExistsError(f"{folder} holds the releases of a private run: go on with its --epsilon, or elsewhere")
-    began, device = time.monotonic(), common.pick_device(args)
+    began = time.monotonic()
     data = GLEM.images_to_fit(
         args.data,
         args.flow,

@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     # A private set takes nothing from real images; the report looks at them.
     alone = model.config.privacy is not None and args.per_class != "balance" and args.source != "mixup"
-    options |= {"real": None if alone else real, "class_map": args.class_map}
+    options |= {} if alone or real is None else {"real": real, "class_map": args.class_map}
     dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, **options)
     began = time.monotonic()
     command = shlex.join(["glem", *args.argv])
@@ -155,6 +155,8 @@ def _check_together(args: argparse.Namespace) -> None:
     if (balance or mixup or args.report) and args.real is None:
         option = "--per-class balance" if balance else "--source mixup" if mixup else "--report"
         raise ValueError(f"{option} needs real images: give --real DATA")
+    if args.report and args.report.resolve().is_relative_to(args.out.resolve()):
+        raise ValueError("--report would be among the images of --out: give it another folder")
     for name, needed, there in (
         ("real", "--per-class balance, --source mixup or --report", balance or mixup or args.report),
         ("split", "--real", args.real is not None),

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from glem_augment.cli import common
-from glem_augment.cli.fit import RELEASES
+from glem_augment.cli.fit import RELEASES, is_private
 
 DESCRIPTION = """\
 Describe a model: image shape and bits, the numbers of its flow, parameters, files, classes, modes, and the record of
@@ -59,13 +58,13 @@ def together(promises: list[dict[str, Any] | None]) -> dict[str, Any] | None:
 
 def model_facts(name: str) -> dict[str, Any]:
     """Everything that `glem info` shows, as JSON can hold it. Raises ModelFileError for a damaged model."""
-    from glem_augment.io import finite
+    from glem_augment.io import expand, finite
     from glem_augment.model.glem import GLEM
     from glem_augment.model.private_fit import Journal
-    from glem_augment.model.weights import CONFIG, WEIGHTS
+    from glem_augment.model.weights import CONFIG
 
-    journal = Path(name) / RELEASES
-    if journal.is_file() and not (Path(name) / WEIGHTS).exists():
+    journal = expand(name) / RELEASES
+    if journal.is_file() and not is_private(journal.parent):
         note = "no model: a private run that did not finish, and that counts as if it had spent its whole promise"
         return {"model": name, "unfinished": note, "privacy": asdict(Journal.promise(journal))}
     model = GLEM.from_pretrained(name)

@@ -214,7 +214,10 @@ class Run:
         bar.set_description("time of a step")
         left, cuts = deadline - time.monotonic(), list(plan.get("cuts", []))
         for kind in [kind for kind in self.ours if kind != "pixels"]:  # slow on large images
-            if len(self.train) * self.copy[kind] > COPYING * left and kind not in plan.get("kinds", []):
+            slow = len(self.train) * self.copy[kind] > COPYING * left
+            if plan and kind not in plan["kinds"]:
+                del self.ours[kind]
+            elif slow and not plan:
                 del self.ours[kind]
                 cuts.append(f"no moves of {shown[kind]}, since a copy of each image takes too long")
         copied = {kind: [s for s in stacks if not s.adversarial] for kind, stacks in self.ours.items()}
@@ -229,7 +232,7 @@ class Run:
             measured=measured,
             seeds=seeds,
             deadline=deadline,
-            step_seconds=self._step_seconds([PLAIN, ORDINARY[1], self.ours["pixels"][-1]]),
+            step_seconds=self._step_seconds([PLAIN, ORDINARY[1], JITTER[0], self.ours["pixels"][-1]]),
             judge_seconds=self._judge_seconds(),
             copy_seconds={s: (sizes[0] * self.copy[k], sizes[1] * self.copy[k]) for k in copied for s in copied[k]},
             fit_seconds=fitting,

@@ -144,7 +144,9 @@ class Schedule:
 
 def speed_of(stack: Stack) -> str:
     """Stacks with steps of about the same time."""
-    return "adversarial" if stack.adversarial else "image" if stack.image else "plain"
+    if stack.adversarial or stack.kind == "jitter":
+        return "adversarial" if stack.adversarial else "jitter"
+    return "image" if stack.image else "plain"
 
 
 def interleaved(kinds: Sequence[Sequence[Stack]]) -> list[Stack]:

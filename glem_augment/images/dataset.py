@@ -155,7 +155,7 @@ class ImageData(Dataset):
     @property
     def repeated(self) -> bool:
         """Whether an image is there several times, as in a subset of repeated indices."""
-        return self._source.repeated or len(np.unique(self._source_rows)) < len(self)
+        return self._source.repeats(self._source_rows)
 
     def where(self, index: int) -> str:
         """The path of image `index`, or a description where it has no path."""

@@ -6,7 +6,7 @@ import functools
 import itertools
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -150,7 +150,8 @@ def readable_names(class_ids: list[str]) -> list[str]:
 
 def unique_names(names: list[str], ids: list[str]) -> list[str]:
     """Names with the id where two are the same: "crane" and "maillot" each name two classes of ImageNet-1k."""
-    return [f"{name} ({i})" if names.count(name) > 1 else name for name, i in zip(names, ids, strict=True)]
+    counts = Counter(names)
+    return [f"{name} ({i})" if counts[name] > 1 else name for name, i in zip(names, ids, strict=True)]
 
 
 def of_hugging_face(data: Any) -> bool:

@@ -117,6 +117,10 @@ class Source(Dataset, ABC):
                 image = to_tensor(image, 1) if deep else image.convert("L" if grey else "RGB")
             return image, int(self.targets[index])
 
+    def repeats(self, rows: np.ndarray) -> bool:
+        """Whether an image is several times among the images `rows`."""
+        return self.repeated or len(np.unique(rows)) < len(rows)
+
     def where(self, index: int) -> str:
         """The name of image `index` in errors."""
         return f"image {index} of {self.name}"
@@ -171,12 +175,12 @@ class FolderSource(Source):
 
     paths: Sequence[str]
 
-    @property
-    def repeated(self) -> bool:  # type: ignore[override]
-        """Whether two paths lead to one file, as links do."""
+    def repeats(self, rows: np.ndarray) -> bool:
+        """Links to one file are one image, too."""
+        paths = [self.paths[row] for row in rows]
         with suppress(OSError):
-            return len({(file.st_dev, file.st_ino) for file in map(os.stat, self.paths)}) < len(self.paths)
-        return len(set(self.paths)) < len(self.paths)
+            return len({(file.st_dev, file.st_ino) for file in map(os.stat, paths)}) < len(paths)
+        return len(set(paths)) < len(paths)
 
     def where(self, index: int) -> str:
         return self.paths[index]

@@ -66,7 +66,7 @@ def open_source(data: Any, split: str = "train", unlabelled: bool = False) -> So
         names, ids = (whole.classes, whole.class_ids) if whole.named else ([], [])
         source = ItemSource(whole.name, names, ids, whole.targets[rows], Subset(whole, rows.tolist()), 0)
         _inherit(source, whole)
-        source.threads, source.repeated = whole.threads, whole.repeated or len(np.unique(rows)) < len(rows)
+        source.threads, source.repeated = whole.threads, whole.repeats(rows)
         source.classes_are_labels = whole.classes_are_labels
         return source
     if isinstance(data, tuple) and len(data) == 2:

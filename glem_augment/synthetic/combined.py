@@ -84,7 +84,9 @@ class RealAndSynthetic(Dataset):
         if source.named or class_map is not None:
             index = match_classes(synthetic, source, class_map, partial=True)
             label_of[:] = -1
-            label_of[index[index >= 0]] = np.flatnonzero(index >= 0)
+            if len(np.unique(matched := index[index >= 0])) < len(matched):
+                raise DataError("one class of the synthetic images stands for several real classes: no label fits")
+            label_of[matched] = np.flatnonzero(index >= 0)
         labels = label_of[made[self.chosen]]
         missing = sorted({synthetic.classes[made[i]] for i in self.chosen[labels < 0]})
         if missing:

@@ -95,6 +95,8 @@ class SyntheticDataset(Dataset):
         if real is not None:
             self.model.refuse_if_private("real=")
             matched = open_real(self.model, real, class_map)
+        elif class_map is not None:
+            raise ValueError("class_map has no effect without real=: leave it out")
         self.counts = class_counts(self.model, per_class, matched)
         self.transform, self.target_transform = transform, target_transform
         wanted = np.asarray(self.counts) > 0

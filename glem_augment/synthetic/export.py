@@ -164,6 +164,7 @@ def _begin(
 ) -> dict[str, Any]:
     """Make the folder ready: no images of another export, a manifest, classes.json. Returns the manifest."""
     manifest, old = _manifest(plan, form, facts), check_folder(folder)
+    manifest["finish"] = command or f"export the same SyntheticDataset to {folder} again"
     if old is not None and (found := _differences(old, manifest)):
         if not overwrite:
             raise FileExistsError(
@@ -175,11 +176,11 @@ def _begin(
                 f"{folder} holds files of another model, which no promise covers: give a new folder for a private set"
             )
         # The earlier manifest stays until then: after a kill it names the images that remain.
+        write_json(folder / PROVENANCE, {**old, "complete": False, "finish": manifest["finish"]})
         _remove(folder, old)
         old = None
     if old is not None and facts.license is None:
         manifest["license"] = old.get("license", manifest["license"])  # an earlier run may have stated it
-    manifest["finish"] = command or f"export the same SyntheticDataset to {folder} again"
     if old is None or not old["complete"]:
         write_json(folder / PROVENANCE, manifest)
     if form == "imagefolder":
@@ -260,7 +261,8 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         # An overwrite removes these folders, so they must lie inside the export.
-        good = all(re.fullmatch(r"\w[\w.+ -]*", entry["folder"]) for entry in manifest["classes"])
+        names = [entry["folder"] for entry in manifest["classes"]]
+        good = all(re.match(r"\w", name) and all(map(_kept, name)) for name in names)
         good &= all(type(entry[key]) is int for entry in manifest["classes"] for key in ("index", "count"))
         good &= isinstance(manifest["settings"], dict) and type(manifest["complete"]) is bool
         return manifest if good and manifest["format"] in FORMATS else None
@@ -286,8 +288,13 @@ def class_folders(class_ids: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _slug(text: str) -> str:
-    text = re.sub(r"[^\w.+ -]+", "_", unicodedata.normalize("NFC", text))
-    return text.lstrip("_.+ -")[:100].rstrip("_. ")
+    text = "".join(c if _kept(c) else "\0" for c in unicodedata.normalize("NFC", text))
+    return re.sub("\0+", "_", text).lstrip("_.+# -")[:100].rstrip("_. ")
+
+
+def _kept(character: str) -> bool:
+    """Whether a folder's name may have it: letters, digits, marks (vowels in many scripts), and a few more."""
+    return character.isalnum() or character in "_.+# -" or unicodedata.category(character)[0] == "M"
 
 
 def _remove(folder: Path, old: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ class Plan:
 
 def label_order(counts: Sequence[int], real: Real | None) -> list[int]:
     """The model's classes in the order of the real data's labels, then further classes that get images."""
-    named = list(range(len(counts))) if real is None else real.classes.tolist()
+    named = list(range(len(counts))) if real is None else list(dict.fromkeys(real.classes.tolist()))
     return [*named, *(cls for cls, count in enumerate(counts) if count and cls not in named)]
 
 

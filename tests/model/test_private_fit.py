@@ -200,9 +200,8 @@ def test_a_report_on_a_private_model_warns_and_stays_out_of_the_export(
     write_folder(images(3), tmp_path / "real")
     argv = ["generate", str(tmp_path / "model"), "--per-class", "2", "--real", str(tmp_path / "real"), "--quiet"]
     argv += ["--out", str(tmp_path / "out"), "--report"]
-    for shared in ("out", "model"):
-        assert main([*argv, str(tmp_path / shared / "report")]) == 2
-        assert "would show real images in a folder that is shared" in capsys.readouterr().err
+    for shared, words in (("out", "among the images of --out"), ("model", "real images in a folder that is shared")):
+        assert main([*argv, str(tmp_path / shared / "report")]) == 2 and words in capsys.readouterr().err
     assert main([*argv, str(tmp_path / "report")]) == 0
     out, err = capsys.readouterr()
     words = "the model's privacy does not cover this, which looks at real images: share it only if they are public"
@@ -291,6 +290,8 @@ def test_what_one_image_could_change_is_refused_or_told(model: GLEM, data: Image
     assert inside.skipped == bad.skipped and inside.unstated == ("channels",)
     same = [ImageData.from_tensors(torch.zeros(2, 1, 16, 16, dtype=torch.uint8), [0, 0], ["a"]) for _ in range(2)]
     check_images(same[0], same[1], progress=False)  # images of one colour
+    linked = open_data(links, image_size=16, channels=1)
+    assert linked.repeated and not linked.subset(range(len(linked) - 20, len(linked))).repeated
     with pytest.raises(ValueError, match="parts must be at most 256"):
         GLEM.fit(data, "taef2", parts=300, **promise)
     with pytest.raises(ValueError, match="for private models: give privacy, too"):

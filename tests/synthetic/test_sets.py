@@ -21,9 +21,11 @@ from glem_augment import (
     GLEM,
     ClassMismatchError,
     DataError,
+    GLEMAugment,
     ImageData,
     RealAndSynthetic,
     SyntheticDataset,
+    match_classes,
     open_data,
 )
 from glem_augment.synthetic.sampler import class_counts, open_real
@@ -259,3 +261,39 @@ def test_ranks_share_a_data_set_out(model: GLEM, ranks: int) -> None:
     for rank, drawn in enumerate(found):
         assert drawn == [items[i] for i in DistributedSampler(data, ranks, rank, shuffle=True, seed=1)]
     assert {item for drawn in found for item in drawn} == set(items)
+
+
+def test_one_class_for_all_gives_no_labels_and_one_folder(tail: ImageData, tmp_path: Path) -> None:
+    pooled = GLEM.fit(tail, pooled=True, progress=False)
+    drawn = SyntheticDataset(pooled, 6)
+    with pytest.raises(DataError, match="stands for several real classes"):
+        RealAndSynthetic(tail, drawn, ratio=None)
+    with pytest.raises(ClassMismatchError, match=r"the data has 3 classes, the model 1; give class_map=\[0\] \* K"):
+        GLEMAugment(pooled).check_data(tail)
+    SyntheticDataset(pooled, 6, real=tail, source="mixup").export(tmp_path / "out", progress=False)
+    found = open_data(tmp_path / "out", progress=False)
+    assert found.classes == ["image"] and len(found) == 6
+    with pytest.raises(ValueError, match="class_map has no effect without real="):
+        SyntheticDataset(pooled, 6, class_map={"image": "dog"})
+
+
+def test_folders_of_an_export_keep_what_classes_are_matched_by(tmp_path: Path) -> None:
+    names = ["कुत्ता", "C#", "C", "สุนัข"]
+    model = GLEM.fit(ImageData.from_tensors(pixels(16), torch.arange(16) % 4, names), progress=False)
+    SyntheticDataset(model, 2).export(tmp_path / "out", progress=False)
+    assert match_classes(names, open_data(tmp_path / "out", progress=False)).tolist() == [0, 1, 2, 3]
+
+
+def test_a_kill_while_an_export_is_replaced_leaves_it_incomplete(
+    model: GLEM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SyntheticDataset(model, 2).export(tmp_path, progress=False)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("glem_augment.synthetic.export.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        SyntheticDataset(model, 3).export(tmp_path, overwrite=True, progress=False)
+    with pytest.raises(DataError, match="did not finish"):
+        open_data(tmp_path, progress=False)
