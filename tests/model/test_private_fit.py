@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -421,3 +422,13 @@ def write_folder(data: ImageData, folder: Path) -> None:
     for index, (x, y) in enumerate(zip(data.tensor(), data.targets, strict=True)):
         (folder / data.classes[y]).mkdir(parents=True, exist_ok=True)
         to_pil_image(x).save(folder / data.classes[y] / f"{index}.png")
+
+
+def test_ranks_are_joined_before_the_first_one_locks_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr("glem_augment.cli.common.pick_device", lambda args: order.append("join"))
+    monkeypatch.setattr("glem_augment.io.lock_folder", lambda folder: order.append("lock") or nullcontext())
+    monkeypatch.setattr("glem_augment.cli.fit.fit", lambda *_: order.append("fit"))
+    assert main(["fit", "data", "--epsilon", "1", "--out", str(tmp_path)]) == 0 and order == ["join", "lock", "fit"]
