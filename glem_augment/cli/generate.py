@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> None:
     _check_together(args)
     check_folder(args.out)  # refuses a folder before any work
     model = common.load_model(args)
+    if args.per_class == "balance" or args.source == "mixup":
+        model.refuse_if_private("real=")  # before images are read
     if args.report is not None:
         common.uncovered(args, model, args.report)
     progress = not args.quiet
