@@ -175,28 +175,28 @@ def private() -> Named:
     """Classifiers trained on samples of private models."""
     usual = {"judged": "test", "temperature": 1.0}.items()
     lines = [n for n in private_rows(stored("private")) if usual <= n.items()]
-    lines = [n for n in lines if not (n["epsilon"] and n["cells asked"])]
     columns = sorted({line["epsilon"] for line in lines if line["epsilon"]})
     subsets = summary(stored("samples_alone"), False)
     names = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
     judges = {"taef2": "ResNet, decoded samples", "long": "ResNet, 60,000 samples, 30 epochs"}
     judges |= {"latents": "perceptron, samples' latents", "pixels": "ResNet, samples of pixels"}
-    for n in (n for n in lines if n["method"] == "taef2" and n["delta"] != 1e-5):
-        accuracy = Interval(n["accuracy"], n["+/-"] or 0, n["seeds"]).text()
-        yield f"private, {n['data']}: epsilon {n['epsilon']:g}, delta {n['delta']:g}", accuracy
+    # What differs from the usual rows: delta, and the Gaussians of a class.
+    variants = {"": (False, None), ", one Gaussian per class": (False, 1), ", δ = 1 / (n log n)": (True, None)}
     rows, controls = [], []
-    for (data, shown), (kind, judge) in itertools.product(names.items(), judges.items()):
-        own = {n["epsilon"]: n for n in lines if (n["data"], n["method"], n["delta"]) == (data, kind, 1e-5)}
+    for (data, shown), (kind, judge), words in itertools.product(names.items(), judges.items(), variants):
+        wanted = data, kind, *variants[words]
+        known = ((n, n["cells asked"] if n["epsilon"] or words else None) for n in lines)
+        own = {n["epsilon"]: n for n, parts in known if (n["data"], n["method"], n["delta"] != 1e-5, parts) == wanted}
         cells = {e: f"{n['accuracy']:.1f} " + (f"± {n['+/-']:.1f}" if n["+/-"] else "(one)") for e, n in own.items()}
         if own:
-            controls.append([shown, judge, *(cells.get(e, "") for e in (*columns, 0))])
-        if own and kind == "taef2":
+            controls.append([shown, judge + words, *(cells.get(e, "") for e in (*columns, 0))])
+        if own and kind == "taef2" and not words:
             everything = {"data": data, "method": "real", "setting": ""}.items()
             real = next(line for line in subsets if everything <= line.items())
             rows.append([shown, *(cells.get(e, "") for e in columns), f"{real['CNN-A']:.1f}"])
             count = [worth(subsets, data, own[e]["accuracy"]) if e in own else "" for e in columns]
             rows.append(["worth so many real images", *count, "all"])
-        if own and kind == "latents":
+        if own and kind == "latents" and not words:
             most = next(n["accuracy"] for n in lines if (n["data"], n["method"]) == (data, "real"))
             rows.append(["perceptron on latents", *(cells.get(e, "") for e in columns), f"{most:.1f}"])
     epsilons = " | ".join(f"ε = {epsilon:g}" for epsilon in columns)
