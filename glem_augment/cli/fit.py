@@ -97,7 +97,7 @@ def fit(args: argparse.Namespace, device: torch.device) -> None:
     from glem_augment.io import LEFT_OVER, remove_left_overs
     from glem_augment.model.glem import GLEM
     from glem_augment.model.private_fit import check_arguments
-    from glem_augment.model.weights import CONFIG, WEIGHTS, find_autoencoder
+    from glem_augment.model.weights import CONFIG, WEIGHTS
 
     folder = args.out
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -112,9 +112,6 @@ def fit(args: argparse.Namespace, device: torch.device) -> None:
         )
     if not args.overwrite and any((folder / name).exists() for name in (WEIGHTS, CONFIG)):
         raise FileExistsError(f"{folder} holds a model already: give another folder, or --overwrite")
-    # Wrong options are refused before images are read.
-    if args.autoencoder is not None:
-        find_autoencoder(args.autoencoder)
     names = ("autoencoder", "flow", "rank", "parts", "pooled", "max_per_class")
     given = {name: getattr(args, name) for name in names}
     journal = folder / RELEASES
@@ -122,7 +119,7 @@ def fit(args: argparse.Namespace, device: torch.device) -> None:
         given |= private_arguments(args, journal)
         options = ("flow", "rank", "pooled", "max_per_class")
         stated = {name: given[name] for name in options}
-        check_arguments(given["privacy"], args.autoencoder, args.public, **stated)
+        check_arguments(given["privacy"], args.autoencoder, args.public, **stated)  # before images are read
     elif journal.exists():
         raise FileExistsError(f"{folder} holds the releases of a private run: go on with its --epsilon, or elsewhere")
     began = time.monotonic()

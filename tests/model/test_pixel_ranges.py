@@ -181,7 +181,7 @@ def test_other_images_are_refused_with_the_fix(root: Path) -> None:
         (lambda: model.bits_per_dim(x), "numbers without levels"),
         (lambda: GLEM.fit(root / "grey16", flow=model), "has images of uint16, the model takes float32 from -1000"),
         (lambda: GLEM.fit(data, autoencoder="taef2"), "an autoencoder .leave it out.* needs 8-bit images.*float32"),
-        (lambda: GLEM.fit(data, privacy=Privacy(1.0)), "a private model needs 8-bit images"),
+        (lambda: GLEM.fit(data, "taef2", privacy=Privacy(1.0)), "a private model needs 8-bit images"),
         (lambda: Trainer(data, TrainConfig(), root / "run"), "GLEM.fit needs no training. needs 8-bit"),
         (lambda: compare(data, data), "a comparison needs 8-bit grey or RGB images"),
         (lambda: quality_report(SyntheticDataset(model, 2), data), "a quality report needs 8-bit images"),
