@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from glem_augment.errors import BadImageError
 EXTENSIONS = (".npy", ".npz")
 MOST_CHANNELS, _MOST_VALUES = 16, 2**25  # of an image: 128 MiB of float32
 _READ_AS = {"float16": "float32", "float64": "float32"}
+# NumPy parses headers as Python, and several threads at once make Python's parser count wrong (SystemError in 3.11).
+_PARSING = threading.Lock()
 
 
 def read_array(path: str) -> Tensor:
@@ -27,7 +30,8 @@ def read_array(path: str) -> Tensor:
     with _opened(path) as file:
         if np.lib.format.read_magic(file) != (1, 0):  # headers of version 1 are shorter than 64 KiB
             raise BadImageError(f"{path} has a header that no image has: save it with numpy.save")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        with _PARSING:
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         read_as = _READ_AS.get(dtype.name, dtype.name)
         if dtype.hasobject or read_as not in DTYPES:
             found = "Python objects, which are never loaded" if dtype.hasobject else dtype.name

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
 import struct
+import sys
+import time
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from glem_augment.codec.pixel_range import UINT8, PixelRange
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.images import open_data
+from glem_augment.images.arrays import read_array
 from glem_augment.images.cropping import fit
 from glem_augment.images.dataset import ImageData, as_image_data
 
@@ -222,3 +228,28 @@ def test_tensors_have_ranges_too() -> None:
         as_image_data((x, y), (12, 6, 7))
     with pytest.raises(DataError, match=r"give images of 12 channels, opened with image_size=\(6, 7\)"):
         as_image_data((x[:, :1], y), (12, 6, 7), pixel_range=data.pixel_range)
+
+
+def test_threads_read_headers_while_memory_is_collected(tmp_path: Path) -> None:
+    """In Python 3.11 a parser that waits within a finaliser lets the parsers of other threads count wrong."""
+
+    class Waits:
+        def __del__(self) -> None:
+            time.sleep(0)
+
+    def read(index: int) -> Tensor:
+        waits = Waits()
+        waits.cycle = waits  # type: ignore[attr-defined]
+        del waits
+        return read_array(str(tmp_path / "a.npy"))
+
+    np.save(tmp_path / "a.npy", np.zeros((2, 4, 4), np.float32))
+    before, often = gc.get_threshold(), sys.getswitchinterval()
+    gc.set_threshold(20, 2, 2)
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert len(list(pool.map(read, range(2000)))) == 2000
+    finally:
+        gc.set_threshold(*before)
+        sys.setswitchinterval(often)
