@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,6 @@ EXAMPLES = """\
   glem fit private/ --autoencoder taef2 --image-size 64 --channels 3 --epsilon 1 --out runs/shareable
   glem generate runs/shareable --per-class 2000 --out shareable/
 """
-RELEASES = "releases.safetensors"  # of an interrupted private run
 EXCLUDED = "not with --epsilon"
 _NOISY = 0.9  # the share of noise in the differences of class means from which samples teach little
 
@@ -96,6 +94,7 @@ def fit(args: argparse.Namespace, device: torch.device) -> None:
     from glem_augment.distributed import is_primary
     from glem_augment.io import LEFT_OVER, remove_left_overs
     from glem_augment.model.glem import GLEM
+    from glem_augment.model.journal import RELEASES, is_private
     from glem_augment.model.private_fit import check_arguments
     from glem_augment.model.weights import CONFIG, WEIGHTS
 
@@ -160,15 +159,6 @@ def fit(args: argparse.Namespace, device: torch.device) -> None:
         result["privacy"] = model.config.privacy
         tell(model.config.privacy)
     common.print_json(result)
-
-
-def is_private(folder: Path) -> bool:
-    """Whether a folder holds a private model."""
-    from glem_augment.model.weights import CONFIG
-
-    with suppress(OSError, ValueError, AttributeError):
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("privacy") is not None
-    return False
 
 
 def private_arguments(args: argparse.Namespace, journal: Path) -> dict[str, Any]:

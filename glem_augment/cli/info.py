@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any
 
 from glem_augment.cli import common
-from glem_augment.cli.fit import RELEASES, is_private
 
 DESCRIPTION = """\
 Describe a model: image shape and bits, the numbers of its flow, parameters, files, classes, modes, and the record of
@@ -60,13 +59,12 @@ def model_facts(name: str) -> dict[str, Any]:
     """Everything that `glem info` shows, as JSON can hold it. Raises ModelFileError for a damaged model."""
     from glem_augment.io import expand, finite
     from glem_augment.model.glem import GLEM
-    from glem_augment.model.private_fit import Journal
+    from glem_augment.model.journal import unfinished
     from glem_augment.model.weights import CONFIG
 
-    journal = expand(name) / RELEASES
-    if journal.is_file() and not is_private(journal.parent):
+    if (promise := unfinished(expand(name))) is not None:
         note = "no model: a private run that did not finish, and that counts as if it had spent its whole promise"
-        return {"model": name, "unfinished": note, "privacy": asdict(Journal.promise(journal))}
+        return {"model": name, "unfinished": note, "privacy": asdict(promise)}
     model = GLEM.from_pretrained(name)
     assert model.origin_file is not None
     folder, config = model.origin_file.parent, model.config

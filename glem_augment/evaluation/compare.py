@@ -215,11 +215,9 @@ class Run:
         left, cuts = deadline - time.monotonic(), list(plan.get("cuts", []))
         for kind in [kind for kind in self.ours if kind != "pixels"]:  # slow on large images
             slow = len(self.train) * self.copy[kind] > COPYING * left
-            if plan and kind not in plan["kinds"]:
+            if kind not in plan["kinds"] if plan else slow:
                 del self.ours[kind]
-            elif slow and not plan:
-                del self.ours[kind]
-                cuts.append(f"no moves of {shown[kind]}, since a copy of each image takes too long")
+                cuts += [] if plan else [f"no moves of {shown[kind]}, since a copy of each image takes too long"]
         copied = {kind: [s for s in stacks if not s.adversarial] for kind, stacks in self.ours.items()}
         once = sum((len(copied[k]) * len(self.fit) + 2 * len(self.train)) * self.copy[k] for k in copied)
         comparison.copies = int(plan.get("copies", max(1, min(COPIES, int(COPYING * left / once)))))

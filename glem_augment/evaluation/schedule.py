@@ -144,9 +144,9 @@ class Schedule:
 
 def speed_of(stack: Stack) -> str:
     """Stacks with steps of about the same time."""
-    if stack.adversarial or stack.kind == "jitter":
-        return "adversarial" if stack.adversarial else "jitter"
-    return "image" if stack.image else "plain"
+    if stack.adversarial:
+        return "adversarial"
+    return "plain" if not stack.image else "jitter" if stack.kind == "jitter" else "image"
 
 
 def interleaved(kinds: Sequence[Sequence[Stack]]) -> list[Stack]:

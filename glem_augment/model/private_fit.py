@@ -1,4 +1,4 @@
-"""Models of private images: public coordinates, latents that depend on one image, and a journal of the releases.
+"""Latents of private images, each from its image alone, in public coordinates.
 
 Every path from an image to the model passes `classes.private`.
 """
@@ -6,26 +6,23 @@ Every path from an image to the model passes `classes.private`.
 from __future__ import annotations
 
 import copy
-import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from glem_augment import __version__
 from glem_augment.classes.privacy import Privacy
-from glem_augment.classes.private import PrivateClasses, Tensors, private_classes
+from glem_augment.classes.private import PrivateClasses, private_classes
 from glem_augment.codec.published import coordinates_file
-from glem_augment.distributed import gather, is_primary, share, world_size
-from glem_augment.errors import DataError, GLEMError, ModelFileError
+from glem_augment.distributed import gather, share, world_size
+from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData
-from glem_augment.io import atomic_write
+from glem_augment.model.journal import Journal
 
 if TYPE_CHECKING:
     from glem_augment.model.conditional_flow import ConditionalFlow
@@ -39,63 +36,6 @@ _STATED = {
     "classes": "them by folders, or give (images, labels) and classes=",
 }
 _CLIP_SHARE = 0.95  # the share of public latents that the first clip leaves as they are
-
-
-class Journal:
-    """The releases of a run, in a file that outlives it: a run that was interrupted goes on from them.
-
-    A second release would spend the promise's budget a second time.
-
-    Args:
-        path: of the file; None: nothing is kept.
-        facts: describe the run; a file of another run is an error.
-    """
-
-    def __init__(self, path: Path | None, facts: dict[str, Any]) -> None:
-        self.path, self.facts = path, json.dumps(facts, sort_keys=True)
-        self.found: dict[str, Tensor] = {}
-        if path is not None and path.is_file():
-            self._read(path)
-        self.found = gather(self.found)[0]  # ranks without this folder go on with the same step
-
-    def _read(self, path: Path) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = (file.metadata() or {}).get("facts")
-            self.found = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ModelFileError(f"{path} can't be read: {error}; remove it, and count its release as spent") from None
-        if facts != self.facts:
-            raise GLEMError(
-                f"{path} holds the releases of a run with other options. They are spent, so keep the file: give "
-                "another folder (--out), and glem info of both folders says the total"
-            )
-        warnings.warn(
-            f"{path} has releases of an interrupted run, which are used: nothing is released twice. If the images have "
-            "changed since, stop, and give another folder (--out)",
-            stacklevel=7,  # the caller of GLEM.fit
-        )
-
-    @staticmethod
-    def promise(path: Path) -> Privacy:
-        """The promise of the run that wrote the file. ModelFileError: it can't be read."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                return Privacy(*json.loads(file.metadata()["facts"])["privacy"])
-        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
-            raise ModelFileError(f"{path} can't be read: {error}; count its release as spent") from None
-
-    def step(self, name: str, make: Callable[[], Tensors]) -> Tensors:
-        """The tensors of the release `name`, from the file or from `make`; kept on the disk before they are used."""
-        own = {key.partition("/")[2]: value for key, value in self.found.items() if key.startswith(f"{name}/")}
-        if own:
-            return own
-        made = make()
-        self.found.update({f"{name}/{key}": value.contiguous() for key, value in made.items()})
-        if self.path is not None and is_primary():
-            with atomic_write(self.path) as file:
-                file.write(save(self.found, metadata={"facts": self.facts}))
-        return made
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from glem_augment import GLEMAugment, ImageData
 from glem_augment.cli import main
 from glem_augment.errors import DataError
 from glem_augment.evaluation import compare as module
-from glem_augment.evaluation import interval, schedule
+from glem_augment.evaluation import interval, schedule, trainings
 from glem_augment.evaluation.compare import CELLS, Run, advice, compare, parted, report
 from glem_augment.evaluation.schedule import interleaved
 from glem_augment.evaluation.stacks import ADVERSARIAL, ADVISED, JITTER, ORDINARY, PLAIN, POLICIES, Stack, moves
@@ -93,6 +93,8 @@ def test_a_magnitude_stands_after_the_name_of_an_operation() -> None:
         found = next(Comparison({}, steps=1).batches(Stack(name, "ordinary", (name,)), data, 0))[0]
         changes.append(found - next(Comparison({}, steps=1).batches(PLAIN, data, 0))[0])
     assert not torch.equal(*changes)
+    jitter: Any = trainings._operation("ColorJitter", "0.4")
+    assert jitter.brightness == jitter.contrast == jitter.saturation == (0.6, 1.4) and jitter.hue == (-0.1, 0.1)
 
 
 def test_adversarial_moves_are_against_the_network_in_training(monkeypatch: pytest.MonkeyPatch) -> None:

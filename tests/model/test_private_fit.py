@@ -23,11 +23,11 @@ from glem_augment.classes import private as private_module
 from glem_augment.classes.privacy import Privacy, epsilon_of
 from glem_augment.classes.private import nearest
 from glem_augment.cli import main
-from glem_augment.cli.fit import RELEASES
 from glem_augment.cli.info import model_facts, together
 from glem_augment.codec.codec import Codec
 from glem_augment.errors import DataError, GLEMError, ModelFileError
 from glem_augment.hub.cards import CardFacts, model_card
+from glem_augment.model.journal import RELEASES
 from glem_augment.model.private_fit import check_images, latents_alone, rows_are_independent, set_coordinates
 
 SIZE = (1, 16, 16)
