@@ -25,6 +25,7 @@ DEFAULT_MODES = 64  # principal modes per class
 # Without psi the class variances start at the first number and stay above the second, a share of the first.
 INITIAL_VARIANCE, LOWEST_SHARE = 0.3, 0.1
 HIGHEST_TEMPERATURE = 1e4  # of a posterior; the lowest is 1
+MAX_PARTS = 256  # of a class
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glem_augment.checks import MAX_PARTS
 from glem_augment.cli import common
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ _NOISY = 0.9  # the share of noise in the differences of class means from which 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.describe(parser, DESCRIPTION, EXAMPLES)
     common.add_data(parser, split="train")
-    parser.add_argument("--autoencoder", metavar="NAME", help="taef2 or hub:ORG/NAME: model its latents")
+    latents = parser.add_mutually_exclusive_group()
+    latents.add_argument("--autoencoder", metavar="NAME", help="taef2 or hub:ORG/NAME: model its latents")
     flow = f"model the latents of its flow; {EXCLUDED}: {common.MODEL_HELP}"
-    parser.add_argument("--flow", metavar="MODEL", help=flow)
+    latents.add_argument("--flow", metavar="MODEL", help=flow)
     channels = "1: grey, 3: colour (default: 1 if all images are grey, otherwise 3)"
     parser.add_argument("--channels", type=int, choices=(1, 3), help=channels)
     add_options(parser)
@@ -69,7 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     common.add_out(parser, "folder for the model")
     common.add_count(parser, "--rank", f"modes per class, or per part; {EXCLUDED}", 64)
     parts = "groups of similar images per class, for better samples (default: 1; with --epsilon what the noise allows)"
-    common.add_count(parser, "--parts", parts)
+    parser.add_argument("--parts", type=common.number(1, MAX_PARTS, int), metavar="N", help=parts)
     pooled = f"one class for all images, with modes from all classes: for moves of any image; {EXCLUDED}"
     parser.add_argument("--pooled", action="store_true", help=pooled)
     common.add_count(parser, "--max-per-class", f"images of a class at most; {EXCLUDED} (default: all)")
@@ -86,7 +88,12 @@ def run(args: argparse.Namespace) -> None:
     device = common.pick_device(args)  # joins the ranks
     # Two private runs in one folder could both make the next release.
     with lock_folder(args.out) if args.epsilon is not None and is_primary() else nullcontext():
-        fit(args, device)
+        try:
+            fit(args, device)
+        except KeyboardInterrupt:
+            if args.epsilon is None:
+                raise
+            raise KeyboardInterrupt("stopped; the same command goes on, and releases nothing twice") from None
 
 
 def fit(args: argparse.Namespace, device: torch.device) -> None:

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from glem_augment import __version__
 from glem_augment.augment.policies import Noise
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import closest
@@ -102,6 +103,7 @@ def compare(
     settings = {
         "train": _fingerprint(train), "test": _fingerprint(test), "minutes": minutes, "seeds": seeds,
         "autoencoder": autoencoder, "flow": flow and weights_sha256(flow), "network": network, "pretrained": pretrained,
+        "library": __version__,
     }  # fmt: skip
     store = Store(None if folder is None else folder / CELLS, settings)
     fit, held = parted(train, 5)

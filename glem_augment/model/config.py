@@ -11,7 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import PurePath
 from typing import Any
 
-from glem_augment.checks import HIGHEST_TEMPERATURE
+from glem_augment.checks import HIGHEST_TEMPERATURE, MAX_PARTS
 from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.statistics import can_be_whole
 from glem_augment.codec.pixel_range import UINT8, PixelRange
@@ -22,7 +22,7 @@ from glem_augment.images.sources import TIMM_PREFIXES
 FORMAT_VERSION = 1
 # These limits are far above any real use. They keep a hostile config from demanding absurd amounts of memory.
 MAX_CLASSES, MAX_MODES = 200_000, 4096
-MAX_DEPTH, LARGEST_SIDE, MAX_PARTS = 20, 2**14, 256
+MAX_DEPTH, LARGEST_SIDE = 20, 2**14
 # The names of 200,000 classes fit. A parsed value takes up to 30 times its text, so their number is bounded too.
 MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 8 * 2**20, 600_000
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # but for line breaks and tabs

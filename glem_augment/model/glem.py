@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from glem_augment.checks import DEFAULT_MODES, Preset, check_whole
+from glem_augment.checks import DEFAULT_MODES, MAX_PARTS, Preset, check_whole
 from glem_augment.classes.classes import Classes
 from glem_augment.classes.fit import KEPT, fit_classes, fit_modes
 from glem_augment.classes.gaussians import ClassGaussians
@@ -31,7 +31,7 @@ from glem_augment.flows import Flow, build_flow, check_flow, resolve_preset
 from glem_augment.images.dataset import ImageData, LabelledImages, Limits, as_image_data, images_for, open_data
 from glem_augment.images.matching import ONE_CLASS, ClassMap
 from glem_augment.model.conditional_flow import ConditionalFlow
-from glem_augment.model.config import MAX_PARTS, GLEMConfig
+from glem_augment.model.config import GLEMConfig
 from glem_augment.model.private_fit import check_arguments, fit_private
 from glem_augment.model.weights import (
     CUSTOM,
@@ -334,10 +334,10 @@ class GLEM(ConditionalFlow):
         """
         if flow is not None and autoencoder is not None:
             raise ValueError("give an autoencoder or a flow, not both: a flow has its codec already")
+        parts = None if parts is None else check_whole("parts", parts, 1, MAX_PARTS)
         if privacy is not None:
             stated = dict(flow=flow, max_per_class=max_per_class, pooled=pooled, rank=rank, seed=seed)
             check_arguments(privacy, autoencoder, public, **stated)
-            parts = None if parts is None else check_whole("parts", parts, 1, MAX_PARTS)  # before the promise is spent
         reading = dict(
             split=split, image_size=image_size, channels=channels, value_range=value_range, progress=progress
         )

@@ -167,6 +167,22 @@ def test_the_advised_moves_are_compared_with_the_best_stack(tmp_path: Path) -> N
     assert found.mean == pytest.approx(result.recipe[1].mean.mean - opponent.over((0, 1)).mean)
 
 
+def test_the_advised_moves_stand_on_the_best_stack_without_a_flow(tmp_path: Path) -> None:
+    def value(cell: planning.Cell) -> float:
+        return made_up(cell) + 0.04 * any(name == "latent-noise" for name, _ in cell.stack)
+
+    store = Store(tmp_path)
+    measure(planned(), store, value)
+    cells = measure(planned(beside="recipe", seeds=[0, 1]), store, value)
+    assert {tuple(name for name, _ in cell.base) for cell in cells} == {("cropflip", "trivial", "erasing")}
+    (result,) = reporting.results_of(store)
+    opponent, found = result.opponent, result.advised("adversarial")
+    assert opponent is not None and found is not None
+    assert [name for name, _ in opponent.stack] == ["cropflip", "trivial", "latent-noise"]
+    # The stack with the flow is stronger on the test images, so the gain is over it.
+    assert found.mean == pytest.approx(result.recipe[1].mean.mean - opponent.over((0, 1)).mean)
+
+
 @pytest.mark.parametrize(("better", "on_test"), [("cutmix", 0.03), ("mixup", -0.03), (None, 0.0)])
 def test_a_third_operation_counts_where_validation_prefers_it(
     tmp_path: Path, better: str | None, on_test: float

@@ -173,6 +173,9 @@ def test_fit_makes_a_model_of_pixels(trained: Path, tmp_path: Path, output: Outp
     assert GLEM.from_pretrained(tmp_path / "b").image_shape == (3, 20, 12)
     other = ["fit", images_of(trained), "--flow", str(trained), "--image-size", "16", "--out", str(tmp_path / "c")]
     fails(other, output, "image_size", "flow")
+    wrong = ["fit", str(tmp_path / "no images"), "--out", str(tmp_path / "d")]  # said before images are read
+    fails([*wrong, "--flow", str(trained), "--autoencoder", "taef2"], output, "--autoencoder", "not allowed with")
+    fails([*wrong, "--parts", "300"], output, "--parts", "at most 256")
 
 
 def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Output) -> None:

@@ -432,3 +432,15 @@ def test_ranks_are_joined_before_the_first_one_locks_the_folder(
     monkeypatch.setattr("glem_augment.io.lock_folder", lambda folder: order.append("lock") or nullcontext())
     monkeypatch.setattr("glem_augment.cli.fit.fit", lambda *_: order.append("fit"))
     assert main(["fit", "data", "--epsilon", "1", "--out", str(tmp_path)]) == 0 and order == ["join", "lock", "fit"]
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("glem_augment.cli.fit.fit", stopped)
+    argv = ["fit", "data", "--out", str(tmp_path)]
+    assert main(argv) == 130 and "interrupted" in capsys.readouterr().err
+    assert main([*argv, "--epsilon", "1"]) == 130 and "the same command goes on" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -211,15 +212,30 @@ class Plan:
     def recipe(self, setting: Setting, classifier: str, base: tuple[Component, ...], store: Store) -> list[Cell]:
         """The moves that the pages advise, where the choices left them out, and the opponent again beside them.
 
-        The opponent is measured again, since accuracies differ a little between processors.
+        The opponent is measured again, since accuracies differ a little between processors. Where it needs a flow, the
+        best stack without a flow takes its place, since who moves images along the modes of pixels has no flow.
         """
         where = setting, classifier, "control", "identity"
         moves = [Cell("final", *where, method, params, base, self.args.seeds[0]) for method, params in RECIPES.items()]
         missing = [cell for cell in moves if not store.has(cell)]
         if not missing:
             return []
+        if needs_flow(base):
+            base = self.without_flow(setting, classifier, store)
+            missing = [replace(cell, base=base) for cell in missing]
         opponent = Cell("final", setting, classifier, "opponent", "none", "opponent", {}, base, self.args.seeds[0])
         return [replace(cell, stage="recipe", seed=seed) for seed in self.args.seeds for cell in (opponent, *missing)]
+
+    def without_flow(self, setting: Setting, classifier: str, store: Store) -> tuple[Component, ...]:
+        """The opponent's stack without a flow that was measured with most tuning seeds, and then has the best mean."""
+        values: dict[str, list[float]] = {}
+        for row in store.rows(final=False):
+            stack = [*row["base"], [row["method"], row["params"]]]
+            here = row["setting"], row["classifier"], row["side"]
+            if here == (setting.name, classifier, "opponent") and not needs_flow(stack):
+                values.setdefault(json.dumps(stack), []).append(row["val_accuracy"])
+        best = max(values, key=lambda key: (len(values[key]), statistics.mean(values[key])))
+        return tuple((name, params) for name, params in json.loads(best))
 
     def ours(self, setting: Setting, classifier: str, base: tuple[Component, ...]) -> list[Cell]:
         result = []
@@ -314,6 +330,11 @@ def fits(method: str, setting: Setting) -> bool:
         return method == setting.plain
     # The method moves latents of the classifier's images, so the flow must have the same size.
     return method != "latent-noise" or setting.flow_size in (None, setting.size)
+
+
+def needs_flow(stack: Iterable[Any]) -> bool:
+    """Whether a component, with its method and parameters, moves images through a flow."""
+    return any("flow" in params for _, params in stack)
 
 
 def params_text(params: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Interval, interval
-from benchmarks.proof.augmentation.plan import FINAL, TUNING, Store, params_text
+from benchmarks.proof.augmentation.plan import FINAL, TUNING, Store, needs_flow, params_text
 from benchmarks.proof.augmentation.settings import PLAIN, RECIPES, REUSE, SETTINGS, SMOKE, TUNING_SEED
 from glem_augment.io import atomic_write
 
@@ -75,7 +75,8 @@ def arms_of(rows: list[dict[str, Any]]) -> list[Arm]:
 class Result:
     """One setting and classifier: its arms and the comparisons. `recipe`: arms of the advised moves, measured later.
 
-    Rows on an older base than the newest opponent's are left out, because the opponent has been tuned again.
+    Rows on an older base than the newest opponent's are left out, because the opponent has been tuned again. The
+    advised moves were measured on a stack without a flow where the newest opponent has one.
     """
 
     def __init__(
@@ -86,9 +87,10 @@ class Result:
         own = [row for row in measured if row["stage"] == "final"]
         newest = [row for row in own if row["method"] == "opponent"]
         self.base = newest[-1]["base"] if newest else []
-        current = [row for row in measured if row["method"] in PLAIN or row["base"] == self.base]
-        self.arms = arms_of([row for row in current if row["stage"] == "final"])
-        self.recipe = arms_of([row for row in current if row["stage"] == "recipe"])
+        self.arms = arms_of([row for row in own if row["method"] in PLAIN or row["base"] == self.base])
+        later = [row for row in measured if row["stage"] == "recipe"]
+        apart = needs_flow(self.base)
+        self.recipe = arms_of([row for row in later if row["base"] == self.base or apart > needs_flow(row["base"])])
         self.tuning = [row for row in tuning if (row["setting"], row["classifier"]) == (setting, classifier)]
 
     @property
