@@ -8,8 +8,9 @@ In a page, a number stands between `<!-- number: NAME -->` and `<!-- /number -->
 `<!-- table: NAME -->` and `<!-- /table -->`. Names come from the stored rows, so every stored number has a name.
 
 Tables in `benchmarks/results` that follow from stored rows are made again as well. `digests.json` there has the SHA-256
-of every other result, and the names in every page, in order. So `--check` finds a row that was changed by hand, and a
-name that was removed or exchanged. When a benchmark has written rows, `make numbers` stores and prints the changes.
+of every other result and picture, and the names in every page, in order. So `--check` finds a row that was changed by
+hand, and a name that was removed or exchanged. When a benchmark has written rows, `make numbers` stores and prints the
+changes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import statistics
 import sys
@@ -45,7 +47,7 @@ from benchmarks.proof.private_opponents import report as opponents_page
 from benchmarks.proof.samples_alone import as_long, summary, worth
 from benchmarks.proof.samples_alone import report as samples_page
 from benchmarks.proof.unlabelled import report as unlabelled_page
-from benchmarks.speed.speed import OURS, REVERSIBLE
+from benchmarks.speed.speed import OURS, RECOMPUTED
 from glem_augment.io import atomic_write, file_sha256, json_text
 
 LOCK = "digests.json"
@@ -403,8 +405,8 @@ def speed() -> Named:
     ]  # fmt: skip
     yield "speed", table("case | time of ours over | ratio | noise | limit | met", lines)
     taken = {(row["case"], row["side"]): row["train ms"] for row in record["rows"]}
-    longer = [100 * (ms / taken[case, OURS] - 1) for (case, side), ms in taken.items() if side == REVERSIBLE]
-    yield "speed: reversible, longer", f"{min(longer):.0f} to {max(longer):.0f}"
+    longer = [100 * (ms / taken[case, OURS] - 1) for (case, side), ms in taken.items() if side == RECOMPUTED]
+    yield "speed: recomputed, longer", f"{min(longer):.0f} to {max(longer):.0f}"
     failed = [row for row in record["verdicts"] if not row["met"]]
     yield "speed: verdicts", str(len(record["verdicts"]))
     yield "speed: failed", str(len(failed))
@@ -506,7 +508,7 @@ def written(text: str, known: dict[str, str]) -> str:
     """
     if unknown := next((name for _, name, _ in MARK.findall(text) if name not in known), None):
         raise ValueError(f"no number is called {unknown!r}: `benchmarks/write_numbers.py --list` shows the names")
-    if wrong := re.search(r"\d\0|\0\.?\d|±\s*\d|<!-- /?(number|table).*", MARK.sub("\0", text)):
+    if wrong := re.search(r"[\d+\-−±]\0|\0\.?\d|(±|\+/-)\s*\d|<!-- /?(number|table).*", MARK.sub("\0", text)):
         raise ValueError(f"a marker is damaged, or a number stands beside or without one: {wrong[0]!r}")
     return MARK.sub(lambda m: f"<!-- {m[1]}: {m[2]} -->{known[m[2]]}<!-- /{m[1]} -->", text)
 
@@ -568,7 +570,8 @@ def update(check: bool) -> None:
     path = RESULTS / LOCK
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"results": {}, "pages": {}}
     files = {file.relative_to(RESULTS).as_posix(): file for file in sorted(RESULTS.rglob("*.*")) if file != path}
-    digests = {name: file_sha256(file) for name, file in files.items() if not name.endswith(".png")}
+    files |= {os.path.relpath(file, RESULTS): file for file in sorted((ROOT / "docs").glob("*.png"))}
+    digests = {name: file_sha256(file) for name, file in files.items()}
     for name in sorted({*before["results"], *digests}):
         if name.endswith(".json"):
             check_rows(name)

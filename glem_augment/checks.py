@@ -17,7 +17,7 @@ Preset = Literal[
 DrawSource = Literal["gaussian", "rfcm", "mixup"]  # the source of a SyntheticDataset's latents
 Format = Literal["imagefolder", "webdataset"]  # of an export
 PolicyName = Literal["mixup", "noise", "adversarial"]  # how GLEMAugment moves latents
-Memory = Literal["stored", "reversible"]  # how training keeps a flow's activations
+Memory = Literal["stored", "recomputed"]  # how training keeps a flow's activations
 
 PRESET_NAMES, SOURCES, FORMATS, POLICIES = (get_args(kind) for kind in (Preset, DrawSource, Format, PolicyName))
 RUN_FILE = "run.json"  # of a run of `glem train`: its command and how it opened the data

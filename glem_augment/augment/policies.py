@@ -68,7 +68,7 @@ class AugmentParams:
         return replace(self, drawn={**self.drawn, **drawn})
 
 
-class ClassMap:
+class ClassIndex:
     """The model's class for every data class, with K' data classes and K of the model; -1: none. All on the CPU.
 
     Attributes:
@@ -101,7 +101,7 @@ class Selected(NamedTuple):
 
     rows: Tensor
     data_cls: Tensor
-    classes: ClassMap
+    classes: ClassIndex
     modes: int
 
 

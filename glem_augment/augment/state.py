@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from glem_augment.checks import check_whole
 from glem_augment.distributed import rank
-from glem_augment.tensors import weights_key
 
 WORKERS = 1024  # rows of a WorkerCounts; worker w has row w % WORKERS
 MOST_REJECTED = 0.05  # more rejected moves or samples than this part of all are reported
@@ -98,31 +97,6 @@ class RandomState:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sender": rank(self._sender)}
-
-
-class InverseTest:
-    """Chooses the calls that test whether the model gives the images back.
-
-    These are all calls until FIRST tests in a row lose no image, then one call in EVERY. New weights start this again.
-    """
-
-    FIRST, EVERY = 8, 32
-
-    def __init__(self) -> None:
-        self._key: object = None
-        self._calls = self._good = 0
-
-    def due(self, flow: nn.Module) -> bool:
-        """Whether the call that begins now tests the inverse."""
-        key = weights_key(flow)
-        if key != self._key:
-            self._key, self._good = key, 0
-        self._calls += 1
-        return self._good < self.FIRST or self._calls % self.EVERY == 0
-
-    def saw(self, back: Tensor) -> None:
-        """Note the result of a test, bool [n]; this waits for the device."""
-        self._good = self._good + 1 if bool(back.all()) else 0
 
 
 class MoveCounts:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.augment.labels import soft_labels
-from glem_augment.augment.policies import AugmentParams, Batch, Classifier, ClassMap, Policy, Selected, as_policy
-from glem_augment.augment.state import InverseTest, MoveCounts, RandomState
+from glem_augment.augment.policies import AugmentParams, Batch, Classifier, ClassIndex, Policy, Selected, as_policy
+from glem_augment.augment.state import MoveCounts, RandomState
 from glem_augment.checks import PolicyName, check_number
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.errors import ClassMismatchError
@@ -38,8 +38,8 @@ class GLEMAugment(nn.Module):
     """A batch transform on images and labels through a GLEM, without parameters. The model is no sub-module.
 
     A moved image is rejected, and the original kept, if it is not finite or leaves [0, 1] by more than 1: an inverse
-    that explodes goes far beyond. Some calls also test whether the model gives the originals back within half a uint8
-    step: the first 8, all calls after a failure, and one call in 32. Failures are rejected, too, and all are counted.
+    that explodes goes far beyond. So is one whose original a flow does not give back within half a uint8 step. All are
+    counted.
 
     Args:
         model: a GLEM with fitted modes (`model.fit_modes(data)`), or its name (see `GLEM.from_pretrained`).
@@ -83,11 +83,10 @@ class GLEMAugment(nn.Module):
         self.modes = model.checked_modes(modes)
         self.pixels = PixelAdapter(model.image_shape, mean, std, model.pixel_range)
         self.class_map = check_class_map(class_map, model.num_classes)
-        self._classes = ClassMap(self.class_map or range(model.num_classes), model.num_classes)
+        self._classes = ClassIndex(self.class_map or range(model.num_classes), model.num_classes)
         self.num_classes = len(self._classes.to_model)
         self._random = RandomState(seed)
         self._counts = MoveCounts()
-        self._inverse = InverseTest()
         self._classifier: Classifier | None = None
         self._copies: dict[torch.device, tuple[object, GLEM]] = {}
 
@@ -253,10 +252,9 @@ class GLEMAugment(nn.Module):
         A flow on pixels decodes z to `small` itself. An autoencoder does not, and its error is no part of the change.
         """
         back = torch.ones(len(z), dtype=torch.bool, device=z.device)
-        if self._inverse.due(self.model.flow):
+        if any(True for _ in model.flow.parameters()):  # a flow without parameters is linear, and loses nothing
             # Information lost in encoding is invisible in z, so z is decoded. The limit is half of 1/255 of the range.
             back = model.flow_error(small, z) < 0.5 / 255
-            self._inverse.saw(back)
         return small if model.codec.exact else model.pixel_range.clamp(model.decode(z, clamp=False)), back
 
     def _images(self, decoded: Tensor, images: Tensor, small: Tensor, dtype: torch.dtype) -> Tensor:

@@ -82,7 +82,7 @@ class ClassModes(ClassSampler):
         counts: int64 [K P], images seen; 0 for a part that is not there.
         shared_directions, shared_scales: [j, d] and [j], the modes of the pooled within-class covariance.
 
-    `classes.fit.fit_class_modes` makes one.
+    `classes.fit.fit_modes` makes one.
     """
 
     mean: Tensor
@@ -122,11 +122,6 @@ class ClassModes(ClassSampler):
         """How many of the top `most` modes the classes have: "64", or "19 to 64"."""
         return " to ".join(dict.fromkeys(str(min(count, most)) for count in self.fewest_and_most))
 
-    def variance(self) -> Tensor:
-        """The variance of every dimension, along the modes and outside them: [K P, d]."""
-        found = (self.scales[..., None] * self.directions).square().sum(1) + self.rest
-        return found.repeat_interleave(self.parts, 0) if self.tied else found
-
     def covariance_rows(self, rows: Tensor) -> Tensor:
         """The rows of `directions`, `scales` and `rest` for rows of `mean`, int64 of any shape."""
         return rows // self.parts if self.tied else rows
@@ -141,14 +136,6 @@ class ClassModes(ClassSampler):
         return y * self.parts + far.masked_fill(missing, math.inf).argmin(1)
 
     # ---- classes as a whole ------------------------------------------------------------------------------------------
-
-    def class_moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and variance per dimension of each class, [K, d] float64, and its images, int64 [K]."""
-        n, mean, variance = (t.unflatten(0, (-1, self.parts)) for t in (self.counts, self.mean, self.variance()))
-        total, n, mean = n.sum(1), n[..., None].double(), mean.double()
-        centre = (n * mean).sum(1) / total[:, None]
-        scatter = (n - 1).clamp_min(0) * variance.double() + n * (mean - centre[:, None]).square()
-        return centre, scatter.sum(1) / (total - 1).clamp_min(1)[:, None], total
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log N(z; m_y, C_y) of latents z [B, d] under every class, [B, K] nats: a regularised discriminant analysis.
@@ -168,7 +155,9 @@ class ClassModes(ClassSampler):
         if self._classifier is None or self._classifier[0] != key:
             with torch.inference_mode(False):
                 pooled = _outer(self.shared_scales, self.shared_directions)
-                centres, _, totals = self.class_moments()
+                counts, means = (t.unflatten(0, (-1, self.parts)) for t in (self.counts, self.mean.double()))
+                totals = counts.sum(1)
+                centres = (counts[..., None] * means).sum(1) / totals[:, None]
                 whiteners, logdets = [], []
                 for y, centre in enumerate(centres):
                     covariance = SHRUNK * pooled

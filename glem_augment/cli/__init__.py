@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"glem: {stop}" if str(stop) else "glem: interrupted", file=sys.stderr)
         return 130
-    except (GLEMError, ValueError, TypeError, OSError) as error:
+    except (GLEMError, ValueError, TypeError, OSError, ImportError) as error:
         return _fail(_one_line(error))
     except (MemoryError, RuntimeError) as error:
         # torch.OutOfMemoryError is compared by name, since torch may not be imported. On a CPU torch has no such class.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
 DATA_HELP = "images or arrays: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
-MODEL_HELP = "a folder written by glem train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
+MODEL_HELP = "a folder from glem fit or train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
 
 
 class Parser(argparse.ArgumentParser):
@@ -250,7 +250,7 @@ def uncovered(args: argparse.Namespace, model: GLEM, *written: Path | None) -> N
     for path in written:
         if path is not None and path.resolve().is_relative_to(expand(args.model).resolve()):
             raise ValueError(f"{path} would show real images in a folder that is shared: write it elsewhere")
-    note("glem: the model's privacy does not cover this, which looks at real images: share it only if they are public")
+    note("glem: this uses real images, so the model's privacy does not cover it: share it only if they are public")
 
 
 def open_resized(model: GLEM, spec: str, split: str, **options: Any) -> ImageData:

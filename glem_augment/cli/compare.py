@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=common.number(0.1), default=10.0, metavar="X", help=minutes)
     seeds = "trainings of each stack, 2 to 10 (default: %(default)s)"
     parser.add_argument("--seeds", type=common.number(2, 10, int), default=5, metavar="N", help=seeds)
-    parser.add_argument("--model", metavar="MODEL", help="a model to compare as well (default: none)")
+    parser.add_argument("--model", metavar="MODEL", help="try moves in the latents of its flow, too (default: none)")
     autoencoder = "taef2, or hub:ORG/NAME (default: taef2)"
     parser.add_argument("--autoencoder", default="taef2", metavar="NAME", help=autoencoder)
     networks = parser.add_mutually_exclusive_group()
@@ -54,18 +54,18 @@ def run(args: argparse.Namespace) -> None:
     began = time.monotonic()  # imports and reading count
     from glem_augment.evaluation.compare import check_network, compare, parted, picture
     from glem_augment.images.dataset import open_data
-    from glem_augment.images.sources import without_splits
+    from glem_augment.images.sources import without_test
     from glem_augment.io import finite, save_png, write_json
     from glem_augment.model.glem import GLEM
 
     common.pick_device(args)
     network = args.pretrained or args.network
-    check_network(network)
     size = common.height_and_width(args.image_size) or (64, 64)
+    check_network(network, bool(args.pretrained), (3, *size))
     reading: dict[str, Any] = dict(progress=not args.quiet, skip_bad=args.skip_bad)
     train = open_data(args.data, "train", size, **reading)
     common.name_skipped(train)
-    if args.test is None and without_splits(args.data):
+    if args.test is None and without_test(args.data):
         train, test = parted(train, 4)
     else:
         channels = train.image_shape[0] if train.image_shape[0] in (1, 3) else None

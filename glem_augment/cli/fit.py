@@ -70,7 +70,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     common.add_value_range(parser)
     common.add_out(parser, "folder for the model")
     common.add_count(parser, "--rank", f"modes per class, or per part; {EXCLUDED}", 64)
-    parts = "groups of similar images per class, for better samples (default: 1; with --epsilon what the noise allows)"
+    parts = "Gaussians per class, one per group of similar images (default: 1; with --epsilon as many as noise allows)"
     parser.add_argument("--parts", type=common.number(1, MAX_PARTS, int), metavar="N", help=parts)
     pooled = f"one class for all images, with modes from all classes: for moves of any image; {EXCLUDED}"
     parser.add_argument("--pooled", action="store_true", help=pooled)
@@ -185,9 +185,9 @@ def tell(privacy: dict[str, Any]) -> None:
     modes, noise = expect["modes"], expect["noise_of_means"]
     common.note(f"glem: {promise(privacy)}")
     common.note(
-        f"glem: above the noise are {expect['pooled_modes']} modes of all classes together and {min(modes)} to "
-        f"{max(modes)} more of each class; Gaussians per class: {privacy['parts']}; noise in what sets the class means "
-        f"apart: {100 * min(noise):.0f} to {100 * max(noise):.0f} %"
+        f"glem: {expect['pooled_modes']} modes of the pooled covariance rise above the noise, and {min(modes)} to "
+        f"{max(modes)} of each class's difference from it; Gaussians per class: {privacy['parts']}; share of noise in "
+        f"the differences of class means: {100 * min(noise):.0f} to {100 * max(noise):.0f} %"
     )
     if min(noise) > _NOISY:
         common.note(

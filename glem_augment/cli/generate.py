@@ -95,7 +95,7 @@ def per_class(text: str) -> Any:
 def run(args: argparse.Namespace) -> None:
     from glem_augment.distributed import is_primary
     from glem_augment.hub.cards import CardFacts
-    from glem_augment.images.sources import without_splits
+    from glem_augment.images.sources import without_test
     from glem_augment.synthetic.dataset import SyntheticDataset
     from glem_augment.synthetic.export import check_folder, export_set
 
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     real = unseen = None
     if args.real is not None:
         real = common.open_resized(model, args.real, args.split or "train", **reading)
-    if args.report is not None and is_primary() and not without_splits(args.real):
+    if args.report is not None and is_primary() and not without_test(args.real):
         unseen = common.open_resized(model, args.real, "test", **reading)
     given = ("temperature", "modes", "alpha")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
@@ -153,12 +153,19 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_together(args: argparse.Namespace) -> None:
     """Raise ValueError for an option without effect, or without another option that it needs."""
+    from glem_augment.images.sources import HELD_OUT
+
     balance, mixup = args.per_class == "balance", args.source == "mixup"
     if (balance or mixup or args.report) and args.real is None:
         option = "--per-class balance" if balance else "--source mixup" if mixup else "--report"
         raise ValueError(f"{option} needs real images: give --real DATA")
     if args.report and args.report.resolve().is_relative_to(args.out.resolve()):
         raise ValueError("--report would be among the images of --out: give it another folder")
+    if args.report and args.split in HELD_OUT:
+        raise ValueError(
+            f"--report needs the images of the model's training, and compares them with held-out ones: --split "
+            f"{args.split} gives the held-out ones twice"
+        )
     for name, needed, there in (
         ("real", "--per-class balance, --source mixup or --report", balance or mixup or args.report),
         ("split", "--real", args.real is not None),

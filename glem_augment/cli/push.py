@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from typing import Any
 
 from glem_augment.cli import common
@@ -46,23 +45,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from huggingface_hub.utils import validate_repo_id
 
-    from glem_augment.hub import upload, write_repository
+    from glem_augment.hub import push_to_hub, write_repository
     from glem_augment.hub.cards import CardFacts
     from glem_augment.model.glem import GLEM
 
     validate_repo_id(args.repo)
-    facts = CardFacts(args.license, args.license_name, args.license_link, args.datasets, args.metrics)
+    names = ("license", "license_name", "license_link", "datasets", "metrics")
+    card = {name: getattr(args, name) for name in names}
+    facts, samples = CardFacts(**card), not args.no_samples
     model = GLEM.from_pretrained(args.model)
-    write = partial(write_repository, model, facts, samples=not args.no_samples)
     if args.dry_run is not None:
         if args.dry_run.exists() and any(args.dry_run.iterdir()):
             raise FileExistsError(f"{args.dry_run} is not empty: give a new folder")
-        write(args.repo, args.dry_run)
+        write_repository(model, facts, args.repo, args.dry_run, samples)
         common.note("nothing was uploaded")
         files = {path.name: path.stat().st_size for path in sorted(args.dry_run.iterdir())}
         common.print_json({"repo": args.repo, "files": files})
         return
     target = {"private": args.private or None, "revision": args.revision, "commit_message": args.message}
-    commit = upload(args.repo, "model", write, **target)
+    commit = push_to_hub(model, args.repo, samples=samples, **card, **target)
     repo, oid = commit.repo_url.repo_id, commit.oid
     common.print_json({"repo": repo, "commit": oid, "pinned": f"{repo}@{oid}", "url": str(commit.commit_url)})

@@ -30,7 +30,7 @@ from glem_augment.augment.policies import Noise
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import closest
 from glem_augment.errors import DataError
-from glem_augment.evaluation.classifier import accuracy
+from glem_augment.evaluation.classifier import accuracy, new_network
 from glem_augment.evaluation.intervals import difference, interval
 from glem_augment.evaluation.metrics import spread
 from glem_augment.evaluation.pictures import Section, compose
@@ -99,7 +99,7 @@ def compare(
         raise DataError(f"training and test images differ in classes: {train.classes[:5]} and {test.classes[:5]}")
     if np.bincount(train.targets, minlength=len(train.classes)).min() < 5:
         raise DataError("every class needs at least 5 training images, a fifth of which are held out for the choice")
-    check_network(network)
+    check_network(network, pretrained, train.image_shape)
     settings = {
         "train": _fingerprint(train), "test": _fingerprint(test), "minutes": minutes, "seeds": seeds,
         "autoencoder": autoencoder, "flow": flow and weights_sha256(flow), "network": network, "pretrained": pretrained,
@@ -136,12 +136,21 @@ def compare(
     }  # fmt: skip
 
 
-def check_network(name: str) -> None:
-    """ValueError: timm has no network of this name."""
+def check_network(name: str, pretrained: bool, shape: tuple[int, int, int]) -> None:
+    """ValueError: timm has no such network, or no weights for it, or it can't take images of shape [C, H, W]."""
     import timm  # takes a second
 
     if not timm.is_model(name):
         raise ValueError(f"timm has no network {name!r}{closest(name.split('.')[0], timm.list_models())}")
+    if pretrained and not timm.models.is_model_pretrained(name):
+        raise ValueError(f"timm has no weights for {name}: name another network")
+    try:
+        with torch.no_grad():
+            new_network(shape[0], 2, name=name).eval()(torch.zeros(1, *shape))
+    except Exception as error:  # each network has other errors
+        reason = " ".join(str(error).split())
+        size = f"{shape[1]}x{shape[2]}"
+        raise ValueError(f"{name} can't take images of {size} ({reason}): give another size or network") from None
 
 
 class Store:

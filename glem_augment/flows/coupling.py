@@ -61,24 +61,11 @@ class Coupling(nn.Module):
         """
         raise NotImplementedError
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The two halves."""
-        first, second = x.split(self.n)
-        return first, second
-
-    def merge(self, x1: Tensor, x2: Tensor) -> Tensor:
-        """Undoes `split`."""
-        return torch.cat([x1, x2])
-
-    def params(self, x1: Tensor) -> Tensor:
-        """The network's output for the first half."""
-        return self.net(x1.transpose(0, 1))
-
     def couple(self, x: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """The whole layer on channel-major x [c, B, H, W]: ([c, B, H, W], log|det| [B])."""
-        x1, x2 = self.split(x)
-        y2, logdet = self.transform(x2, self.params(x1), inverse)
-        return self.merge(x1, y2), logdet
+        x1, x2 = x.split(self.n)
+        y2, logdet = self.transform(x2, self.net(x1.transpose(0, 1)), inverse)
+        return torch.cat([x1, y2]), logdet
 
 
 def check_bound(bound: float) -> None:

@@ -19,10 +19,10 @@ class Flow(nn.Module):
     `precision.full_precision`, and they are differentiable. `check_flow` tests a user's subclass.
 
     Attributes:
-        rebuilds: whether `memory="reversible"` is possible.
+        recomputes: whether `memory="recomputed"` is possible.
     """
 
-    rebuilds = False
+    recomputes = False
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -37,14 +37,14 @@ class Flow(nn.Module):
         """Set the layers that depend on the first batch `x` [B,C,H,W], once."""
 
     def set_memory(self, memory: Memory) -> None:
-        """How a backward pass gets the activations: "stored" (the default: the fastest), or "reversible".
+        """How a backward pass gets the activations: "stored" (the default: the fastest), or "recomputed".
 
-        "reversible" rebuilds them from outputs through the exact inverse. Then activation memory does not grow with
-        depth; steps take about a third longer. ValueError: another word, or "reversible" for a flow that can't.
+        "recomputed" keeps the input of each step alone, and computes the step again (torch.utils.checkpoint). Training
+        takes about half as long again. ValueError: another word, or "recomputed" for a flow that can't.
         """
         check_choice("memory", memory, get_args(Memory))
-        if memory == "reversible" and not self.rebuilds:
-            raise ValueError(f"the activations of {type(self).__name__} can't be rebuilt: leave memory at 'stored'")
+        if memory == "recomputed" and not self.recomputes:
+            raise ValueError(f"the activations of {type(self).__name__} can't be recomputed: leave memory at 'stored'")
         self.memory = memory
 
     def set_autocast(self, dtype: torch.dtype | None) -> None:

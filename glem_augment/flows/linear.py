@@ -19,7 +19,7 @@ RIDGE, _LEAST_VARIANCE = 1e-3, 1e-8
 class FlatIdentity(Flow):
     """`z = flatten(x)`: the linear control that every learned flow has to beat."""
 
-    rebuilds = True  # there is nothing to rebuild
+    recomputes = True  # there is nothing to compute again
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x.flatten(1), x.new_zeros(x.shape[0])

@@ -10,12 +10,12 @@ together, and kept while the weights are frozen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from glem_augment.flows.coupling import Coupling
 from glem_augment.flows.flow import Flow
@@ -118,16 +118,17 @@ class Level(nn.Module):
             x, _ = coupling.couple(self._mixings(inverse=False)[0][index].forward(x))
         return x
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[C, B, H, W] -> [4C, B, H/2, W/2] (for `side` = 2), and log|det| [B] in nats."""
-        return self.run_steps(squeeze(x, self.side))
-
-    def run_steps(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The steps alone, on squeezed x."""
+    def forward(self, x: Tensor, recompute: bool = False) -> tuple[Tensor, Tensor]:
+        """[C, B, H, W] -> [4C, B, H/2, W/2] (for `side` = 2), and log|det| [B] in nats; see `Flow.set_memory`."""
+        x = squeeze(x, self.side)
         mixings, shared = self.mixings(inverse=False)
         logdet = x.new_zeros(x.shape[1])
         for mixing, coupling in zip(mixings, self.couplings, strict=True):
-            x, change = coupling.couple(mixing.forward(x))
+            if recompute:
+                step = partial(_exact_step, mixing, coupling)
+                x, change = checkpoint(step, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, change = coupling.couple(mixing.forward(x))
             logdet = logdet + change
         return x, logdet + shared
 
@@ -141,6 +142,12 @@ class Level(nn.Module):
         return unsqueeze(y, self.side), logdet
 
 
+def _exact_step(mixing: Mixing, coupling: Coupling, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A step in true float32, also where a backward pass computes it again."""
+    with full_precision(x.device.type):
+        return coupling.couple(mixing.forward(x))
+
+
 class MultiscaleFlow(Flow):
     """x [B,C,H,W] -> z [B, C*H*W]: per level a squeeze and its steps, then half of the channels are factored out.
 
@@ -149,7 +156,7 @@ class MultiscaleFlow(Flow):
     of side `patch` channels; later levels have side 2.
     """
 
-    rebuilds = True
+    recomputes = True
     levels: list[Level]
 
     def __init__(self, image_shape: tuple[int, int, int], levels: list[list[Step]], patch: int = 2) -> None:
@@ -169,9 +176,8 @@ class MultiscaleFlow(Flow):
         with full_precision(x.device.type):
             parts, logdet = [], x.new_zeros(len(x))
             h = x.transpose(0, 1)
-            rebuild = self.memory == "reversible" and torch.is_grad_enabled()
             for index, level in enumerate(self.levels):
-                h, change = reversible(level, squeeze(h, level.side)) if rebuild else level(h)
+                h, change = level(h, self.memory == "recomputed" and torch.is_grad_enabled())
                 logdet = logdet + change
                 if index < len(self.levels) - 1:
                     h, out = h.chunk(2)
@@ -199,94 +205,3 @@ class MultiscaleFlow(Flow):
             for level in self.levels:
                 h = level.initialise(h)
                 h = h[: len(h) // 2]
-
-
-# ---- training without stored activations -----------------------------------------------------------------------------
-
-
-def reversible(steps: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`steps.run_steps(x)` of a `Level`, with activation memory that does not grow with the steps.
-
-    The backward pass rebuilds the activations from the output. It evaluates a coupling's network once, on the half that
-    passes unchanged. The result serves to undo the coupling and to differentiate it. So a step costs one more forward
-    pass of its network. Results can be differentiated once; gradients equal the ordinary ones up to the rounding of the
-    rebuilt activations. Source: Gomez et al., "The Reversible Residual Network", NeurIPS 2017, for the idea.
-    """
-    return _ReversibleSteps.apply(steps, x, *steps.parameters())
-
-
-class _ReversibleSteps(torch.autograd.Function):
-    """Saves only the result. The weights are inputs so that autograd computes their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, steps: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        y, logdet = steps.run_steps(x)
-        ctx.steps, ctx.versions = steps, _versions(weights)
-        ctx.save_for_backward(y)
-        return y, logdet
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor, g_logdet: Tensor) -> tuple[Tensor | None, ...]:
-        steps = ctx.steps
-        if _versions(steps.parameters()) != ctx.versions:
-            raise RuntimeError("a weight of the flow was changed between the forward and the backward pass")
-        (y,) = ctx.saved_tensors
-        grads: dict[Tensor, Tensor | None] = {}
-        with full_precision(y.device.type):
-            undo, _ = steps.mixings(inverse=True)
-            with torch.enable_grad():
-                mixings, shared = steps.mixings(inverse=False)
-            # The exponentials behind the mixings are differentiated once, after all steps.
-            outputs, upstream = [shared], [g_logdet.sum()]
-            for index, coupling in reversed(list(enumerate(steps.couplings))):
-                y, g, found = _coupling_backward(coupling, y, g, g_logdet)
-                grads.update(zip(coupling.parameters(), found, strict=True))
-                y, g, found = _mixing_backward(mixings[index], undo[index], y, g)
-                for tensor, grad in zip(mixings[index], found, strict=True):
-                    if grad is not None:
-                        outputs.append(tensor)
-                        upstream.append(grad)
-            if shared.requires_grad:
-                rest = steps.mixing_weights()
-                grads.update(zip(rest, _gradients(outputs, upstream, rest), strict=True))
-        return None, g, *(grads.get(w) for w in steps.parameters())
-
-
-def _versions(weights: Any) -> list[int]:
-    return [0 if w.is_inference() else w._version for w in weights]
-
-
-def _gradients(outputs: Sequence[Tensor], upstream: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Any]:
-    """Gradients of some outputs, one per input; None for an input that needs none."""
-    wanted = [t for t in inputs if t.requires_grad]
-    # The log-determinant of a coupling may be a constant.
-    outputs, upstream = zip(*((t, g) for t, g in zip(outputs, upstream, strict=True) if t.requires_grad), strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, upstream, allow_unused=True))
-    return [next(found) if t.requires_grad else None for t in inputs]
-
-
-def _coupling_backward(
-    coupling: Coupling, y: Tensor, g: Tensor, g_logdet: Tensor
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """From a coupling's output and its gradient to the input, the input's gradient, and the weights' gradients."""
-    y1, y2 = coupling.split(y)
-    g1, g2 = coupling.split(g)
-    with torch.enable_grad():
-        x1 = y1.detach().requires_grad_()
-        params = coupling.params(x1)
-        with torch.no_grad():
-            x2, _ = coupling.transform(y2, params, inverse=True)
-        x2.requires_grad_()
-        inputs = [x1, x2, *coupling.parameters()]
-        g_x1, g_x2, *found = _gradients(coupling.transform(x2, params), [g2, g_logdet], inputs)
-    return coupling.merge(y1, x2.detach()), coupling.merge(g1 + g_x1, g_x2), found
-
-
-def _mixing_backward(mixing: Any, undo: Any, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The same for a `Mixing`; `undo` is the mixing made for the inverse."""
-    x = undo.inverse(y).requires_grad_()
-    with torch.enable_grad():
-        used = mixing._make(t.detach().requires_grad_(t.requires_grad) for t in mixing)
-        g_x, *found = _gradients([used.forward(x)], [g], [x, *used])
-    return x.detach(), g_x, found

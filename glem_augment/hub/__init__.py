@@ -202,6 +202,7 @@ def push_to_hub(
         ModelFileError: the weights are not finite. ValueError: metrics that `glem eval` did not write.
     """
     facts = CardFacts(license, license_name, license_link, datasets, metrics)
+    model_card(model, repo_id, facts, samples)  # refuses wrong facts before a repository is made
     return upload(repo_id, "model", partial(write_repository, model, facts, samples=samples), **target)
 
 

@@ -64,7 +64,9 @@ class CardFacts:
     report: str | os.PathLike[str] | None = None
 
     def metadata(self) -> dict[str, Any]:
-        """The licence as metadata of a card."""
+        """The licence as metadata of a card. ValueError: a name or a link of a licence that the Hub knows."""
+        if (self.license_name or self.license_link) and self.license != "other":
+            raise ValueError("license_name and license_link describe a licence that the Hub does not know: give other")
         return {"license": self.license, "license_name": self.license_name, "license_link": self.license_link}
 
     def sentence(self) -> str:

@@ -45,6 +45,7 @@ _TRAIN = ("train", "training")
 _TEST = ("test", "testing")
 _VAL = ("val", "validation", "valid", "eval")
 _SPLIT_FOLDERS = dict.fromkeys(_TRAIN, _TRAIN) | dict.fromkeys(_TEST, _TEST + _VAL) | dict.fromkeys(_VAL, _VAL + _TEST)
+HELD_OUT = _TEST + _VAL
 _CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 # Files of `SyntheticDataset.export`: the manifest, and the label of every class, even one whose folder is missing.
 _FILES = (*IMG_EXTENSIONS, *EXTENSIONS)
@@ -143,6 +144,14 @@ def without_splits(spec: str) -> bool:
     """Whether `spec` is one ImageFolder or archive, whose images stand for every split."""
     folder = expand(spec)
     return tar_file(spec) is not None or (folder.is_dir() and not _is_idx(folder) and not _split_folders(folder))
+
+
+def without_test(spec: str) -> bool:
+    """Whether `spec` is a folder or an archive that has no images of a split "test", or "val" in its place."""
+    folder = expand(spec)
+    if not folder.is_dir() or _is_idx(folder):
+        return without_splits(spec)
+    return not any(name in HELD_OUT for name in _split_folders(folder))
 
 
 def _image_folder(folder: Path) -> FolderSource:

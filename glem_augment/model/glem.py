@@ -505,7 +505,8 @@ class GLEM(ConditionalFlow):
 
         Args:
             data: see `fit_modes`.
-            classes: names to use instead of the data's (of a pair: the names given to `create`, or else "0", "1", ...).
+            classes: names in place of the data's. A pair (images, labels) has none: it gets the names given to `create`
+                if their number fits, or else "0", "1", ...
             split: split to open, for data given by name.
             rank, max_per_class, seed: see `fit_modes`.
             parts: number of groups of similar latents per class, each with its modes; for classes with hundreds of

@@ -17,7 +17,7 @@ import tarfile
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +34,7 @@ from glem_augment import __version__
 from glem_augment.augment.state import MOST_REJECTED
 from glem_augment.checks import FORMATS, Format
 from glem_augment.distributed import gather, rank, world_size
+from glem_augment.errors import DataError
 from glem_augment.hub import upload, write_card
 from glem_augment.hub.cards import CardFacts, dataset_card
 from glem_augment.images.sources import CLASS_FILE, PROVENANCE
@@ -148,7 +149,9 @@ def push_dataset(
     plan.need_8_bits()
     if report is not None:
         plan.model.refuse_if_private("a report on the card")
+        _quality(report)  # before images are drawn
     facts = CardFacts(license, license_name, license_link, report=report)
+    facts.metadata()  # which refuses a wrong licence
 
     def write(name: str, folder: Path) -> None:
         export_set(plan, draw, folder, "webdataset", facts, name=name)
@@ -308,6 +311,8 @@ def _remove(folder: Path, old: dict[str, Any]) -> None:
         files += [_SHARDS_INFO, _CARD, _NUMBERS, _PICTURE, *map(str, folder.glob("data/train-*-of-*.tar"))]
     for name in files:
         (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # missing, or with files of the user
+        (folder / "data").rmdir()  # an ImageFolder would count it as a class
     shutil.rmtree(folder / _WORK, ignore_errors=True)
 
 
@@ -405,10 +410,17 @@ def _describe_shards(plan: Plan, folder: Path, facts: CardFacts, manifest: dict[
     split = {"name": "train", "num_samples": manifest["count"], "filenames": names, "shard_lengths": lengths}
     write_json(folder / _SHARDS_INFO, {"splits": {"train": split}})
     if facts.report is not None:
-        report = expand(facts.report)
-        manifest["quality"] = json.loads((report / _NUMBERS).read_text(encoding="utf-8"))
-        shutil.copy(report / _PICTURE, folder)
+        manifest["quality"] = _quality(facts.report)
+        shutil.copy(expand(facts.report) / _PICTURE, folder)
     write_card(dataset_card(manifest, name, replace(facts, license=_stated_licence(plan, facts))), folder)
+
+
+def _quality(report: str | os.PathLike[str]) -> dict[str, Any]:
+    """The numbers in the folder of a quality report. DataError: the folder holds none."""
+    folder = expand(report)
+    if not (folder / _PICTURE).is_file() or not (folder / _NUMBERS).is_file():
+        raise DataError(f"{folder} holds no quality report: give the folder that evaluation.quality_report wrote")
+    return json.loads((folder / _NUMBERS).read_text(encoding="utf-8"))
 
 
 def _warn(plan: Plan, folder: Path, manifest: dict[str, Any], out_of_range: int) -> None:

@@ -22,7 +22,9 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / page.relative_to(numbers.ROOT)).parent.mkdir(exist_ok=True)
         shutil.copy(page, tmp_path / page.relative_to(numbers.ROOT))
     results = tmp_path / "benchmarks" / "results"
-    shutil.copytree(numbers.RESULTS, results, ignore=shutil.ignore_patterns("*.png"))
+    shutil.copytree(numbers.RESULTS, results)
+    for picture in (numbers.ROOT / "docs").glob("*.png"):
+        shutil.copy(picture, tmp_path / "docs")
     monkeypatch.setattr(numbers, "ROOT", tmp_path)
     monkeypatch.setattr(numbers, "RESULTS", results)
     return tmp_path
@@ -71,6 +73,14 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a number without a name": (
         lambda root: edit(root / "docs/train.md", r"\Z", "\nIt is 91.2 ± 0.3 %.\n"),
         r"docs/train.md: .* stands beside or without one: '± 0'",
+    ),
+    "a sign before a number": (
+        lambda root: edit(root / "docs/train.md", r"(<!-- number: bundled_cifar10: accuracy)", r"-\1"),
+        r"docs/train.md: .* stands beside or without",
+    ),
+    "another picture": (
+        lambda root: shutil.copy(root / "docs/moves.png", root / "docs/private.png"),
+        r"docs/private.png differs from its digest",
     ),
     "a damaged marker": (
         lambda root: edit(root / "README.md", "<!-- /table -->", "<!-- table -->"),

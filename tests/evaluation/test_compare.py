@@ -242,6 +242,10 @@ def test_cuts_treat_kinds_alike() -> None:
 def test_unknown_networks_are_refused_with_a_suggestion() -> None:
     with pytest.raises(ValueError, match="did you mean resnet18"):
         compare(images(60), images(60), network="resnet_18", progress=False)
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224 can't take images of .* match model"):
+        compare(images(60), images(60), network="vit_tiny_patch16_224", progress=False)
+    with pytest.raises(ValueError, match="no weights for coatnet_0_224"):
+        compare(images(60), images(60), network="coatnet_0_224", pretrained=True, progress=False)
 
 
 def test_classes_must_agree_and_be_large_enough() -> None:

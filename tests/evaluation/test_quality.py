@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from glem_augment.evaluation import (
     quality_report,
 )
 from glem_augment.evaluation import report as report_module
+from glem_augment.images.sources import without_test
 
 
 def features(n: int, m: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> Tensor:
@@ -214,3 +216,8 @@ def test_a_report_of_colour_images_from_the_command_line(
     assert found["images"] == {"synthetic": 12, "real": 24, "held_out": 6} and found["memorisation"] is None
     assert main([*base, str(tmp_path / "c"), *report[:2]]) == 2
     assert "--report needs real images" in capsys.readouterr().err
+    assert main([*base, str(tmp_path / "c"), *report, str(tmp_path / "photos"), "--split", "val"]) == 2
+    assert "--split val gives the held-out ones twice" in capsys.readouterr().err
+    assert without_test(str(tmp_path / "photos" / "train")) and not without_test(str(tmp_path / "photos"))
+    shutil.rmtree(tmp_path / "photos" / "test")
+    assert without_test(str(tmp_path / "photos"))

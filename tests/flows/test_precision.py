@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_reversible import flow_and_images
+from test_recomputed import flow_and_images
 from torch import Tensor
 
 from glem_augment.classes.gaussians import ClassGaussians
@@ -114,7 +114,7 @@ def test_threads_share_one_change() -> None:
     assert found == ["highest"] and torch.get_float32_matmul_precision() == "medium"
 
 
-@pytest.mark.parametrize("memory", ["stored", "reversible"])
+@pytest.mark.parametrize("memory", ["stored", "recomputed"])
 def test_a_backward_pass_under_autocast_is_that_of_float32(memory: str) -> None:
     flow, x = flow_and_images(*TWO_SEGMENTS, bound=2.0)
     flow.set_memory(memory)

@@ -289,6 +289,12 @@ def test_refused_pushes_change_nothing(pushed: Pushed, monkeypatch: pytest.Monke
     broken.gaussians.mu[0, 0] = float("nan")
     with pytest.raises(ModelFileError, match="gaussians.mu.*finite"):
         broken.push_to_hub("org/flow", license="mit")
+    with monkeypatch.context() as patch:
+        patch.setattr("glem_augment.hub.upload", None)  # these are refused before a repository is made
+        with pytest.raises(ValueError, match="metrics"):
+            model.push_to_hub("org/new", license="mit", metrics=[{"loss": 1.0}])
+        with pytest.raises(ValueError, match="give other"):
+            model.push_to_hub("org/new", license="mit", license_name="mine")
     assert len(server.repo("org/flow").commits) == 2
     server.requests.clear()
     for name in ("org/flow--x", "a/b/c", "org/flow.git", "org/flow@v1", "hf-hub:org/flow", ""):

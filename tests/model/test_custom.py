@@ -171,8 +171,8 @@ def test_a_wrong_flow_is_refused(number: int) -> None:
 def test_flows_of_the_library_keep_the_contract_and_users_flows_have_limits(tmp_path: Path) -> None:
     for preset, shape in (("glow_tiny", SHAPE), ("identity", SHAPE), ("latent", (32, 4, 4))):
         check_flow(create_flow(preset, shape), shape)
-    with pytest.raises(ValueError, match="GainAndShift can't be rebuilt: leave memory at 'stored'"):
-        GainAndShift().set_memory("reversible")
+    with pytest.raises(ValueError, match="GainAndShift can't be recomputed: leave memory at 'stored'"):
+        GainAndShift().set_memory("recomputed")
     GLEM.create("glow_tiny", (1, 8, 8), ["a"], depth=[1], blocks=[1], width=[8]).save(tmp_path)
     with pytest.raises(ModelFileError, match="leave module= out"):
         GLEM.from_pretrained(tmp_path, module=GainAndShift())
@@ -213,7 +213,7 @@ def test_a_users_coupling_is_used_saved_and_missed(scaled: None, tmp_path: Path)
     check_flow(model.flow, SHAPE)
     x = torch.randint(0, 256, (4, *SHAPE), dtype=torch.uint8)
     gradients = []
-    for memory in ("stored", "reversible"):
+    for memory in ("stored", "recomputed"):
         model.flow.set_memory(memory)
         model.zero_grad()
         model.flow(x / 255 - 0.5)[0].square().sum().backward()

@@ -205,7 +205,7 @@ def test_a_report_on_a_private_model_warns_and_stays_out_of_the_export(
         assert main([*argv, str(tmp_path / shared / "report")]) == 2 and words in capsys.readouterr().err
     assert main([*argv, str(tmp_path / "report")]) == 0
     out, err = capsys.readouterr()
-    words = "the model's privacy does not cover this, which looks at real images: share it only if they are public"
+    words = "this uses real images, so the model's privacy does not cover it: share it only if they are public"
     assert err.count(words) == 1 and json.loads(out)["temperature"] == 1.0
 
 

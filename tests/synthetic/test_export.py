@@ -319,6 +319,15 @@ def test_shards_replace_an_earlier_export_and_leave_files_of_others(
         assert export(folder, seed=2) == left
     assert left == {**export(tmp_path / "b" / "out", seed=2), "data/val-00000.tar": b"mine"}
     assert left != before
+    (folder / "data" / "val-00000.tar").unlink()
+    make(seed=2).export(folder, progress=False, overwrite=True)  # an ImageFolder would count data/ as a class
+    assert len(open_data(folder)) == len(make(seed=2)) and not (folder / "data").exists()
+
+
+def test_a_report_for_a_push_is_read_before_images_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glem_augment.synthetic.export.upload", None)
+    with pytest.raises(DataError, match="no quality report"):
+        make().push_to_hub("org/set", report=tmp_path)
 
 
 def test_glem_generate_passes_few_files(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_returns_are_limited_also_over_pieces(tmp_path: Path, monkeypatch: pytes
 
 def test_precision_and_memory_reach_the_flow_that_is_trained(tmp_path: Path) -> None:
     seen = list[tuple[str, Any]]()
-    trainer = tiny_trainer(tmp_path, epochs=1, memory="reversible", precision="bf16")
+    trainer = tiny_trainer(tmp_path, epochs=1, memory="recomputed", precision="bf16")
     flow = trainer.model.flow
 
     def noting(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -260,4 +260,4 @@ def test_precision_and_memory_reach_the_flow_that_is_trained(tmp_path: Path) -> 
     trainer.e_step.take, trainer.measure = noting(trainer.e_step.take), noting(trainer.measure)
     trainer.fit()
     # The last one measures.
-    assert seen == [*[("reversible", torch.bfloat16)] * 4, ("stored", None)]
+    assert seen == [*[("recomputed", torch.bfloat16)] * 4, ("stored", None)]

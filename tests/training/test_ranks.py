@@ -85,7 +85,7 @@ def test_shares_are_whole_and_fall_with_the_total(monkeypatch: pytest.MonkeyPatc
 
 RUNS: dict[str, dict[str, Any]] = {
     # 40 steps. Five images of a batch on three ranks, and one rank without an image in the pass over 10 of D_g.
-    "glem": dict(batch_size=5, epochs=2, augment=("flip", "crop", "rotate", "jitter"), memory="reversible"),
+    "glem": dict(batch_size=5, epochs=2, augment=("flip", "crop", "rotate", "jitter"), memory="recomputed"),
     # More ranks than images in a batch: the third one has none, ever.
     "hybrid": dict(batch_size=2, epochs=1, objective="hybrid", beta=0.2),
     "mle": dict(batch_size=50, epochs=6, objective="mle"),

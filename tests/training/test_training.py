@@ -70,7 +70,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 RUNS = {
-    "glem": dict(augment=("crop", "jitter"), memory="reversible"),
+    "glem": dict(augment=("crop", "jitter"), memory="recomputed"),
     "mle": dict(schedule="cosine", epochs=4, objective="mle"),
     "hybrid": dict(
         preset="mef_tiny", flow_options=dict(depth=[1, 1], blocks=[1, 1], width=[4, 4]), objective="hybrid", epochs=2,

@@ -1,4 +1,4 @@
-"""Training without stored activations: the same gradients, in memory that does not grow with depth."""
+"""Training without stored activations: the same gradients, in much less memory."""
 
 from __future__ import annotations
 
@@ -43,12 +43,11 @@ def gradients(flow: MultiscaleFlow, x: Tensor, memory: str) -> list[Tensor | Non
     return [x.grad, *(p.grad for p in flow.parameters())]
 
 
-def assert_same_gradients(flow: MultiscaleFlow, x: Tensor, rtol: float, atol: float) -> None:
+def assert_same_gradients(flow: MultiscaleFlow, x: Tensor) -> None:
     needed = [True, *(p.requires_grad for p in flow.parameters())]
-    for got, want, needs in zip(gradients(flow, x, "reversible"), gradients(flow, x, "stored"), needed, strict=True):
+    for got, want, needs in zip(gradients(flow, x, "recomputed"), gradients(flow, x, "stored"), needed, strict=True):
         assert (got is not None) == (want is not None) == needs
-        if needs:
-            torch.testing.assert_close(got, want, rtol=rtol, atol=atol * float(want.abs().max()) + 1e-12)
+        assert got is None or torch.equal(got, want)
 
 
 def saved_bytes(flow: MultiscaleFlow, x: Tensor) -> int:
@@ -67,8 +66,7 @@ def saved_bytes(flow: MultiscaleFlow, x: Tensor) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_the_ordinary_ones(kind: str) -> None:
-    assert_same_gradients(*flow_and_images(kind, torch.float64), 1e-9, 1e-9)
-    assert_same_gradients(*flow_and_images(kind, torch.float32), 1e-3, 1e-4)
+    assert_same_gradients(*flow_and_images(kind, torch.float32))
 
 
 @pytest.mark.parametrize("frozen", ["all", "one norm", "networks", "one bias"])
@@ -83,29 +81,22 @@ def test_gradients_where_some_weights_are_frozen(frozen: str) -> None:
     }
     for each in chosen[frozen]:
         each.requires_grad_(False)
-    assert_same_gradients(flow, x, 1e-9, 1e-9)
+    assert_same_gradients(flow, x)
 
 
 @pytest.mark.parametrize("kind", ["matexp", "affine"])
-def test_saved_bytes_do_not_grow_with_depth(kind: str) -> None:
+def test_saved_bytes_are_the_inputs_of_steps(kind: str) -> None:
     sizes = {}
-    for memory in ("stored", "reversible"):
+    for memory in ("stored", "recomputed"):
         for times in (1, 4):
             flow, x = flow_and_images(kind, torch.float32, depth=[2 * times, 2 * times])
             flow.set_memory(memory)
             sizes[memory, times] = saved_bytes(flow, x)
-    assert sizes["reversible", 4] <= 1.3 * sizes["reversible", 1]
-    assert sizes["stored", 4] > 3 * sizes["stored", 1]
-    assert sizes["reversible", 1] < 0.25 * sizes["stored", 1]
+    for times in (1, 4):
+        assert sizes["recomputed", times] < 0.25 * sizes["stored", times]
 
 
-def test_a_weight_changed_before_the_backward_pass_is_noticed() -> None:
-    flow, x = flow_and_images("matexp", torch.float32)
-    with pytest.raises(ValueError, match="'stored', 'reversible'"):
+def test_another_word_is_an_error() -> None:
+    flow, _ = flow_and_images("affine", torch.float32)
+    with pytest.raises(ValueError, match="'stored', 'recomputed'"):
         flow.set_memory("none")
-    flow.set_memory("reversible")
-    z, _ = flow(x)
-    with torch.no_grad():
-        next(flow.levels[0].parameters()).add_(1.0)
-    with pytest.raises(RuntimeError, match="changed between the forward and the backward"):
-        z.sum().backward()
