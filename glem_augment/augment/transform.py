@@ -23,6 +23,7 @@ from glem_augment.augment.state import MoveCounts, RandomState
 from glem_augment.checks import PolicyName, check_number
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.errors import ClassMismatchError
+from glem_augment.flows.linear import FlatIdentity
 from glem_augment.images.matching import check_class_map, match_classes, named_classes
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.tensors import evaluating, send, weights_key
@@ -252,7 +253,7 @@ class GLEMAugment(nn.Module):
         A flow on pixels decodes z to `small` itself. An autoencoder does not, and its error is no part of the change.
         """
         back = torch.ones(len(z), dtype=torch.bool, device=z.device)
-        if any(True for _ in model.flow.parameters()):  # a flow without parameters is linear, and loses nothing
+        if type(model.flow) is not FlatIdentity:
             # Information lost in encoding is invisible in z, so z is decoded. The limit is half of 1/255 of the range.
             back = model.flow_error(small, z) < 0.5 / 255
         return small if model.codec.exact else model.pixel_range.clamp(model.decode(z, clamp=False)), back

@@ -112,7 +112,7 @@ def test_only_selected_rows_and_their_partners_are_encoded(model: GLEM, monkeypa
             aug.replay(x, y, params)
             partner = params.drawn.get("partner", params.rows)
             needed = torch.cat([params.rows, partner[partner >= 0]]).unique()
-            assert sizes == [len(needed), len(params.rows)]  # a flow without parameters needs no test
+            assert sizes == [len(needed), len(params.rows)]  # the identity needs no test
             # Partners are nearly always among the rows that are changed anyway.
             assert len(needed) <= len(params.rows) + 4
 
