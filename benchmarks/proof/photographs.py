@@ -1,8 +1,9 @@
 """Do moves of photographs help, beside tuned stacks? Imagenette at 64 pixels with 20 images per class.
 
     GLEM_DATA=... python benchmarks/proof/photographs.py
-    GLEM_DATA=... python benchmarks/proof/photographs.py --setting photographs_50   # 50 images per class
-    GLEM_DATA=... python benchmarks/proof/photographs.py --setting photographs_128  # and resnet18 at 128 pixels
+    GLEM_DATA=... python benchmarks/proof/photographs.py --setting photographs_50  # 50 images per class
+    # and resnet18 at 128 pixels
+    GLEM_DATA=... python benchmarks/proof/photographs.py --setting photographs_128 --seeds 0 1 2 3 4
 
 A small ResNet of timm is trained from scratch, in bfloat16, in 300 steps of 64 images. There are 14 stacks of other
 operations, and as many trials of moves along modes of the pixels: seven on crop + flip, seven on the best other stack.
@@ -12,8 +13,8 @@ seeds are measured on the same test images.
 
 The controls move images on crop + flip by Gaussian noise. Noise along modes has the covariance of the image's class.
 Noise along pooled modes has the average of these covariances. Smooth noise has this average, averaged again over all
-shifts of the image: energy, spectrum and colours are the same, but no shapes are left. Stored rows are not measured
-again.
+shifts of the image: energy, spectrum and colours are the same, but no shapes are left. Stored cells are not measured
+again; the table has those of `--seeds`.
 
 The two other settings choose nothing: they take the stacks that the first setting chose. At 128 pixels the model has 64
 pixels, as the documentation advises.

@@ -39,8 +39,8 @@ class GLEMAugment(nn.Module):
     """A batch transform on images and labels through a GLEM, without parameters. The model is no sub-module.
 
     A moved image is rejected, and the original kept, if it is not finite or leaves [0, 1] by more than 1: an inverse
-    that explodes goes far beyond. So is one whose original a flow does not give back within half a uint8 step. All are
-    counted.
+    that explodes goes far beyond. It is also rejected if a flow does not give the original back within half a uint8
+    step. Rejections are counted.
 
     Args:
         model: a GLEM with fitted modes (`model.fit_modes(data)`), or its name (see `GLEM.from_pretrained`).
@@ -253,7 +253,7 @@ class GLEMAugment(nn.Module):
         A flow on pixels decodes z to `small` itself. An autoencoder does not, and its error is no part of the change.
         """
         back = torch.ones(len(z), dtype=torch.bool, device=z.device)
-        if type(model.flow) is not FlatIdentity:
+        if type(model.flow) is not FlatIdentity:  # which loses nothing
             # Information lost in encoding is invisible in z, so z is decoded. The limit is half of 1/255 of the range.
             back = model.flow_error(small, z) < 0.5 / 255
         return small if model.codec.exact else model.pixel_range.clamp(model.decode(z, clamp=False)), back

@@ -161,7 +161,7 @@ def _check_together(args: argparse.Namespace) -> None:
         raise ValueError(f"{option} needs real images: give --real DATA")
     if args.report and args.report.resolve().is_relative_to(args.out.resolve()):
         raise ValueError("--report would be among the images of --out: give it another folder")
-    if args.report and args.split in HELD_OUT:
+    if args.report and (args.split or "").lower() in HELD_OUT:
         raise ValueError(
             f"--report needs the images of the model's training, and compares them with held-out ones: --split "
             f"{args.split} gives the held-out ones twice"

@@ -90,8 +90,8 @@ def compare(
         began: `time.monotonic()` at the start of the time; by default now.
 
     Raises:
-        DataError: classes that differ, or a class with fewer than five images. ValueError: timm has no such network.
-            FileExistsError: the folder holds trainings of other images or options (but for the minutes).
+        DataError: classes that differ, or a class with fewer than five images. ValueError: see `check_network`.
+            FileExistsError: the folder holds trainings of other images, options (but for the minutes) or versions.
     """
     began = time.monotonic() if began is None else began
     train.pixel_range.need_8_bits("a comparison", train.image_shape[0])
@@ -142,14 +142,17 @@ def check_network(name: str, pretrained: bool, shape: tuple[int, int, int]) -> N
 
     if not timm.is_model(name):
         raise ValueError(f"timm has no network {name!r}{closest(name.split('.')[0], timm.list_models())}")
-    if pretrained and not timm.models.is_model_pretrained(name):
+    try:
+        network = new_network(shape[0], 2, name=name).eval()
+    except Exception as error:  # each network has other errors
+        raise ValueError(f"timm can't make {name} ({' '.join(str(error).split())}): name another network") from None
+    if pretrained and not any(network.pretrained_cfg.get(place) for place in ("hf_hub_id", "url", "file")):
         raise ValueError(f"timm has no weights for {name}: name another network")
     try:
         with torch.no_grad():
-            new_network(shape[0], 2, name=name).eval()(torch.zeros(1, *shape))
-    except Exception as error:  # each network has other errors
-        reason = " ".join(str(error).split())
-        size = f"{shape[1]}x{shape[2]}"
+            network(torch.zeros(1, *shape))
+    except Exception as error:
+        size, reason = f"{shape[1]}x{shape[2]}", " ".join(str(error).split())
         raise ValueError(f"{name} can't take images of {size} ({reason}): give another size or network") from None
 
 
@@ -169,7 +172,7 @@ class Store:
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            other = [name for name in settings if found["settings"][name] != settings[name]]
+            other = [name for name in settings if found["settings"].get(name) != settings[name]]
             done = {str(key): float(value) for key, value in found["cells"].items()}
             plan, seconds = dict(found["plan"]), float(found["seconds"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -125,7 +125,7 @@ class Level(nn.Module):
         logdet = x.new_zeros(x.shape[1])
         for mixing, coupling in zip(mixings, self.couplings, strict=True):
             if recompute:
-                step = partial(_exact_step, mixing, coupling)
+                step = partial(_exact_step, mixing, coupling, _versions(coupling))
                 x, change = checkpoint(step, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, change = coupling.couple(mixing.forward(x))
@@ -142,8 +142,15 @@ class Level(nn.Module):
         return unsqueeze(y, self.side), logdet
 
 
-def _exact_step(mixing: Mixing, coupling: Coupling, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A step in true float32, also where a backward pass computes it again."""
+def _versions(coupling: Coupling) -> list[int]:
+    """Numbers that change when a weight does; weights made under inference_mode have none."""
+    return [0 if w.is_inference() else w._version for w in coupling.parameters()]
+
+
+def _exact_step(mixing: Mixing, coupling: Coupling, versions: list[int], x: Tensor) -> tuple[Tensor, Tensor]:
+    """A step in true float32, also where a backward pass computes it again, which must find the same weights."""
+    if _versions(coupling) != versions:
+        raise RuntimeError("a weight of the flow was changed between the forward and the backward pass")
     with full_precision(x.device.type):
         return coupling.couple(mixing.forward(x))
 

@@ -199,7 +199,8 @@ def push_to_hub(
 
     Raises:
         HubError: no network, no permission, ...; nothing has been committed then.
-        ModelFileError: the weights are not finite. ValueError: metrics that `glem eval` did not write.
+        ModelFileError: the weights are not finite. ValueError: metrics that `glem eval` did not write, or a name or a
+            link of a licence that the Hub knows.
     """
     facts = CardFacts(license, license_name, license_link, datasets, metrics)
     model_card(model, repo_id, facts, samples)  # refuses wrong facts before a repository is made

@@ -66,7 +66,9 @@ class CardFacts:
     def metadata(self) -> dict[str, Any]:
         """The licence as metadata of a card. ValueError: a name or a link of a licence that the Hub knows."""
         if (self.license_name or self.license_link) and self.license != "other":
-            raise ValueError("license_name and license_link describe a licence that the Hub does not know: give other")
+            raise ValueError(
+                "license_name and license_link are for licences that the Hub does not know: give license='other'"
+            )
         return {"license": self.license, "license_name": self.license_name, "license_link": self.license_link}
 
     def sentence(self) -> str:

@@ -141,8 +141,10 @@ def _bundled_source(name: str, split: str) -> Source:
 
 
 def without_splits(spec: str) -> bool:
-    """Whether `spec` is one ImageFolder or archive, whose images stand for every split."""
+    """Whether the images of `spec`, such as one ImageFolder or archive, stand for every split."""
     folder = expand(spec)
+    if spec == "bundled:photographs":
+        return True
     return tar_file(spec) is not None or (folder.is_dir() and not _is_idx(folder) and not _split_folders(folder))
 
 

@@ -144,6 +144,7 @@ def push_dataset(
 
     Raises:
         HubError: no network, no permission, ...; nothing has been committed then.
+        DataError: `report` holds no report. ValueError: a name or a link of a licence that the Hub knows.
         OSError: no space for temporary files, which take twice the space of the images.
     """
     plan.need_8_bits()
@@ -151,7 +152,7 @@ def push_dataset(
         plan.model.refuse_if_private("a report on the card")
         _quality(report)  # before images are drawn
     facts = CardFacts(license, license_name, license_link, report=report)
-    facts.metadata()  # which refuses a wrong licence
+    replace(facts, license=_stated_licence(plan, facts)).metadata()  # which refuses a wrong licence
 
     def write(name: str, folder: Path) -> None:
         export_set(plan, draw, folder, "webdataset", facts, name=name)

@@ -98,8 +98,8 @@ class TrainConfig:
         "fp32", ("fp32", "bf16"), "of the subnets in training; the bijection is float32"
     )
     memory: Memory = _setting(
-        "stored", get_args(Memory), "recomputed: compute activations again in the backward pass; a tenth of the "
-        "memory, and slower steps",
+        "stored", get_args(Memory), "recomputed: compute activations again in the backward pass: an eighth of "
+        "their memory, and slower steps",
     )  # fmt: skip
     threads: int | None = _setting(
         None, int, "CPU threads; equal numbers give equal weights", low=1, high=4096, shown="PyTorch's choice"

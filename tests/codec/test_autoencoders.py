@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import glem_augment
+from glem_augment.cli import main
 from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
-from glem_augment.codec.published import TAESD, load_taesd, open_autoencoder
+from glem_augment.codec.published import TAESD, _from_diffusers, load_taesd, open_autoencoder
 from glem_augment.errors import ModelFileError
 from glem_augment.io import file_sha256
 
@@ -212,6 +214,15 @@ def test_standardised_latents_have_mean_0_and_variance_1_and_exact_densities() -
     codec.fit(2 * x)  # it happens once
     assert torch.equal(codec.std, before)
     assert not codec.train().training
+
+
+def test_without_diffusers_the_command_names_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setattr("glem_augment.cli.fit.run", lambda args: _from_diffusers(tmp_path, "AutoencoderKL"))
+    assert main(["fit", "photos", "--out", str(tmp_path)]) == 2
+    assert "AutoencoderKL needs diffusers: pip install" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny", "AutoencoderDC"])

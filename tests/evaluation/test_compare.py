@@ -19,7 +19,7 @@ from glem_augment.cli import main
 from glem_augment.errors import DataError
 from glem_augment.evaluation import compare as module
 from glem_augment.evaluation import interval, schedule, trainings
-from glem_augment.evaluation.compare import CELLS, Run, advice, compare, parted, report
+from glem_augment.evaluation.compare import CELLS, Run, advice, check_network, compare, parted, report
 from glem_augment.evaluation.schedule import interleaved
 from glem_augment.evaluation.stacks import ADVERSARIAL, ADVISED, JITTER, ORDINARY, PLAIN, POLICIES, Stack, moves
 from glem_augment.evaluation.trainings import Comparison, models_for
@@ -246,6 +246,9 @@ def test_unknown_networks_are_refused_with_a_suggestion() -> None:
         compare(images(60), images(60), network="vit_tiny_patch16_224", progress=False)
     with pytest.raises(ValueError, match="no weights for coatnet_0_224"):
         compare(images(60), images(60), network="coatnet_0_224", pretrained=True, progress=False)
+    with pytest.raises(ValueError, match="can't make resnet18.nobody .*tag"):
+        compare(images(60), images(60), network="resnet18.nobody", progress=False)
+    check_network("tv_resnet34", True, (3, 64, 64))  # an older name, which timm maps to weights
 
 
 def test_classes_must_agree_and_be_large_enough() -> None:

@@ -85,7 +85,7 @@ def test_gradients_where_some_weights_are_frozen(frozen: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["matexp", "affine"])
-def test_saved_bytes_are_the_inputs_of_steps(kind: str) -> None:
+def test_few_bytes_are_saved(kind: str) -> None:
     sizes = {}
     for memory in ("stored", "recomputed"):
         for times in (1, 4):
@@ -96,7 +96,13 @@ def test_saved_bytes_are_the_inputs_of_steps(kind: str) -> None:
         assert sizes["recomputed", times] < 0.25 * sizes["stored", times]
 
 
-def test_another_word_is_an_error() -> None:
-    flow, _ = flow_and_images("affine", torch.float32)
+def test_a_weight_changed_before_the_backward_pass_is_noticed() -> None:
+    flow, x = flow_and_images("matexp", torch.float32)
     with pytest.raises(ValueError, match="'stored', 'recomputed'"):
         flow.set_memory("none")
+    flow.set_memory("recomputed")
+    z, _ = flow(x)
+    with torch.no_grad():
+        next(flow.levels[0].couplings[0].parameters()).add_(1.0)
+    with pytest.raises(RuntimeError, match="changed between the forward and the backward"):
+        z.sum().backward()

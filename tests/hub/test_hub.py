@@ -293,7 +293,7 @@ def test_refused_pushes_change_nothing(pushed: Pushed, monkeypatch: pytest.Monke
         patch.setattr("glem_augment.hub.upload", None)  # these are refused before a repository is made
         with pytest.raises(ValueError, match="metrics"):
             model.push_to_hub("org/new", license="mit", metrics=[{"loss": 1.0}])
-        with pytest.raises(ValueError, match="give other"):
+        with pytest.raises(ValueError, match="give license='other'"):
             model.push_to_hub("org/new", license="mit", license_name="mine")
     assert len(server.repo("org/flow").commits) == 2
     server.requests.clear()

@@ -213,7 +213,7 @@ class Plan:
         """The moves that the pages advise, where the choices left them out, and the opponent again beside them.
 
         The opponent is measured again, since accuracies differ a little between processors. Where it needs a flow, the
-        best stack without a flow takes its place, since who moves images along the modes of pixels has no flow.
+        best stack without a flow takes its place, since whoever moves images along modes of pixels has no flow.
         """
         where = setting, classifier, "control", "identity"
         moves = [Cell("final", *where, method, params, base, self.args.seeds[0]) for method, params in RECIPES.items()]

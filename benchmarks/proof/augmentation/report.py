@@ -89,8 +89,9 @@ class Result:
         self.base = newest[-1]["base"] if newest else []
         self.arms = arms_of([row for row in own if row["method"] in PLAIN or row["base"] == self.base])
         later = [row for row in measured if row["stage"] == "recipe"]
-        apart = needs_flow(self.base)
-        self.recipe = arms_of([row for row in later if row["base"] == self.base or apart > needs_flow(row["base"])])
+        flowless = [row["base"] for row in later if row["method"] == "opponent" and not needs_flow(row["base"])]
+        bases = [self.base, *(flowless[-1:] if needs_flow(self.base) else [])]
+        self.recipe = arms_of([row for row in later if row["base"] in bases])
         self.tuning = [row for row in tuning if (row["setting"], row["classifier"]) == (setting, classifier)]
 
     @property
