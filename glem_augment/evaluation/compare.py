@@ -146,7 +146,8 @@ def check_network(name: str, pretrained: bool, shape: tuple[int, int, int]) -> N
         network = new_network(shape[0], 2, name=name).eval()
     except Exception as error:  # each network has other errors
         raise ValueError(f"timm can't make {name} ({' '.join(str(error).split())}): name another network") from None
-    if pretrained and not any(network.pretrained_cfg.get(place) for place in ("hf_hub_id", "url", "file")):
+    weights: Any = network.pretrained_cfg
+    if pretrained and not any(weights.get(place) for place in ("hf_hub_id", "url", "file")):
         raise ValueError(f"timm has no weights for {name}: name another network")
     try:
         with torch.no_grad():
