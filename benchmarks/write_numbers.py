@@ -190,6 +190,8 @@ def private() -> Named:
         known = ((n, n["cells asked"] if n["epsilon"] or words else None) for n in lines)
         own = {n["epsilon"]: n for n, parts in known if (n["data"], n["method"], n["delta"] != 1e-5, parts) == wanted}
         cells = {e: f"{n['accuracy']:.1f} " + (f"± {n['+/-']:.1f}" if n["+/-"] else "(one)") for e, n in own.items()}
+        if kind == "long":
+            yield from ((f"private, {data}: long epsilon {e:g}", cell.split()[0]) for e, cell in cells.items())
         if own:
             controls.append([shown, judge + words, *(cells.get(e, "") for e in (*columns, 0))])
         if own and kind == "taef2" and not words:
