@@ -61,7 +61,7 @@ QUICK = Size(
 DELTA = 1e-4
 # Of few images: images per class and per step, and pixels of the random crop.
 FEW, FEW_BATCH, CROP = 10, 20, 2
-ADVISED = Noise(strength=0.5)  # as README.md advises
+ADVISED = Noise(strength=0.5)  # the move to start with where no classifier is at hand
 
 
 @dataclass

@@ -19,8 +19,8 @@ DESCRIPTION = """\
 Augmentation along the directions in which each class varies, and synthetic images, also with differential privacy.
 
 glem fit makes a model of your labelled images in one pass: a Gaussian and principal modes of each class, of the pixels
-or of an autoencoder's latents. The advised moves are noise along the pixels' modes: PCA jitter per class, as AlexNet's
-colour PCA was for colours. A model also draws new images (glem generate) and classifies (glem eval). glem train fits a
+or of an autoencoder's latents. Noise along the pixels' modes is PCA jitter per class, as AlexNet's colour PCA was for
+colours. A model also draws new images (glem generate) and classifies (glem eval). glem train fits a
 class-conditional normalizing flow, whose latents can take the place of the pixels.
 
 DATA is one of

@@ -111,9 +111,14 @@ class Result:
         return found or (self.opponent if len(self.base) == 1 and self.base[0][0] in PLAIN else None)
 
     def strongest(self, arm: Arm) -> Arm | None:
-        """The best of the tuned stacks and crop + flip on the test images of the arm's seeds."""
+        """The best of the tuned stacks and crop + flip on the test images of the arm's seeds.
+
+        A stack that was measured again counts beside the arms that were measured with it; another stack, which came
+        with them, counts beside all.
+        """
         seeds = set(arm.accuracies)
-        again = [other for other in self.recipe if arm in self.recipe and other.side == "opponent"]
+        later = [other for other in self.recipe if other.side == "opponent"]
+        again = [other for other in later if arm in self.recipe or other.stack != self.base]
         known = [other for other in (*self.opponents, self.plain, *again) if other and seeds & set(other.accuracies)]
         return max(known, key=lambda other: other.over(seeds).mean, default=None)
 
