@@ -61,7 +61,7 @@ QUICK = Size(
 DELTA = 1e-4
 # Of few images: images per class and per step, and pixels of the random crop.
 FEW, FEW_BATCH, CROP = 10, 20, 2
-ADVISED = Noise(strength=0.5)  # the move to start with where no classifier is at hand
+USUAL = Noise(strength=0.5)  # the move to start with where no classifier is at hand
 
 
 @dataclass
@@ -166,7 +166,7 @@ def moves(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
         x, y = few.tensor(), torch.from_numpy(few.targets)
         model = GLEM.fit(few, progress=False)
         if seed == 0:
-            aug = GLEMAugment(model, ADVISED, p=1.0, seed=seed)
+            aug = GLEMAugment(model, USUAL, p=1.0, seed=seed)
             section = Section(
                 "", torch.stack([x, *(aug(x, y)[0] for _ in range(3))])[:, ::FEW], rows=["real", *3 * ["moved"]]
             )
@@ -176,7 +176,7 @@ def moves(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
                 TensorDataset(classifier.normalised(x), y), FEW_BATCH, shuffle=True, generator=order
             )
             if name != "crop":
-                aug = GLEMAugment(model, ADVISED, mean=[classifier.MEAN], std=[classifier.STD], seed=seed)
+                aug = GLEMAugment(model, USUAL, mean=[classifier.MEAN], std=[classifier.STD], seed=seed)
                 loader = aug.wrap(loader)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)  # torchvision's crops draw from torch's global generator
@@ -189,10 +189,10 @@ def moves(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
         "pairs": size.few_seeds,
         "few_batch": FEW_BATCH,
         "crop": CROP,
-        "strength": ADVISED.strength,
+        "strength": USUAL.strength,
     }
     part, found = compared(words, "training", accuracies, section)
-    return part, found | {"images_per_class": FEW, "test": len(test), "policy": repr(ADVISED)}
+    return part, found | {"images_per_class": FEW, "test": len(test), "policy": repr(USUAL)}
 
 
 def measured_model(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:

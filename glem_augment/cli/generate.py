@@ -163,8 +163,8 @@ def _check_together(args: argparse.Namespace) -> None:
         raise ValueError("--report would be among the images of --out: give it another folder")
     if args.report and (args.split or "").lower() in HELD_OUT:
         raise ValueError(
-            f"--report needs the images of the model's training, and compares them with held-out ones: --split "
-            f"{args.split} gives the held-out ones twice"
+            "--report needs the images of the model's training, and compares them with held-out ones: "
+            f"--split {args.split} gives the held-out ones twice"
         )
     for name, needed, there in (
         ("real", "--per-class balance, --source mixup or --report", balance or mixup or args.report),

@@ -52,12 +52,12 @@ def run(args: argparse.Namespace) -> None:
     validate_repo_id(args.repo)
     names = ("license", "license_name", "license_link", "datasets", "metrics")
     card = {name: getattr(args, name) for name in names}
-    facts, samples = CardFacts(**card), not args.no_samples
+    samples = not args.no_samples
     model = GLEM.from_pretrained(args.model)
     if args.dry_run is not None:
         if args.dry_run.exists() and any(args.dry_run.iterdir()):
             raise FileExistsError(f"{args.dry_run} is not empty: give a new folder")
-        write_repository(model, facts, args.repo, args.dry_run, samples)
+        write_repository(model, CardFacts(**card), args.repo, args.dry_run, samples)
         common.note("nothing was uploaded")
         files = {path.name: path.stat().st_size for path in sorted(args.dry_run.iterdir())}
         common.print_json({"repo": args.repo, "files": files})

@@ -2,7 +2,7 @@
 
 All stacks crop and flip. Stacks compete within their kind: ordinary operations, ColorJitter, and moves along the modes
 of pixels, of an autoencoder's latents, or of a flow. Held-out training images choose the best stack of each kind, with
-one seed. The chosen stacks and the advised move are measured on the test images with several seeds. Differences have
+one seed. The chosen stacks and the usual move are measured on the test images with several seeds. Differences have
 95 % intervals (Student's t).
 """
 
@@ -35,7 +35,7 @@ from glem_augment.evaluation.intervals import difference, interval
 from glem_augment.evaluation.metrics import spread
 from glem_augment.evaluation.pictures import Section, compose
 from glem_augment.evaluation.schedule import LONGER, Cell, OutOfTime, Schedule, interleaved, speed_of
-from glem_augment.evaluation.stacks import ADVERSARIAL, ADVISED, BASE, JITTER, ORDINARY, PLAIN, POLICIES, Stack, moves
+from glem_augment.evaluation.stacks import ADVERSARIAL, BASE, JITTER, ORDINARY, PLAIN, POLICIES, USUAL, Stack, moves
 from glem_augment.evaluation.trainings import BATCH, COPIES, NETWORK, Comparison, models_for
 from glem_augment.images.dataset import ImageData
 from glem_augment.io import write_json
@@ -236,9 +236,9 @@ class Run:
         copied = {kind: [s for s in stacks if not s.adversarial] for kind, stacks in self.ours.items()}
         once = sum((len(copied[k]) * len(self.fit) + 2 * len(self.train)) * self.copy[k] for k in copied)
         comparison.copies = int(plan.get("copies", max(1, min(COPIES, int(COPYING * left / once)))))
-        advised = self.ours["pixels"][0]
+        usual = self.ours["pixels"][0]
         kinds = [list(ORDINARY), list(JITTER), *self.ours.values()]
-        measured = [PLAIN, advised, *(stacks[-1] for stacks in kinds)]  # as many as there will be after the choice
+        measured = [PLAIN, usual, *(stacks[-1] for stacks in kinds)]  # as many as there will be after the choice
         sizes = len(self.fit) * comparison.copies, len(self.train) * comparison.copies
         schedule = Schedule(
             trials=interleaved(kinds),
@@ -320,15 +320,15 @@ class Run:
         return value, time.monotonic() - began
 
     def _choose(self, schedule: Schedule) -> None:
-        """Once all trials are done: measure the best stack of each kind, and the advised move in any case."""
+        """Once all trials are done: measure the best stack of each kind, and the usual move in any case."""
         tuned = self.tuned(schedule)
         if len(tuned) < len(schedule.trials):
             return
-        advised, stacks = self.ours["pixels"][0], [PLAIN]
+        usual, stacks = self.ours["pixels"][0], [PLAIN]
         for kind in ([*ORDINARY], [*JITTER], *self.ours.values()):
             tried = [stack for stack in kind if stack.name in tuned]
             stacks.append(max(tried, key=lambda stack: tuned[stack.name]) if tried else kind[0])
-        schedule.measured = list(dict.fromkeys([PLAIN, advised, *stacks]))
+        schedule.measured = list(dict.fromkeys([PLAIN, usual, *stacks]))
 
     def tuned(self, schedule: Schedule) -> dict[str, float]:
         """Accuracies on the held-out images, of the trials that are done."""
@@ -386,7 +386,7 @@ def _fingerprint(data: ImageData) -> str:
 def _seconds_per_copy(model: GLEM) -> float:
     """The time of `GLEMAugment` for an image with this model."""
     x = torch.rand(8, *model.image_shape)
-    aug, y = GLEMAugment(model, ADVISED, p=1.0), torch.zeros(8, dtype=torch.int64)
+    aug, y = GLEMAugment(model, USUAL, p=1.0), torch.zeros(8, dtype=torch.int64)
     aug(x, y)
     began = time.monotonic()
     aug(x, y)

@@ -51,8 +51,8 @@ JITTER = tuple(
     for size in sorted(MAGNITUDES, key=lambda size: abs(size - 0.4))  # the usual magnitude first
     for shown, batch in (("", ""), (", CutMix", "CutMix"), (", Mixup", "MixUp"))
 )
-ADVISED = Noise(strength=0.5)  # the move to start with where no classifier is at hand
-POLICIES: tuple[Policy, ...] = (ADVISED, Noise(strength=1.0), Mixup())
+USUAL = Noise(strength=0.5)  # the move to start with where no classifier is at hand
+POLICIES: tuple[Policy, ...] = (USUAL, Noise(strength=1.0), Mixup())
 ADVERSARIAL = Adversarial()
 
 

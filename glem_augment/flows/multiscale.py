@@ -21,6 +21,7 @@ from glem_augment.flows.coupling import Coupling
 from glem_augment.flows.flow import Flow
 from glem_augment.flows.layers import ActNorm, Mixing1x1
 from glem_augment.precision import full_precision
+from glem_augment.tensors import weights_key
 
 Step = tuple[ActNorm, Mixing1x1, Coupling]
 
@@ -125,7 +126,7 @@ class Level(nn.Module):
         logdet = x.new_zeros(x.shape[1])
         for mixing, coupling in zip(mixings, self.couplings, strict=True):
             if recompute:
-                step = partial(_exact_step, mixing, coupling, _versions(coupling))
+                step = partial(_exact_step, mixing, coupling, weights_key(coupling))
                 x, change = checkpoint(step, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, change = coupling.couple(mixing.forward(x))
@@ -142,14 +143,9 @@ class Level(nn.Module):
         return unsqueeze(y, self.side), logdet
 
 
-def _versions(coupling: Coupling) -> list[int]:
-    """Numbers that change when a weight does; weights made under inference_mode have none."""
-    return [0 if w.is_inference() else w._version for w in coupling.parameters()]
-
-
-def _exact_step(mixing: Mixing, coupling: Coupling, versions: list[int], x: Tensor) -> tuple[Tensor, Tensor]:
+def _exact_step(mixing: Mixing, coupling: Coupling, key: object, x: Tensor) -> tuple[Tensor, Tensor]:
     """A step in true float32, also where a backward pass computes it again, which must find the same weights."""
-    if _versions(coupling) != versions:
+    if weights_key(coupling) != key:
         raise RuntimeError("a weight of the flow was changed between the forward and the backward pass")
     with full_precision(x.device.type):
         return coupling.couple(mixing.forward(x))

@@ -97,7 +97,7 @@ def test_the_networks_of_a_pair_differ_by_the_moves_alone(monkeypatch: pytest.Mo
     """Moves of no length give the same networks: the same images, start, order and crops."""
     size, arms = replace(QUICK, few_steps=6), {}
     for policy in (Noise(0.0), Noise(0.5)):
-        monkeypatch.setattr("glem_augment.apps.demo.ADVISED", policy)
+        monkeypatch.setattr("glem_augment.apps.demo.USUAL", policy)
         found = moves(size, False)[1]["arms"]
         arms[policy] = found["crop and moves"]["accuracies"], found["crop"]["accuracies"]
     (still, crop), (moved, again) = arms.values()

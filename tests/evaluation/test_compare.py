@@ -21,7 +21,7 @@ from glem_augment.evaluation import compare as module
 from glem_augment.evaluation import interval, schedule, trainings
 from glem_augment.evaluation.compare import CELLS, Run, advice, check_network, compare, parted, report
 from glem_augment.evaluation.schedule import interleaved
-from glem_augment.evaluation.stacks import ADVERSARIAL, ADVISED, JITTER, ORDINARY, PLAIN, POLICIES, Stack, moves
+from glem_augment.evaluation.stacks import ADVERSARIAL, JITTER, ORDINARY, PLAIN, POLICIES, USUAL, Stack, moves
 from glem_augment.evaluation.trainings import Comparison, models_for
 
 
@@ -148,10 +148,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def test_the_advised_move_is_measured_and_all_fits_into_the_time(clock: Clock) -> None:
+def test_the_usual_move_is_measured_and_all_fits_into_the_time(clock: Clock) -> None:
     found = compare(images(60), images(60), minutes=10, seeds=4, progress=False)
     assert clock.now <= 600 and not found["cut"] and found["seeds"] == 4 and found["steps"] > 200
-    assert moves("pixels", "pixel modes")[0].policy == ADVISED
+    assert moves("pixels", "pixel modes")[0].policy == USUAL
     names = [row["name"] for row in found["rows"]]
     assert names[0] == "crop + flip" and "pixel modes: noise 0.5" in names and len(found["tuning"]) == 6 + 9 + 4 + 3
     assert {row["kind"] for row in found["rows"]} == {"plain", "ordinary", "jitter", "pixels", "autoencoder"}
