@@ -106,7 +106,7 @@ class Images:
             return self.unprotected[cells], {}
         z, y = self.latents()
         privacy, began = Privacy(epsilon, delta), time.process_time()
-        found = private_classes(z, y, 10, self.prior, self.clip, privacy, cells, lambda _, make: make())
+        found = private_classes(z, y, 10, self.prior, self.clip, privacy, cells)
         self.base.latent_classes = found.classes
         modes = self.base.modes
         assert modes is not None

@@ -213,7 +213,7 @@ def model_scores(
         rows, labels = (z, y) if extra is None else (torch.cat([z, extra[None]]), torch.cat([y, y[:1]]))
         found = []
         for _ in trange(2 * trials, desc=f"models, epsilon {privacy.epsilon:g}"):
-            modes = private_classes(rows, labels, 2, prior, clip, privacy, None, lambda _, make: make()).classes.modes
+            modes = private_classes(rows, labels, 2, prior, clip, privacy, None).classes.modes
             assert modes is not None
             cells, weight = modes.mean[: modes.parts].double(), modes.counts[: modes.parts].double()
             mean = weight @ cells / weight.sum()

@@ -15,7 +15,7 @@ benchmarks/results/private.md has what classifiers of the samples recognise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +39,6 @@ _BINS = 64  # of the histogram of norms, up to twice the public norm
 _CELL_COUNTS, _CELL_NOISE = (32, 16, 8, 4), 0.04
 _SPENT = f"This run has spent {FIRST:.0%} of its mu^2, which another run adds to"
 _DRAWS = 4000  # samples of a class on which k-means finds its cells
-
-Tensors = dict[str, Tensor]
-# Makes the tensors of the release of this name, or gives the tensors that an earlier, interrupted call released.
-Step = Callable[[str, Callable[[], Tensors]], Tensors]
 
 
 @dataclass
@@ -77,7 +73,6 @@ def private_classes(
     clip: float,
     privacy: Privacy,
     cells: int | None,
-    step: Step,
 ) -> PrivateClasses:
     """Gaussians of K classes that keep the promise. All ranks call this together, each with its images.
 
@@ -86,39 +81,31 @@ def private_classes(
         prior: public variances [d] of the coordinates, up to a factor, the largest first.
         clip: the public norm for the first release.
         cells: C, Gaussians of each class; None: as many as the noise allows, up to 32.
-        step: see `Step`.
 
     Raises:
         DataError: every class is drowned in noise. ValueError: delta is above one over the noisy number of images.
     """
     releases: list[Release] = []
 
-    def released(
-        name: str, u: Tensor, slots: Tensor, count: int, clip: float, shares: Sequence[float], part: float
-    ) -> Release:
+    def released(u: Tensor, slots: Tensor, count: int, clip: float, shares: Sequence[float], part: float) -> Release:
         sums = PrivateSums(count, u.shape[1], clip, privacy, LEADING, shares, part)
-
-        def make() -> Tensors:
-            sums.add(u, slots)
-            return sums.release().tensors()
-
-        releases.append(Release(**step(name, make), clip=clip, privacy=privacy, part=part, shares=sums.shares))
+        sums.add(u, slots)
+        releases.append(sums.release())
         return releases[-1]
 
-    start = released("counts and sums", z, y, num_classes, clip, _FIRST_SHARES, FIRST)
+    start = released(z, y, num_classes, clip, _FIRST_SHARES, FIRST)
     drowned = _drowned(start, privacy)
     counts = start.counts.clamp_min(max(start.sd_count, 1.0))
     means, noise = class_means(counts, start.sums, start.sd_sum, prior)
     z = z.double() - means[y]
 
     edges = torch.linspace(0, 2 * clip, _BINS, dtype=torch.float64)
-    norms = step("norms", lambda: {"histogram": noisy_histogram(z.norm(dim=1), edges[1:-1], privacy, NORMS)})
-    clip = _CLIP * _root_mean_square(norms["histogram"], edges)
+    clip = _CLIP * _root_mean_square(noisy_histogram(z.norm(dim=1), edges[1:-1], privacy, NORMS), edges)
 
     if cells is None:
         cells = _cells(float(counts.median()), len(prior), privacy)
     part = 1 - FIRST - NORMS - (CELLS if cells > 1 else 0)
-    second = released("second moments", z, y, num_classes, clip, _SECOND_SHARES, part)
+    second = released(z, y, num_classes, clip, _SECOND_SHARES, part)
     leading = second.seconds.shape[1]
     found = denoise(counts, second.seconds, second.sd_second, prior[:leading])
     rest = prior[leading:] * float(found.pooled.diagonal().sum() / prior[:leading].sum())
@@ -132,7 +119,7 @@ def private_classes(
         for k in range(num_classes):
             cell[y == k] = nearest(z[y == k], centres[k])
         slots = y * cells + cell
-        own = released("cells", z - centres[y, cell], slots, num_classes * cells, clip, _CELL_SHARES, CELLS)
+        own = released(z - centres[y, cell], slots, num_classes * cells, clip, _CELL_SHARES, CELLS)
         weights = own.counts.clamp_min(1).unflatten(0, (-1, cells))
         shifts = cell_means(centres, weights, own.sums.unflatten(0, (-1, cells)), own.sd_sum, prior)
         classes.modes = _tied_modes(classes.modes, found.covariances, weights, means, shifts, rest, drowned)

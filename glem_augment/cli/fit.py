@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from contextlib import nullcontext
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from glem_augment.checks import MAX_PARTS
 from glem_augment.cli import common
-
-if TYPE_CHECKING:
-    import torch
 
 DESCRIPTION = """\
 Make a model of your labelled images in one pass; nothing is trained. Each class gets a mean, variances and principal
@@ -81,37 +79,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from glem_augment.distributed import is_primary
-    from glem_augment.io import lock_folder
-
-    if args.epsilon is None and (args.delta or args.images_per_person or args.public):
-        raise ValueError("--delta, --images-per-person and --public are for private models: give --epsilon, too")
-    device = common.pick_device(args)  # joins the ranks
-    # Two private runs in one folder could both make the next release.
-    with lock_folder(args.out) if args.epsilon is not None and is_primary() else nullcontext():
-        try:
-            fit(args, device)
-        except KeyboardInterrupt:
-            if args.epsilon is None:
-                raise
-            raise KeyboardInterrupt("stopped; the same command goes on, and releases nothing twice") from None
-
-
-def fit(args: argparse.Namespace, device: torch.device) -> None:
-    """Fit the model and save it. FileExistsError: the folder holds something else."""
-    from glem_augment.distributed import is_primary
     from glem_augment.io import LEFT_OVER, remove_left_overs
     from glem_augment.model.glem import GLEM
-    from glem_augment.model.journal import RELEASES, is_private
     from glem_augment.model.private_fit import check_arguments
     from glem_augment.model.weights import CONFIG, WEIGHTS
 
+    if args.epsilon is None and (args.delta or args.images_per_person or args.public):
+        raise ValueError("--delta, --images-per-person and --public are for private models: give --epsilon, too")
+    device = common.pick_device(args)
     folder = args.out
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    # A run that was killed leaves its releases, and temporary files.
-    others = {name for name in found - {CONFIG, WEIGHTS, ".lock", RELEASES} if not LEFT_OVER.fullmatch(name)}
+    # A run that was killed leaves temporary files.
+    others = {name for name in found - {CONFIG, WEIGHTS} if not LEFT_OVER.fullmatch(name)}
     if args.epsilon is not None and others:
         raise FileExistsError(f"{folder} holds {min(others)}, which no promise covers: give a new folder")
-    if args.epsilon is not None and RELEASES not in found and is_private(folder):
+    if args.epsilon is not None and is_private(folder):
         raise FileExistsError(
             f"{folder} holds a private model, whose promise still counts: give another folder, and glem info of both "
             "says the total"
@@ -120,14 +102,11 @@ def fit(args: argparse.Namespace, device: torch.device) -> None:
         raise FileExistsError(f"{folder} holds a model already: give another folder, or --overwrite")
     names = ("autoencoder", "flow", "rank", "parts", "pooled", "max_per_class")
     given = {name: getattr(args, name) for name in names}
-    journal = folder / RELEASES
     if args.epsilon is not None:
-        given |= private_arguments(args, journal)
+        given |= private_arguments(args)
         options = ("flow", "rank", "pooled", "max_per_class")
         stated = {name: given[name] for name in options}
         check_arguments(given["privacy"], args.autoencoder, args.public, **stated)  # before images are read
-    elif journal.exists():
-        raise FileExistsError(f"{folder} holds the releases of a private run: go on with its --epsilon, or elsewhere")
     began = time.monotonic()
     data = GLEM.images_to_fit(
         args.data,
@@ -144,7 +123,6 @@ def fit(args: argparse.Namespace, device: torch.device) -> None:
     if not is_primary():
         return
     model.save(folder)
-    journal.unlink(missing_ok=True)
     if args.epsilon is not None:
         remove_left_overs(folder.glob(".*.tmp"))
     result = {
@@ -168,13 +146,20 @@ def fit(args: argparse.Namespace, device: torch.device) -> None:
     common.print_json(result)
 
 
-def private_arguments(args: argparse.Namespace, journal: Path) -> dict[str, Any]:
+def private_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `GLEM.fit` for a private model."""
     from glem_augment.classes.privacy import Privacy
 
     stated = {name: getattr(args, name) for name in ("delta", "images_per_person") if getattr(args, name) is not None}
     privacy = Privacy(args.epsilon, **stated)
-    return {"privacy": privacy, "public": args.public, "journal": journal}
+    return {"privacy": privacy, "public": args.public}
+
+
+def is_private(folder: Path) -> bool:
+    """Whether a folder holds a private model."""
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("privacy") is not None
+    return False
 
 
 def tell(privacy: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import asdict
 from typing import Any
 
 from glem_augment.cli import common
@@ -12,7 +11,7 @@ from glem_augment.cli import common
 DESCRIPTION = """\
 Describe a model: image shape and bits, the numbers of its flow, parameters, files, classes, modes, and the record of
 its training. The files are validated; a model on the Hugging Face Hub is downloaded first. Of several private models of
-the same images, and of private runs that did not finish, it also says which promise holds for all of them together.
+the same images, it also says which promise holds for all of them together.
 """
 EXAMPLES = """\
   glem info bundled:fashion-mnist
@@ -32,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
 
     models = [model_facts(name) for name in args.model]
     for facts in models:
-        if facts["privacy"] is not None and "unfinished" not in facts:
+        if facts["privacy"] is not None:
             common.note(f"{facts['model']}: {promise(facts['privacy'])}")
     if len(models) == 1:
         common.show(models[0], args.json)
@@ -57,14 +56,10 @@ def together(promises: list[dict[str, Any] | None]) -> dict[str, Any] | None:
 
 def model_facts(name: str) -> dict[str, Any]:
     """Everything that `glem info` shows, as JSON can hold it. Raises ModelFileError for a damaged model."""
-    from glem_augment.io import expand, finite
+    from glem_augment.io import finite
     from glem_augment.model.glem import GLEM
-    from glem_augment.model.journal import unfinished
     from glem_augment.model.weights import CONFIG
 
-    if (promise := unfinished(expand(name))) is not None:
-        note = "no model: a private run that did not finish, and that counts as if it had spent its whole promise"
-        return {"model": name, "unfinished": note, "privacy": asdict(promise)}
     model = GLEM.from_pretrained(name)
     assert model.origin_file is not None
     folder, config = model.origin_file.parent, model.config

@@ -292,7 +292,6 @@ class GLEM(ConditionalFlow):
         *,
         privacy: Privacy | None = None,
         public: LabelledImages = None,
-        journal: str | os.PathLike[str] | None = None,
         image_size: int | tuple[int, int] | None = None,
         channels: int | None = None,
         value_range: Limits | None = None,
@@ -319,8 +318,6 @@ class GLEM(ConditionalFlow):
             privacy: make the model differentially private, so that it and its samples can be shared; see
                 `classes.privacy` and docs/privacy.md. It has all modes, and noise without a seed.
             public: public images like `data`, for a private model's coordinates. None: the autoencoder's coordinates.
-            journal: a file for the releases of a private model: an interrupted call goes on from it. Remove it with the
-                model saved.
             image_size, channels: see `open_data`; by default read from the images. With privacy state them, here or
                 where `data` is opened: everybody will know them, and one image could change them.
             value_range: see `open_data`; by default measured for int16 and float images.
@@ -345,9 +342,9 @@ class GLEM(ConditionalFlow):
         if privacy is not None:
             images.pixel_range.need_8_bits("a private model")
             images = as_image_data(images, images.image_shape, classes)
-            return cls._fit_private(images, autoencoder, privacy, parts, public, journal, device, progress)
-        if public is not None or journal is not None:
-            raise ValueError("public and journal are for private models: give privacy, too")
+            return cls._fit_private(images, autoencoder, privacy, parts, public, device, progress)
+        if public is not None:
+            raise ValueError("public is for private models: give privacy, too")
         if flow is None:
             shape, pixel_range = images.image_shape, images.pixel_range
             base = cls.create("identity", shape, images.classes, autoencoder=autoencoder, pixel_range=pixel_range)
@@ -376,7 +373,6 @@ class GLEM(ConditionalFlow):
         privacy: Privacy,
         parts: int | None,
         public: LabelledImages,
-        journal: str | os.PathLike[str] | None,
         device: str | torch.device,
         progress: bool,
     ) -> GLEM:
@@ -385,7 +381,7 @@ class GLEM(ConditionalFlow):
         base = base.eval().requires_grad_(False).to(device)
         if public is not None:
             public = as_image_data(public, shape, progress=progress, unlabelled=True)
-        found = fit_private(base, images, privacy, parts, public, None if journal is None else Path(journal), progress)
+        found = fit_private(base, images, privacy, parts, public, progress)
         expect = {
             "images": [round(count) for count in found.counts.tolist()],
             "modes": found.modes.tolist(),

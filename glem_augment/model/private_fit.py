@@ -15,14 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from glem_augment import __version__
 from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.private import PrivateClasses, private_classes
 from glem_augment.codec.published import coordinates_file
 from glem_augment.distributed import gather, share, world_size
 from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData
-from glem_augment.model.journal import Journal
 
 if TYPE_CHECKING:
     from glem_augment.model.conditional_flow import ConditionalFlow
@@ -45,7 +43,6 @@ def fit_private(
     privacy: Privacy,
     parts: int | None,
     public: ImageData | None,
-    journal: Path | None,
     progress: bool,
 ) -> PrivateClasses:
     """Give `model`, with a flow of public coordinates, the classes of private images; see `GLEM.fit`.
@@ -55,17 +52,8 @@ def fit_private(
     """
     check_images(images, public, progress)
     prior, clip = set_coordinates(model, public)
-    facts = {
-        "version": __version__,
-        "classes": model.class_ids,
-        "image_shape": list(model.image_shape),
-        "parts": parts,
-        "privacy": [privacy.epsilon, privacy.delta, privacy.images_per_person],
-        "coordinates": [round(clip, 6), round(float(prior[0]), 6)],
-    }
-    book = Journal(journal, facts)
     z, y = latents_alone(model, images, progress)
-    found = private_classes(z, y, model.num_classes, prior, clip, privacy, parts, book.step)
+    found = private_classes(z, y, model.num_classes, prior, clip, privacy, parts)
     model.latent_classes = found.classes.to(model.device, model.dtype)
     return found
 

@@ -1,4 +1,4 @@
-"""Private models, from images to folders: the promise in the files, resumes, and what may not enter a model."""
+"""Private models, from images to folders: the promise in the files, and what may not enter a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tarfile
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,11 +23,9 @@ from glem_augment.classes import private as private_module
 from glem_augment.classes.privacy import Privacy, epsilon_of
 from glem_augment.classes.private import nearest
 from glem_augment.cli import main
-from glem_augment.cli.info import model_facts, together
 from glem_augment.codec.codec import Codec
-from glem_augment.errors import DataError, GLEMError, ModelFileError
+from glem_augment.errors import DataError, ModelFileError
 from glem_augment.hub.cards import CardFacts, model_card
-from glem_augment.model.journal import RELEASES
 from glem_augment.model.private_fit import check_images, latents_alone, rows_are_independent, set_coordinates
 
 SIZE = (1, 16, 16)
@@ -80,45 +78,28 @@ def test_the_same_call_twice_gives_different_models(model: GLEM, data: ImageData
     assert other.config.privacy["expect"]["images"] != model.config.privacy["expect"]["images"]
 
 
-def test_nothing_but_the_releases_depends_on_the_images(data: ImageData, tmp_path: Path) -> None:
-    """With the releases of other images in the journal, the folder is the same, byte for byte."""
-    options = dict(privacy=Privacy(10, 1e-4), progress=False, journal=tmp_path / "journal")
-    GLEM.fit(data, "taef2", **options).save(tmp_path / "a")  # type: ignore[arg-type]
-    shifted = ImageData.from_tensors(255 - data.tensor()[:-20], data.targets[:-20], data.classes)
-    GLEM.fit(shifted, "taef2", **options).save(tmp_path / "b")  # type: ignore[arg-type]
-    for file in ("config.json", "model.safetensors"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-
-
-def test_an_interrupted_fit_goes_on_and_releases_nothing_twice(
+def test_nothing_but_the_releases_depends_on_the_images(
     data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[int] = []
-    release = private_module.PrivateSums.release
+    """With the releases of other images, the folder is the same, byte for byte."""
+    kept: list[object] = []
 
-    def counted(sums: private_module.PrivateSums) -> private_module.Release:
-        made.append(1)
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        return release(sums)
+    def replayed(release: Callable[..., object]) -> Callable[..., object]:
+        def give(*args: object) -> object:
+            if tmp_path.joinpath("a").exists():
+                return kept.pop(0)
+            kept.append(release(*args))
+            return kept[-1]
 
-    monkeypatch.setattr(private_module.PrivateSums, "release", counted)
-    journal, privacy = tmp_path / "journal", Privacy(10, 1e-4)
-    with pytest.raises(KeyboardInterrupt):
-        GLEM.fit(data, "taef2", privacy=privacy, parts=1, journal=journal, progress=False)
-    before = journal.read_bytes()
-    shutil.copy(journal, tmp_path / RELEASES)
-    facts = model_facts(str(tmp_path))
-    assert "did not finish" in facts["unfinished"] and together(2 * [facts["privacy"]])["epsilon"] > 10  # type: ignore[index]
-    with pytest.warns(UserWarning, match="releases of an interrupted run, which are used"):
-        GLEM.fit(data, "taef2", privacy=privacy, parts=1, journal=journal, progress=False)
-    rounds = len(made)
-    assert before != journal.read_bytes() and rounds == 3  # one before, one that was interrupted, one after
-    with pytest.warns(UserWarning, match="nothing is released twice"):
-        GLEM.fit(data, "taef2", privacy=privacy, parts=1, journal=journal, progress=False)
-    assert len(made) == rounds
-    with pytest.raises(GLEMError, match="spent"):
-        GLEM.fit(data, "taef2", privacy=Privacy(5, 1e-4), parts=1, journal=journal, progress=False)
+        return give
+
+    monkeypatch.setattr(private_module.PrivateSums, "release", replayed(private_module.PrivateSums.release))
+    monkeypatch.setattr(private_module, "noisy_histogram", replayed(private_module.noisy_histogram))
+    shifted = ImageData.from_tensors(255 - data.tensor()[:-20], data.targets[:-20], data.classes)
+    for name, images in (("a", data), ("b", shifted)):
+        GLEM.fit(images, "taef2", privacy=Privacy(10, 1e-4), progress=False).save(tmp_path / name)
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 def test_parts_of_a_class_share_its_covariance(data: ImageData, tmp_path: Path) -> None:
@@ -239,8 +220,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*argv, "--out", str(tmp_path / "full")]) == 2
     assert "holds report.json, which no promise covers" in capsys.readouterr().err
     (tmp_path / "model").mkdir()
-    for name in ("config.json", "releases.safetensors"):  # of a run that was killed in the middle of a write
-        (tmp_path / "model" / f".{name}.1-0123abcd.tmp").touch()
+    (tmp_path / "model" / ".config.json.1-0123abcd.tmp").touch()  # of a run that was killed in the middle of a write
     assert main([*argv, "--out", str(tmp_path / "model")]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["privacy"]["epsilon"] == 40 and "differentially private" in err and "above the noise" in err
@@ -422,25 +402,3 @@ def write_folder(data: ImageData, folder: Path) -> None:
     for index, (x, y) in enumerate(zip(data.tensor(), data.targets, strict=True)):
         (folder / data.classes[y]).mkdir(parents=True, exist_ok=True)
         to_pil_image(x).save(folder / data.classes[y] / f"{index}.png")
-
-
-def test_ranks_are_joined_before_the_first_one_locks_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order: list[str] = []
-    monkeypatch.setattr("glem_augment.cli.common.pick_device", lambda args: order.append("join"))
-    monkeypatch.setattr("glem_augment.io.lock_folder", lambda folder: order.append("lock") or nullcontext())
-    monkeypatch.setattr("glem_augment.cli.fit.fit", lambda *_: order.append("fit"))
-    assert main(["fit", "data", "--epsilon", "1", "--out", str(tmp_path)]) == 0 and order == ["join", "lock", "fit"]
-
-
-def test_ctrl_c_says_how_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def stopped(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("glem_augment.cli.fit.fit", stopped)
-    argv = ["fit", "data", "--out", str(tmp_path)]
-    assert main(argv) == 130 and "interrupted" in capsys.readouterr().err
-    assert main([*argv, "--epsilon", "1"]) == 130 and "the same command goes on" in capsys.readouterr().err
