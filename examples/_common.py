@@ -1,10 +1,12 @@
-"""Shared by the examples: bundled images as folders, and a short training run."""
+"""Shared by the examples: bundled images as folders, short trainings of small networks, and intervals."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import timm
@@ -19,6 +21,7 @@ from glem_augment import open_data
 from glem_augment.images.sources import without_splits
 
 BUNDLED = "bundled:fashion-mnist"
+MEAN, STD = 0.5, 0.25  # by which `normalised` images are normalised
 
 
 def bundled_folders(root: Path, per_class: int = 100) -> Path:
@@ -90,6 +93,56 @@ def train(
 def predictions(net: nn.Module, x: Tensor, batch_size: int = 250) -> Tensor:
     """Predicted classes, int64 [N]."""
     return torch.cat([net(part).argmax(1) for part in x.split(batch_size)])
+
+
+# ---- networks on images uint8 ----------------------------------------------------------------------------------------
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Images uint8, normalised: float."""
+    return (x.float() / 255 - MEAN) / STD
+
+
+def new_network(name: str, channels: int, classes: int, seed: int = 0, pretrained: bool = False) -> nn.Module:
+    """A network of timm; the seed is of its initial weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return timm.create_model(name, pretrained, num_classes=classes, in_chans=channels)
+
+
+def fit(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], steps: int, rate: float = 1e-2) -> nn.Module:
+    """Train a network on `steps` batches of images float [B, C, H, W] and labels, hard or soft, in eval mode then.
+
+    AdamW with a one-cycle schedule, whose highest learning rate is `rate`.
+    """
+    network.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
+    for _, (x, y) in zip(range(steps), batches, strict=False):
+        loss = F.cross_entropy(network(x), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
+def percent(network: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Percent of the images uint8 that a network in eval mode recognises; they are normalised for it."""
+    with torch.inference_mode():
+        right = [
+            network(normalised(part)).argmax(1) == y[i * 256 : (i + 1) * 256] for i, part in enumerate(x.split(256))
+        ]
+    return 100 * float(torch.cat(right).double().mean())
+
+
+# Two-sided 97.5 % points of Student's t for 1 to 9 degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of the mean of 2 to 10 values."""
+    return STUDENT[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -27,10 +27,9 @@ from benchmarks.common import command as line_of
 from benchmarks.proof.augmentation.data import make_task
 from benchmarks.proof.augmentation.named import bold
 from benchmarks.proof.augmentation.settings import SETTINGS
+from benchmarks.proof.comparison import PLAIN, Comparison
 from benchmarks.proof.photographs import COPIES, JITTERED, POOLED, SMOOTH, STEPS, TUNING, accuracy, fit, fit_pooled, on
 from glem_augment import ImageData, Noise
-from glem_augment.evaluation.stacks import PLAIN
-from glem_augment.evaluation.trainings import Comparison
 from glem_augment.io import write_json
 
 NAME = "directions"

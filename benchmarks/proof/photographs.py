@@ -36,12 +36,9 @@ from torchvision.transforms.v2.functional import resize
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import find_images, machine, parser, write_results
+from benchmarks.common import Interval, find_images, interval, machine, parser, write_results
+from benchmarks.proof.comparison import NETWORK, PLAIN, Comparison, Stack, moves
 from glem_augment import GLEM, Adversarial, ImageData, Mixup, Noise, Policy, open_data
-from glem_augment.evaluation.compare import report
-from glem_augment.evaluation.intervals import difference
-from glem_augment.evaluation.stacks import PLAIN, Stack, moves
-from glem_augment.evaluation.trainings import NETWORK, Comparison
 from glem_augment.io import write_json
 
 NAME, SIZE, HELD, STEPS = "photographs", 64, 100, 300
@@ -126,7 +123,7 @@ SMOOTH = Stack("smooth noise 0.5", "pooled", policy=Pooled(0.5, smooth=True))
 
 def on(base: Stack, policy: Policy) -> Stack:
     """A stack with moves along modes of the pixels before its other operations."""
-    (move,) = moves("pixels", "pixel modes", [policy])
+    move = moves("pixels", "pixel modes", policy)
     return move if base is PLAIN else replace(base, name=f"{base.name}, {move.name}", kind="pixels", policy=policy)
 
 
@@ -159,7 +156,7 @@ def fit_pooled(data: ImageData, rank: int) -> GLEM:
 
 def accuracy(comparison: Comparison, stack: Stack, train: ImageData, judged: ImageData, seed: int) -> float:
     """Percent of the judged images that the network recognises, trained in bfloat16 on images moved in float32."""
-    if not comparison.has_moved(stack, train):
+    if stack.policy and not stack.adversarial:
         comparison.moved(stack, train)
     # A cache of the weights in bfloat16 would last for the whole block, and hide all steps.
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
@@ -221,16 +218,19 @@ def main() -> None:
     roles = dict(list(roles.items())[: setting.roles])
     stacks = list(dict.fromkeys(roles.values()))
     measured = [accuracies(seed, stacks) for seed in args.seeds]
-    lines = dict(zip(stacks, report({s: [values[s] for values in measured] for s in stacks}), strict=True))
+
+    def over(one: Stack, two: Stack) -> Interval:
+        return interval(values[one] - values[two] for values in measured)
+
     rows, differences = [], []
-    for stack, line in lines.items():
-        over, half = difference(line, lines[strongest])
+    for stack in stacks:
+        mean, plain, best_other = interval(v[stack] for v in measured), over(stack, PLAIN), over(stack, strongest)
         what = "; ".join(role for role in roles if roles[role] == stack)
         rows.append(
             {
-                "what": what, "stack": stack.name, "seeds": len(measured), "accuracy": line["mean"],
-                "+/-": line["interval"], "over crop + flip": line["gain"], "+/- (1)": line["gain_interval"],
-                "over the best other stack": over, "+/- (2)": half,
+                "what": what, "stack": stack.name, "seeds": len(measured), "accuracy": mean.mean, "+/-": mean.half,
+                "over crop + flip": plain.mean, "+/- (1)": plain.half,
+                "over the best other stack": best_other.mean, "+/- (2)": best_other.half,
             }
         )  # fmt: skip
     for one, two in (
@@ -238,8 +238,8 @@ def main() -> None:
         ("moves on crop + flip", "ColorJitter"), ("moves on the best other stack", "ColorJitter"),
     ):  # fmt: skip
         if one in roles and two in roles:
-            points, half = difference(lines[roles[one]], lines[roles[two]])
-            row = {"difference": f"{one} over {two}", "points": points, "+/-": half, "seeds": len(measured)}
+            gain = over(roles[one], roles[two])
+            row = {"difference": f"{one} over {two}", "points": gain.mean, "+/-": gain.half, "seeds": len(measured)}
             differences.append(row)
     write_results(
         args.out, name, setting.title, rows, {"Differences": differences},

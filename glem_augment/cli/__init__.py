@@ -55,7 +55,6 @@ COMMANDS = {
     "eval": "accuracy, bits/dim, calibration and round trip, as JSON",
     "generate": "draw a synthetic data set from a model",
     "preview": "a picture of augmentations, samples, interpolations",
-    "compare": "does augmentation help on your images? a table, a sentence of advice",
     "explore": "a local web page: samples, moves, lines, surprising images",
     "info": "describe a model and its training",
     "list": "the models inside the package",

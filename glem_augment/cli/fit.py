@@ -26,7 +26,7 @@ class of n images has at most n - 1 modes, and a class of one image gets the mod
 model with glem preview, and measure it with glem eval.
 
 --epsilon makes a model that you can share where you cannot share the images: the model, and every image drawn from it,
-is (epsilon, delta)-differentially private. What glem eval, preview and compare show of the images is not covered, and
+is (epsilon, delta)-differentially private. What glem eval and preview show of the images is not covered, and
 neither are other models of the same images: their promises add up (glem info A B). docs/privacy.md has the proof.
 """
 EXAMPLES = """\

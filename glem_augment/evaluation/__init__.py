@@ -1,4 +1,4 @@
-"""Measurements of models (`metrics`), of generated images (`quality`, `report`) and of augmentation (`compare`)."""
+"""Measurements of models (`metrics`) and of generated images (`quality`, `report`)."""
 
 from glem_augment.evaluation import classifier
 from glem_augment.evaluation.classifier import train_network

@@ -57,21 +57,18 @@ SMALLER: dict[str, dict[str, str]] = {
         "glem generate runs/shareable": "# glem generate runs/shareable",
         "glem info runs/shareable": "# glem info runs/shareable",
         "image_size=64": "image_size=32",
-        "glem compare": "# glem compare",  # takes minutes
     },
     "docs/index.md": {
         "--per-class 100": "--per-class 1",
         "batch_size=64": "batch_size=4",
         "--image-size 128": "--image-size 16",
         "glem preview bundled:fashion-mnist": "# glem preview bundled:fashion-mnist",
-        "glem compare": "# glem compare",
     },
     "docs/photographs.md": {
         "image_size=128": "image_size=16",
         "--image-size 128": "--image-size 16",
         "--image-size 64": "--image-size 16",
         "--preset latent": "--preset latent --flow blocks=[1,1]",
-        "glem compare": "# glem compare",
         "(3, 32, 32)": "(3, 8, 8)",
     },
     "docs/privacy.md": {  # a few images are noise, so the model is another one

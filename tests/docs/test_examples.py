@@ -28,6 +28,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look there
     spec.loader.exec_module(module)
     return module
 
@@ -140,6 +141,29 @@ def test_validation_folders_are_labelled_as_the_training_ones(monkeypatch: pytes
     for load_data in (lambda: finetune.datasets(root), lambda: loop.datasets(root, 8)):
         with pytest.raises(SystemExit, match="test images of classes without training images: coat; remove these"):
             load_data()
+
+
+def test_does_it_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A whole run on images of which one class is brighter."""
+    example = load("does_it_help", monkeypatch)
+    rng = np.random.default_rng(0)
+    for i, name in itertools.product(range(12), "ab"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        pixels = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8) + 100 * (name == "b")
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / name / f"{i}.png")
+    monkeypatch.setattr(example, "too_little", lambda *_: None)
+    options = "--image-size 16 --steps 2 --seeds 2 --threads 1 --autoencoder none".split()
+    monkeypatch.setattr(sys, "argv", ["does_it_help.py", str(tmp_path), *options])
+    example.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("tried ") for line in lines) == 15 + 4
+    measured = sum(line.startswith("measured ") for line in lines)
+    assert 4 <= measured <= 5 and sum(" ± " in line for line in lines) >= measured
+    found = {example.PLAIN: [50.0, 50.2], example.Stack("other"): [52.0, 52.2], example.USUAL: [55.0, 55.2]}
+    assert "Use pixels: noise 0.5: +3.0" in example.conclusion(found)
+    assert "No conclusion" in example.conclusion(
+        {**found, example.USUAL: [42.0, 62.0], example.Stack("other"): [42.0, 62.0]}
+    )
 
 
 # ---- whole runs ----------------------------------------------------------------------------------------------------

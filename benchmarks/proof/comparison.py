@@ -1,26 +1,53 @@
-"""Trainings of one network with stacks of augmentation, as `compare` needs them."""
+"""Trainings of one network of timm with stacks of augmentation, for the benchmarks of photographs and of directions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from glem_augment.augment.transform import GLEMAugment
-from glem_augment.codec.pixel_range import to_uint8
-from glem_augment.codec.resize import PixelAdapter
-from glem_augment.evaluation.classifier import MEAN, STD, accuracy, fit_network, new_network, normalised
-from glem_augment.evaluation.stacks import Stack
-from glem_augment.images.dataset import ImageData
-from glem_augment.model.glem import GLEM
+from glem_augment import GLEM, GLEMAugment, ImageData, Noise, Policy
 
-COPIES, BATCH = 4, 64  # moved copies of an image at most, images per step
-NETWORK, RATE, RATE_PRETRAINED = "test_resnet", 5e-3, 1e-3  # a small ResNet of timm, and learning rates
+BATCH, MEAN, STD = 64, 0.5, 0.25  # images per step; by which images are normalised
+NETWORK, RATE = "test_resnet", 5e-3  # a small ResNet of timm, and its highest learning rate
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Operations on training images, beside crop and flip.
+
+    Attributes:
+        name: for people. kind: of the model whose modes moves follow.
+        image: names of torchvision v2 transforms of single images; "RandAugment 5" has magnitude 5. "ColorJitter 0.4"
+            changes brightness, contrast and saturation by up to 0.4, and hue by up to a quarter of it.
+        batch: "MixUp", "CutMix" or "".
+        policy: of `GLEMAugment`, which moves half of the images; None: none.
+    """
+
+    name: str
+    kind: str
+    image: tuple[str, ...] = ()
+    batch: str = ""
+    policy: Policy | None = None
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether moves raise the loss of the network in training. All other moves are made before the training."""
+        return self.policy is not None and self.policy.wants_classifier
+
+
+PLAIN = Stack("crop + flip", "plain")
+
+
+def moves(kind: str, shown: str, policy: Policy) -> Stack:
+    """A stack of moves along the modes of a model."""
+    words = f"{policy.name} {policy.strength:g}" if isinstance(policy, Noise) else policy.name
+    return Stack(f"{shown}: {words}", kind, policy=policy)
 
 
 @dataclass
@@ -29,29 +56,25 @@ class Comparison:
 
     Args:
         models: for each kind of moves, a function that makes a model with modes of some training images.
-        steps: of each training. network, pretrained: see `new_network`.
+        steps: of each training. network: of timm, trained from scratch.
         copies: moved copies of every image.
-        tick: called before each step, and before each batch of moved copies with False.
     """
 
     models: dict[str, Callable[[ImageData], GLEM]]
     steps: int
     network: str = NETWORK
-    pretrained: bool = False
-    copies: int = COPIES
-    tick: Callable[[bool], object] = lambda step: None
+    copies: int = 4
     _fitted: dict[tuple[str, ImageData], GLEM] = field(default_factory=dict)
     _copies: dict[tuple[Stack, ImageData], Tensor] = field(default_factory=dict)
 
-    def accuracy(self, stack: Stack, train: ImageData, test: ImageData, seed: int, steps: int | None = None) -> float:
+    def accuracy(self, stack: Stack, train: ImageData, test: ImageData, seed: int) -> float:
         """Accuracy in percent on `test` of the network trained on `train` with this stack."""
-        return accuracy(self.trained(stack, train, seed, steps), test)
+        return accuracy(self.trained(stack, train, seed), test)
 
-    def trained(self, stack: Stack, train: ImageData, seed: int, steps: int | None = None) -> torch.nn.Module:
+    def trained(self, stack: Stack, train: ImageData, seed: int) -> torch.nn.Module:
         """The network trained on `train` with this stack, in eval mode; it expects normalised images."""
-        network = new_network(train.image_shape[0], len(train.classes), seed, self.network, self.pretrained)
-        rate = RATE_PRETRAINED if self.pretrained else RATE
-        return fit_network(network, self.batches(stack, train, seed, network), steps or self.steps, rate)
+        network = new_network(self.network, train.image_shape[0], len(train.classes), seed)
+        return fit_network(network, self.batches(stack, train, seed, network), self.steps)
 
     def batches(
         self, stack: Stack, train: ImageData, seed: int, network: torch.nn.Module | None = None
@@ -67,18 +90,12 @@ class Comparison:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             state = torch.get_rng_state()
-        each = v2.Compose(
-            [
-                v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True),
-                v2.RandomHorizontalFlip(),
-                *(_operation(*text.split()) for text in stack.image),
-            ]
-        )
+        crop = v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True)
+        each = v2.Compose([crop, v2.RandomHorizontalFlip(), *(_operation(*text.split()) for text in stack.image)])
         mix = getattr(v2, stack.batch)(num_classes=len(train.classes)) if stack.batch else None
         while True:
             order = rng.permutation(len(x))
             for start in range(0, max(1, len(x) - BATCH + 1), BATCH):
-                self.tick(True)
                 rows = torch.from_numpy(order[start : start + BATCH])
                 images = x[rows]
                 if copies is not None:
@@ -105,7 +122,7 @@ class Comparison:
         return aug.attach(torch.nn.Sequential(normalise, network))
 
     def moved(self, stack: Stack, train: ImageData) -> Tensor:
-        """Moved copies of all images, uint8 [copies, N, C, H, W], made once."""
+        """Moved copies of all training images, uint8 [copies, N, C, H, W], made once."""
         key = stack, train
         if key not in self._copies:
             assert stack.policy is not None
@@ -115,14 +132,9 @@ class Comparison:
             for view in range(self.copies):
                 order = torch.from_numpy(np.random.default_rng([view, 11]).permutation(len(x)))
                 for rows in order.split(BATCH):  # a new order for each copy, so that partners vary
-                    self.tick(False)
                     out[view, rows] = aug(x[rows], y[rows])[0]
             self._copies[key] = out
         return self._copies[key]
-
-    def has_moved(self, stack: Stack, train: ImageData) -> bool:
-        """Whether a training with this stack needs no more copies."""
-        return not stack.policy or stack.adversarial or (stack, train) in self._copies
 
     def model(self, kind: str, train: ImageData) -> GLEM:
         """The model with modes of the training images, made once."""
@@ -141,18 +153,46 @@ def _operation(name: str, magnitude: str | None = None) -> Callable[[Tensor], Te
     return made
 
 
-def models_for(train: ImageData, autoencoder: str | None, flow: GLEM | None) -> dict[str, Callable[[ImageData], GLEM]]:
-    """Makers of the model for each kind of moves: one pass over the training images, nothing is trained."""
-    fit = partial(GLEM.fit, progress=False)
-    made: dict[str, Callable[[ImageData], GLEM]] = {"pixels": fit}
-    if autoencoder is not None and train.image_shape[0] == 3:
-        made["autoencoder"] = partial(fit, autoencoder=autoencoder)
-    if flow is not None:
-        pixels = PixelAdapter(flow.image_shape)
+# ---- the network -----------------------------------------------------------------------------------------------------
 
-        def adapted(data: ImageData) -> GLEM:
-            x = to_uint8(pixels.to_model(pixels.to_floats(data.tensor())))
-            return fit((x, data.targets), flow=flow, classes=data.classes)
 
-        made["flow"] = adapted
-    return made
+def normalised(x: Tensor) -> Tensor:
+    """Images uint8, normalised for the networks of this module: float."""
+    return (x.float() / 255 - MEAN) / STD
+
+
+def new_network(name: str, channels: int, num_classes: int, seed: int) -> torch.nn.Module:
+    """A timm classifier on the CPU, with initial weights of the seed."""
+    import timm  # takes a second
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return timm.create_model(name, num_classes=num_classes, in_chans=channels)
+
+
+def fit_network(network: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]], steps: int) -> torch.nn.Module:
+    """Train a network by AdamW with a cosine schedule, after a warm-up over a tenth of the steps; in eval mode."""
+    from timm.optim import create_optimizer_v2  # takes a second
+    from timm.scheduler import CosineLRScheduler
+
+    network.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
+    optimizer = create_optimizer_v2(network, opt="adamw", lr=RATE, weight_decay=0.05)
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=steps, warmup_t=steps // 10, warmup_lr_init=RATE / 100, t_in_epochs=False
+    )
+    for step, (x, y) in zip(range(1, steps + 1), batches, strict=False):
+        loss = F.cross_entropy(network(x), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        scheduler.step_update(step)
+    return network.eval()
+
+
+def accuracy(network: torch.nn.Module, data: ImageData) -> float:
+    """Accuracy in percent of a network in eval mode on images uint8, which are normalised for it."""
+    right = 0
+    with torch.inference_mode():
+        for x, y in data.batches(np.arange(len(data)), 256):
+            right += int((network(normalised(x)).argmax(1) == y).sum())
+    return 100 * right / len(data)
