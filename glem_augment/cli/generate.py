@@ -14,8 +14,7 @@ from glem_augment.cli import common
 DESCRIPTION = """\
 Draw new images of every class from a model. glem-provenance.json records the model and the settings. The same seed
 draws the same images for any classes and any number of images. Prints a JSON summary. Its out_of_range counts images
-whose values are not finite or leave the range by more than its width; whether images look real is judged by --report
-alone.
+whose values are not finite or leave the range by more than its width. The check finds numerical failures alone.
 
   --format imagefolder             PNG files, a folder per class; the same command again writes missing files.
                                    A class without images has no folder; classes.json has the label of every class.
@@ -29,12 +28,7 @@ alone.
   --source gaussian                from the class's Gaussian
   --source mixup --real DATA       two images of DATA mixed along the class's modes
 
-  --report DIR --real DATA         compare up to 5000 images with equally many of DATA, the model's training images:
-                                   FID, coverage, label reliability, and memorisation if DATA has test images. The
-                                   judge is a small classifier, which is trained on DATA for about a minute.
-
-A private model (glem fit --epsilon) refuses balance and mixup, which look at real images. A report on it looks at them
-too: it stays outside --out, and must not be shared.
+A private model (glem fit --epsilon) refuses balance and mixup, which look at real images.
 """
 EXAMPLES = """\
   glem generate bundled:fashion-mnist --per-class 100 --out synthetic/
@@ -63,9 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--temperature", type=common.number(0), metavar="T", help=temperature)
     common.add_count(source, "--modes", f"for mixup: number of modes (default: {DEFAULT_MODES}, or all)")
     source.add_argument("--alpha", type=common.number(0), metavar="A", help="for mixup: A of Beta(A, A) (default: 1)")
-    report = "write report.json and report.png to DIR; see above"
-    parser.add_argument("--report", type=common.out_folder, metavar="DIR", help=report)
-    real = parser.add_argument_group("real images, for --per-class balance, --source mixup and --report")
+    real = parser.add_argument_group("real images, for --per-class balance and --source mixup")
     real.add_argument("--real", metavar="DATA", help=common.DATA_HELP)
     real.add_argument("--split", metavar="SPLIT", help="split of DATA (default: train)")
     common.add_skip_bad(real)
@@ -93,9 +85,7 @@ def per_class(text: str) -> Any:
 
 
 def run(args: argparse.Namespace) -> None:
-    from glem_augment.distributed import is_primary
     from glem_augment.hub.cards import CardFacts
-    from glem_augment.images.sources import without_test
     from glem_augment.synthetic.dataset import SyntheticDataset
     from glem_augment.synthetic.export import check_folder, export_set
 
@@ -104,20 +94,13 @@ def run(args: argparse.Namespace) -> None:
     model = common.load_model(args)
     if args.per_class == "balance" or args.source == "mixup":
         model.refuse_if_private("real=")  # before images are read
-    if args.report is not None:
-        common.uncovered(args, model, args.report)
-    progress = not args.quiet
-    reading = {"progress": progress, "skip_bad": args.skip_bad}
-    real = unseen = None
+    progress, real = not args.quiet, None
     if args.real is not None:
+        reading = {"progress": progress, "skip_bad": args.skip_bad}
         real = common.open_resized(model, args.real, args.split or "train", **reading)
-    if args.report is not None and is_primary() and not without_test(args.real):
-        unseen = common.open_resized(model, args.real, "test", **reading)
     given = ("temperature", "modes", "alpha")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
-    # A private set takes nothing from real images; the report looks at them.
-    alone = model.config.privacy is not None and args.per_class != "balance" and args.source != "mixup"
-    options |= {} if alone or real is None else {"real": real, "class_map": args.class_map}
+    options |= {} if real is None else {"real": real, "class_map": args.class_map}
     dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, **options)
     began = time.monotonic()
     command = shlex.join(["glem", *args.argv])
@@ -127,14 +110,6 @@ def run(args: argparse.Namespace) -> None:
         out_of_range = export_set(dataset.plan, dataset.draw, args.out, args.format, facts, **writing)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{args.out} is not complete; to finish it, run: {command}") from None
-    report = None
-    if args.report is not None and is_primary():  # no other rank waits for it
-        from glem_augment.evaluation import quality_report  # loads the drawing code
-
-        judging = {"progress": progress, "class_map": args.class_map}
-        report = quality_report(dataset, real, unseen, args.report, **judging)
-        if report["warning"]:
-            common.note(f"glem: {report['warning']}")
     result = {
         "out": str(args.out),
         "format": args.format,
@@ -146,28 +121,18 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "real": args.real,
         "out_of_range": out_of_range,
-        "report": report,
     }
     common.print_json({**result, "seconds": round(time.monotonic() - began, 3)})
 
 
 def _check_together(args: argparse.Namespace) -> None:
     """Raise ValueError for an option without effect, or without another option that it needs."""
-    from glem_augment.images.sources import HELD_OUT
-
     balance, mixup = args.per_class == "balance", args.source == "mixup"
-    if (balance or mixup or args.report) and args.real is None:
-        option = "--per-class balance" if balance else "--source mixup" if mixup else "--report"
+    if (balance or mixup) and args.real is None:
+        option = "--per-class balance" if balance else "--source mixup"
         raise ValueError(f"{option} needs real images: give --real DATA")
-    if args.report and args.report.resolve().is_relative_to(args.out.resolve()):
-        raise ValueError("--report would be among the images of --out: give it another folder")
-    if args.report and (args.split or "").lower() in HELD_OUT:
-        raise ValueError(
-            "--report needs the images of the model's training, and compares them with held-out ones: "
-            f"--split {args.split} gives the held-out ones twice"
-        )
     for name, needed, there in (
-        ("real", "--per-class balance, --source mixup or --report", balance or mixup or args.report),
+        ("real", "--per-class balance or --source mixup", balance or mixup),
         ("split", "--real", args.real is not None),
         ("class_map", "--real", args.real is not None),
         ("skip_bad", "--real", args.real is not None),

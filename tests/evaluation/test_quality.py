@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import prdc
@@ -17,7 +15,6 @@ from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from glem_augment import GLEM, ImageData, SyntheticDataset
-from glem_augment.cli import main
 from glem_augment.codec.resize import resized
 from glem_augment.errors import DataError
 from glem_augment.evaluation import (
@@ -31,7 +28,6 @@ from glem_augment.evaluation import (
     quality_report,
 )
 from glem_augment.evaluation import report as report_module
-from glem_augment.images.sources import without_test
 
 
 def features(n: int, m: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> Tensor:
@@ -182,42 +178,3 @@ def test_a_weak_judge_is_named(tmp_path: Path) -> None:
     assert "coverage" in found["warning"] and f"{100 * accuracy:.0f} %" in found["features"]
     assert report_module._warning(0.61, 10, True) is None and "coverage" not in report_module._warning(0.59, 10, True)
     assert report_module._warning(0.75, 2, True) and report_module._warning(0.81, 2, True) is None
-
-
-def test_a_report_of_colour_images_from_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(report_module, "JUDGE_STEPS", 2)
-    for split in ("train", "test"):
-        for name in ("bee", "owl"):
-            folder = tmp_path / "photos" / split / name
-            folder.mkdir(parents=True)
-            for i in range(15):
-                Image.fromarray(np.random.default_rng([i, len(split)]).integers(0, 256, (20, 24, 3), np.uint8)).save(
-                    folder / f"{i}.png"
-                )
-    model = GLEM.create("identity", (3, 16, 16), ["owl", "bee"])
-    model.fit_modes(str(tmp_path / "photos"), rank=2)
-    model.save(tmp_path / "flow")
-    base = ["generate", str(tmp_path / "flow"), "--per-class", "6", "--quiet", "--out"]
-    report = ["--report", str(tmp_path / "report"), "--real"]
-
-    def after_the_export(*given: Any, **options: Any) -> Any:  # of several ranks, none waits for the report
-        assert json.loads((tmp_path / "a" / "glem-provenance.json").read_text())["complete"]
-        return quality_report(*given, **options)
-
-    monkeypatch.setattr("glem_augment.evaluation.quality_report", after_the_export)
-    assert main([*base, str(tmp_path / "a"), *report, str(tmp_path / "photos")]) == 0
-    found = json.loads(capsys.readouterr().out)["report"]
-    assert found == json.loads((tmp_path / "report" / "report.json").read_text()) and found["memorisation"]
-    assert found["images"] == {"synthetic": 12, "real": 30, "held_out": 30} and (tmp_path / "a" / "owl").is_dir()
-    assert main([*base, str(tmp_path / "b"), *report, str(tmp_path / "photos" / "train")]) == 0
-    found = json.loads(capsys.readouterr().out)["report"]
-    assert found["images"] == {"synthetic": 12, "real": 24, "held_out": 6} and found["memorisation"] is None
-    assert main([*base, str(tmp_path / "c"), *report[:2]]) == 2
-    assert "--report needs real images" in capsys.readouterr().err
-    assert main([*base, str(tmp_path / "c"), *report, str(tmp_path / "photos"), "--split", "val"]) == 2
-    assert "--split val gives the held-out ones twice" in capsys.readouterr().err
-    assert without_test(str(tmp_path / "photos" / "train")) and not without_test(str(tmp_path / "photos"))
-    shutil.rmtree(tmp_path / "photos" / "test")
-    assert without_test(str(tmp_path / "photos"))

@@ -174,22 +174,6 @@ def test_samples_of_a_private_model_are_drawn_at_temperature_1(model: GLEM) -> N
     assert SyntheticDataset("bundled:fashion-mnist", 1).temperature == 0.9
 
 
-def test_a_report_on_a_private_model_warns_and_stays_out_of_the_export(
-    model: GLEM, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("glem_augment.evaluation.quality_report", lambda *_, **__: {"warning": None})
-    model.save(tmp_path / "model")
-    write_folder(images(3), tmp_path / "real")
-    argv = ["generate", str(tmp_path / "model"), "--per-class", "2", "--real", str(tmp_path / "real"), "--quiet"]
-    argv += ["--out", str(tmp_path / "out"), "--report"]
-    for shared, words in (("out", "among the images of --out"), ("model", "real images in a folder that is shared")):
-        assert main([*argv, str(tmp_path / shared / "report")]) == 2 and words in capsys.readouterr().err
-    assert main([*argv, str(tmp_path / "report")]) == 0
-    out, err = capsys.readouterr()
-    words = "this uses real images, so the model's privacy does not cover it: share it only if they are public"
-    assert err.count(words) == 1 and json.loads(out)["temperature"] == 1.0
-
-
 def test_too_few_images_and_too_large_a_delta_are_one_clear_error(data: ImageData) -> None:
     with pytest.raises(DataError, match="merge classes"):
         GLEM.fit(images(per_class=10), "taef2", privacy=Privacy(0.5, 1e-4), progress=False)
