@@ -12,7 +12,7 @@ class DataError(GLEMError, ValueError):
 
 
 class BadImageError(DataError):
-    """One image of a data set cannot be used; `open_data(..., skip_bad=True)` leaves such images out."""
+    """One image of a data set cannot be used; the error names it."""
 
 
 class ClassMismatchError(DataError):

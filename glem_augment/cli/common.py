@@ -76,11 +76,6 @@ def add_data(parser: argparse.ArgumentParser, split: str | None = "test", **opti
     """DATA and its options; `split` is the default, None for test where there are splits."""
     parser.add_argument("data", metavar="DATA", help=DATA_HELP, **optional)
     parser.add_argument("--split", default=split, help=f"of DATA (default: {split or 'test, if there are splits'})")
-    add_skip_bad(parser)
-
-
-def add_skip_bad(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and name them")
 
 
 def add_class_map(parser: argparse._ActionsContainer) -> None:
@@ -254,27 +249,17 @@ def uncovered(args: argparse.Namespace, model: GLEM, *written: Path | None) -> N
 
 
 def open_resized(model: GLEM, spec: str, split: str, **options: Any) -> ImageData:
-    """Data resized to the model's size and converted to its channels. Images that were left out are named on stderr."""
+    """Data resized to the model's size and converted to its channels."""
     from glem_augment.images.dataset import as_image_data
 
-    data = as_image_data(spec, model.image_shape, pixel_range=model.pixel_range, split=split, **options)
-    name_skipped(data)
-    return data
-
-
-def name_skipped(data: ImageData) -> None:
-    """Name on stderr the images that were left out."""
-    for where, reason in data.skipped:
-        note(f"left out: {where} {' '.join(reason.split())[:200]}")
+    return as_image_data(spec, model.image_shape, pixel_range=model.pixel_range, split=split, **options)
 
 
 def open_for(model: GLEM, spec: str, split: str, class_map: ClassMap = None, **options: Any) -> ImageData:
     """Data in the model's shape with the model's class indices as labels; see `open_resized` and `images_for`."""
     from glem_augment.images.dataset import images_for
 
-    data = images_for(model, spec, class_map, split=split, **options)
-    name_skipped(data)
-    return data
+    return images_for(model, spec, class_map, split=split, **options)
 
 
 def print_json(obj: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ Classify labelled images with a model, and measure its likelihoods. Prints one J
   rejected_moves      how many of the moves of 128 images (8 with an autoencoder) GLEMAugment would reject, from 0 to 1:
                       by mixup, and by noise of several strengths. Rejection finds numerical failures alone: glem
                       preview shows whether moved images still look real
-  skipped             images left out, with --skip-bad
 
 Images are converted to the model's size and channels.
 """
@@ -51,14 +50,13 @@ def run(args: argparse.Namespace) -> None:
     whole_folder = without_splits(args.data)
     if whole_folder and args.split is not None:
         raise ValueError(f"{args.data} has no splits, such as train/ and test/ folders: leave --split out")
-    reading = {"skip_bad": args.skip_bad, "progress": not args.quiet}
-    data = common.open_for(model, args.data, args.split or "test", args.class_map, **reading)
+    data = common.open_for(model, args.data, args.split or "test", args.class_map, progress=not args.quiet)
     if whole_folder and data.name == model.config.training.get("data"):
         common.note(f"the model may have been trained on these images ({data.name}): measure it on other images")
     if args.limit is not None and args.limit < len(data):
         data = data.subset(metrics.spread(len(data), args.limit))
     split = None if whole_folder else args.split or "test"
-    result = {"model": args.model, "data": args.data, "split": split, "skipped": len(data.skipped)}
+    result = {"model": args.model, "data": args.data, "split": split}
     result |= metrics.evaluate(model, data, args.batch_size, args.round_trip, progress=not args.quiet)
     if not is_primary():
         return

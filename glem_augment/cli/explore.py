@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from glem_augment.images.sources import without_splits
 
     real = args.data is not None or args.model == BUNDLED
-    if not real and (args.split or args.class_map or args.skip_bad):
+    if not real and (args.split or args.class_map):
         raise ValueError(f"DATA is missing: name its images, for example glem explore {args.model} photos/")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends the command as Ctrl-C does
     name, split = args.data or args.model, args.split or "test"
@@ -43,6 +43,6 @@ def run(args: argparse.Namespace) -> None:
         sets = [] if real else [drawn(model, args.limit)]
         splits = [split] if split == "train" or without_splits(name) else [split, "train"]
         for each in splits if real else []:
-            data = common.open_for(model, name, each, args.class_map, skip_bad=args.skip_bad, progress=not args.quiet)
+            data = common.open_for(model, name, each, args.class_map, progress=not args.quiet)
             sets.append(data.subset(spread(len(data), min(args.limit, len(data)))))
         serve(gr, Explorer(model, sets, progress=not args.quiet), real, common.note)

@@ -115,10 +115,8 @@ def run(args: argparse.Namespace) -> None:
         image_size=common.height_and_width(args.image_size),
         channels=args.channels,
         value_range=args.value_range,
-        skip_bad=args.skip_bad,
         progress=not args.quiet,
     )
-    common.name_skipped(data)
     model = GLEM.fit(data, device=device, progress=not args.quiet, **given)
     if not is_primary():
         return
@@ -138,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     }
     record = model.config.training
     if model.config.privacy is None:
-        result |= {"images": record["images"], "skipped": len(data.skipped)}
+        result["images"] = record["images"]
         result["images_per_class"] = record["images_per_class"]
     else:
         result["privacy"] = model.config.privacy

@@ -60,7 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     real = parser.add_argument_group("real images, for --per-class balance and --source mixup")
     real.add_argument("--real", metavar="DATA", help=common.DATA_HELP)
     real.add_argument("--split", metavar="SPLIT", help="split of DATA (default: train)")
-    common.add_skip_bad(real)
     common.add_class_map(real)
 
 
@@ -96,8 +95,7 @@ def run(args: argparse.Namespace) -> None:
         model.refuse_if_private("real=")  # before images are read
     progress, real = not args.quiet, None
     if args.real is not None:
-        reading = {"progress": progress, "skip_bad": args.skip_bad}
-        real = common.open_resized(model, args.real, args.split or "train", **reading)
+        real = common.open_resized(model, args.real, args.split or "train", progress=progress)
     given = ("temperature", "modes", "alpha")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     options |= {} if real is None else {"real": real, "class_map": args.class_map}
@@ -135,7 +133,6 @@ def _check_together(args: argparse.Namespace) -> None:
         ("real", "--per-class balance or --source mixup", balance or mixup),
         ("split", "--real", args.real is not None),
         ("class_map", "--real", args.real is not None),
-        ("skip_bad", "--real", args.real is not None),
     ):
         if getattr(args, name) not in (None, False) and not there:
             raise ValueError(f"--{name.replace('_', '-')} has no effect without {needed}")

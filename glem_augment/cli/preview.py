@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     model = common.load_model(args)
     common.uncovered(args, model, args.out)
     progress = not args.quiet
-    reading = {"skip_bad": args.skip_bad, "progress": progress, "cache_bytes": 0}  # it shows few of the images
+    reading = {"progress": progress, "cache_bytes": 0}  # it shows few of the images
     data = common.open_for(model, args.data, args.split, args.class_map, **reading).at_own_size()
     policies = POLICIES if args.policy == "all" else (args.policy,)
     shown = [model, data, args.rows, policies, args.modes, args.seed, progress, args.model, args.channels]

@@ -50,7 +50,7 @@ EXIT_CODES = "Exit codes: 0 finished, 2 an error, 75 stopped by --max-minutes, 1
 
 # How DATA is opened. This is not part of TrainConfig, but a resumed run must open the same images.
 _VIEW = {
-    "split": "train", "image_size": None, "channels": None, "init": None, "skip_bad": False, "log_to": None,
+    "split": "train", "image_size": None, "channels": None, "init": None, "log_to": None,
     "unlabelled": False,
 }  # fmt: skip
 # Arguments of argparse for each kind of setting. `_typed` parses the text of lists and tables.
@@ -61,7 +61,6 @@ PARSING: dict[Any, dict[str, Any]] = {
     "text": {"metavar": "NAME"},
     "table": {"action": "append", "metavar": "KEY=JSON"},
 }
-SKIPPED_FILE = "skipped.json"
 LARGE = 64  # pixels above which a flow is slow on a CPU
 FEW_STEPS = 500  # fewer steps are not enough for any flow of images
 
@@ -89,8 +88,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     switch = argparse.BooleanOptionalAction
     unlabelled = "train by likelihood on all images in DATA and its folders; glem fit gives the model classes later"
     view.add_argument("--unlabelled", action=switch, help=f"{unlabelled} (default: learn classes)")
-    bad = "leave out images that can't be read, and list them in DIR/skipped.json (default: stop at the first)"
-    view.add_argument("--skip-bad", action=switch, help=bad)
     add_settings(parser)
 
 
@@ -208,7 +205,7 @@ def run(args: argparse.Namespace) -> int:
     size = common.height_and_width(view["image_size"])
     # The folder is locked before the images are decoded, which may take minutes. The first rank locks it for all ranks.
     with lock_folder(out) if is_primary() else nullcontext():
-        reading = {"progress": not args.quiet, **{name: view[name] for name in ("skip_bad", "unlabelled")}}
+        reading = {"progress": not args.quiet, "unlabelled": view["unlabelled"]}
         data = open_data(args.data, view["split"], size, view["channels"], **reading)
         progress = not args.quiet
         trainer = Trainer(data, config, out, args.resume, init_model, device, progress, began, ready=_header)
@@ -246,9 +243,6 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
     if is_primary() and (not args.resume or not (out / RUN_FILE).exists()):
         command = shlex.join(["glem", *args.argv])
         write_json(out / RUN_FILE, {"command": command, "version": __version__, "data": args.data, **view})
-    if is_primary() and view["skip_bad"]:
-        listed = [{"image": where, "reason": reason} for where, reason in data.skipped]
-        write_json(out / SKIPPED_FILE, {"skipped": len(listed), "used": len(data), "images": listed})
     if view["log_to"] and is_primary():
         trainer.log.callbacks.append(TRACKERS[view["log_to"]](out, trainer.step))
     if args.resume:
@@ -312,7 +306,6 @@ def summary(trainer: Trainer) -> str:
         learners = f"{len(split.nf) + len(split.g)} for the flow and the Gaussians"
     rows = [
         ("data", f"{data.name}: {len(data)} images, {shape}, {len(data.classes)} classes ({names})"),
-        *([("skipped", f"{len(data.skipped)} images that can't be used, see {SKIPPED_FILE}")] if data.skipped else []),
         ("split", f"{learners}, {len(split.val)} held out"),
         ("flow", f"{model.config.flow['preset']}, {parameters:,} parameters, {model.numbers_are}"),
         ("objective", _objective(config)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -44,7 +43,6 @@ class ImageData(Dataset):
         image_shape: (C,H,W).
         pixel_range: the dtype of the images and the range of their values.
         name: the folder or data set, as text.
-        skipped: (image, reason) of every image that `open_data(..., skip_bad=True)` left out.
         unstated: of "image_size", "channels" and "classes", what was read from the images, so that one may change it.
     """
 
@@ -54,7 +52,6 @@ class ImageData(Dataset):
         image_shape: tuple[int, int, int],
         rows: np.ndarray | None = None,
         pixels: torch.Tensor | None = None,
-        skipped: Sequence[tuple[str, str]] = (),
         pixel_range: PixelRange = UINT8,
         unstated: Sequence[str] = (),
     ) -> None:
@@ -68,7 +65,6 @@ class ImageData(Dataset):
         self.targets, self.named = source.targets[rows], source.named
         self.classes, self.class_ids = list(source.classes), list(source.class_ids)
         self.unstated = tuple(unstated)
-        self.skipped = tuple((_printable(where), _printable(why)) for where, why in skipped)
 
     @classmethod
     def from_tensors(
@@ -219,7 +215,6 @@ def open_data(
     channels: int | None = None,
     cache_bytes: int = CACHE_BYTES,
     progress: bool = True,
-    skip_bad: bool = False,
     unlabelled: bool = False,
     value_range: Limits | None = None,
 ) -> ImageData:
@@ -252,8 +247,6 @@ def open_data(
             animations give their first frame.
         cache_bytes: keep all decoded images in memory if they take no more than this.
         progress: show a bar on stderr when decoding takes longer than two seconds.
-        skip_bad: leave out images that cannot be used, and list them in `skipped`. All images are then decoded once
-            before anything else.
         unlabelled: give all images one class, called "image". A folder may then nest its images in any way (folders
             named train, test, ... are splits), and a tensor [N,C,H,W] needs no labels.
         value_range: (low, high), the values of black and white, or the `pixel_range` of a model or of training images,
@@ -276,46 +269,40 @@ def open_data(
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1, 3 or None, got {channels!r}")
     source = open_source(data, split, unlabelled)
-    bad = _bad_images(source, progress) if skip_bad else {}
-    rows = np.asarray([row for row in range(len(source)) if row not in bad])
+    rows = np.arange(len(source))
     if len(rows) == 0:
-        raise DataError(f"{source.name} holds no images{' that can be used' if bad else ''}")
-    try:
-        sizes = np.zeros((len(rows), 2), dtype=np.int64)  # stored height and width
-        shape: tuple[int, int, int] | None = None if size is None or channels is None else (channels, *size)
-        dtype: torch.dtype = getattr(torch, source.header(int(rows[0]))[3])
-        if shape is None or len(rows) * math.prod(shape) * dtype.itemsize > cache_bytes:
-            found = _look_at_headers(source, rows, size is None, sizes, progress)
-            shape = (channels or found[0], *(size or found[1:]))
-        pixels = None
-        if isinstance(source, TensorSource) and source.images.shape[1:] == shape:
-            pixels = source.images.contiguous()
-        elif len(rows) * math.prod(shape) * dtype.itemsize <= cache_bytes:
-            pixels = _decode(source, rows, shape, dtype, progress, sizes)
+        raise DataError(f"{source.name} holds no images")
+    sizes = np.zeros((len(rows), 2), dtype=np.int64)  # stored height and width
+    shape: tuple[int, int, int] | None = None if size is None or channels is None else (channels, *size)
+    dtype: torch.dtype = getattr(torch, source.header(int(rows[0]))[3])
+    if shape is None or len(rows) * math.prod(shape) * dtype.itemsize > cache_bytes:
+        found = _look_at_headers(source, rows, size is None, sizes, progress)
+        shape = (channels or found[0], *(size or found[1:]))
+    pixels = None
+    if isinstance(source, TensorSource) and source.images.shape[1:] == shape:
+        pixels = source.images.contiguous()
+    elif len(rows) * math.prod(shape) * dtype.itemsize <= cache_bytes:
+        pixels = _decode(source, rows, shape, dtype, progress, sizes)
 
-        def ends() -> tuple[float, float]:
-            if pixels is not None:
-                return _ends(pixels)
-            found: list[tuple[float, float]] = []
+    def ends() -> tuple[float, float]:
+        if pixels is not None:
+            return _ends(pixels)
+        found: list[tuple[float, float]] = []
 
-            def one(index: int) -> None:
-                found.append(_ends(_read(source, int(rows[index]), shape, dtype)))
+        def one(index: int) -> None:
+            found.append(_ends(_read(source, int(rows[index]), shape, dtype)))
 
-            in_threads(one, len(rows), f"measuring {source.name}", progress, source.threads)
-            return min(low for low, _ in found), max(high for _, high in found)
+        in_threads(one, len(rows), f"measuring {source.name}", progress, source.threads)
+        return min(low for low, _ in found), max(high for _, high in found)
 
-        pixel_range = _range_of(dtype, source.name, value_range, ends)
-        pixels = None if pixels is None else _clipped(pixels, pixel_range, source.name)
-    except BadImageError as error:
-        raise BadImageError(
-            f"{error}, or leave such images out with skip_bad=True (on the command line: --skip-bad)"
-        ) from error
+    pixel_range = _range_of(dtype, source.name, value_range, ends)
+    pixels = None if pixels is None else _clipped(pixels, pixel_range, source.name)
     _warn_enlarged(source.name, sizes, shape[1:])
     unstated = ["classes"] if source.classes_are_labels and not unlabelled else []
     if not isinstance(source, TensorSource):  # all its images have one shape
         unstated += [name for name, value in (("image_size", size), ("channels", channels)) if value is None]
-    skipped, unstated = [*source.skipped, *bad.values()], [*dict.fromkeys((*source.unstated, *unstated))]
-    return ImageData(source, shape, rows, pixels, skipped, pixel_range, unstated)
+    unstated = [*dict.fromkeys((*source.unstated, *unstated))]
+    return ImageData(source, shape, rows, pixels, pixel_range, unstated)
 
 
 def _range_of(
@@ -413,26 +400,6 @@ def images_for(model: Any, data: LabelledImages, class_map: ClassMap = None, **o
     if images.named or class_map is not None:
         targets = match_classes(model, images, class_map)[targets]
     return images.with_targets(targets, model.classes, model.class_ids)
-
-
-def _bad_images(source: Source, progress: bool) -> dict[int, tuple[str, str]]:
-    """(image, reason) of every image that can't be decoded, by row."""
-    found: dict[int, tuple[str, str]] = {}
-    kinds: dict[int, str] = {}
-
-    def one(row: int) -> None:
-        try:
-            kinds[row] = _kind(source.pixels(row, 3))
-        except BadImageError as error:
-            where = source.where(row)
-            found[row] = (where, str(error).removeprefix(where).strip())
-
-    in_threads(one, len(source), f"checking {source.name}", progress, source.threads)
-    most = Counter(kinds.values()).most_common(1)
-    for row, kind in kinds.items():
-        if kind != most[0][0]:
-            found[row] = (source.where(row), f"has {kind}, and most images have {most[0][0]}")
-    return dict(sorted(found.items()))
 
 
 def _look_at_headers(

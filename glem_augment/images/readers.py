@@ -97,7 +97,6 @@ class Source(Dataset, ABC):
     threads = 8  # how many may open images at the same time
     # Facts of the same names of an `ImageData`, also of one that is inside.
     repeated = False
-    skipped: ClassVar[Sequence[tuple[str, str]]] = ()
     unstated: ClassVar[Sequence[str]] = ()
 
     def __post_init__(self) -> None:

@@ -349,7 +349,7 @@ def _data_set_source(data: Any, name: str | None = None) -> Source:
 
 def _inherit(source: ItemSource, inside: Any) -> ItemSource:
     """The source, with what an `ImageData` or a source inside knows of its images."""
-    for fact in ("repeated", "skipped", "unstated"):
+    for fact in ("repeated", "unstated"):
         setattr(source, fact, getattr(inside, fact, getattr(source, fact)))
     return source
 

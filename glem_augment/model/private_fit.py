@@ -84,11 +84,6 @@ def stored_coordinates(name: str) -> Path:
 
 def check_images(images: ImageData, public: ImageData | None, progress: bool) -> None:
     """Refuse images of which one has influence beyond its latent, and warn of public facts that were read from them."""
-    if images.skipped:
-        raise DataError(
-            f"images were left out of a private set by comparing images ({len(images.skipped)}, such as "
-            f"{images.skipped[0][0]}): remove these files, and leave out skip_bad (--skip-bad)"
-        )
     if images.repeated:
         raise DataError("an image is in this private set several times: give it once")
     if public is not None and public.image_shape == images.image_shape:

@@ -126,26 +126,10 @@ def test_help_teaches(command: str, output: Output, monkeypatch: pytest.MonkeyPa
     assert "Exit codes: 0 " in text.split("examples:\n")[1]
 
 
-def test_fit_leaves_out_what_cannot_be_read(trained: Path, tmp_path: Path, output: Output) -> None:
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, output: Output) -> None:
     write_images(tmp_path / "photos", ("cat", "dog"), (8, 8), 4)
     (tmp_path / "photos" / "cat" / "broken.png").write_bytes(b"no image")
-    argv = ["fit", str(tmp_path / "photos"), "--flow", str(trained), "--out", str(tmp_path / "out"), "--rank", "2"]
-    fails(argv, output, "broken.png", "--skip-bad")
-    assert main([*argv, "--skip-bad"]) == 0
-    out, err = output()
-    assert json.loads(out)["skipped"] == 1 and json.loads(out)["images"] == 8
-    assert "left out: " in err and "broken.png" in err
-
-
-def test_generate_leaves_out_what_cannot_be_read(trained: Path, tmp_path: Path, output: Output) -> None:
-    write_images(tmp_path / "photos", ("cat", "dog"), (8, 8), 3)
-    (tmp_path / "photos" / "cat" / "broken.png").write_bytes(b"no image")
-    data = str(tmp_path / "photos")
-    argv = ["generate", str(trained), "--per-class", "cat=2", "--source", "mixup", "--real", data]
-    argv += ["--out", str(tmp_path / "out")]
-    fails(argv, output, "broken.png", "--skip-bad")
-    assert main([*argv, "--skip-bad"]) == 0 and "broken.png" in output()[1]
-    fails([*argv[:4], "--out", str(tmp_path / "x"), "--skip-bad"], output, "--skip-bad has no effect", "--real")
+    fails(["fit", str(tmp_path / "photos"), "--out", str(tmp_path / "out")], output, "broken.png")
 
 
 def test_a_model_that_does_not_fit_its_images_is_remarked(

@@ -154,11 +154,10 @@ def test_images_without_classes(image_folder: Path, tmp_path: Path) -> None:
         shutil.copytree(image_folder / name, tmp_path / target, dirs_exist_ok=True)
     with pytest.raises(DataError, match="holds no images"):
         open_data(tmp_path / "none", unlabelled=True)
-    (image_folder / "dog" / "0.png").write_bytes(b"no image")
-    for i in (1, 2, 3):
-        (image_folder / "dog" / f"{i}.png").unlink()
+    for path in (image_folder / "dog").iterdir():
+        path.unlink()
     found = [
-        open_data(image_folder, unlabelled=True, skip_bad=True),  # though a class has no usable image
+        open_data(image_folder, unlabelled=True),  # though a class has no image
         open_data(labelled.subset(range(8)), unlabelled=True),
         open_data(labelled.tensor()[:8], unlabelled=True),
     ]
@@ -173,10 +172,9 @@ def test_names_of_data_can_be_shown_and_saved(tmp_path: Path) -> None:
     odd = os.fsdecode(b"caf\xe9\r")
     for i in range(2):
         png(tmp_path / odd / "a" / f"{i}.png")
-    (tmp_path / odd / "a" / "3.png").write_bytes(b"text")
-    data = open_data(tmp_path / odd, skip_bad=True)
-    assert data.name.endswith(r"caf\udce9\r") and r"caf\udce9\r" in data.skipped[0][0]
-    json.dumps([data.name, data.skipped], ensure_ascii=False).encode()
+    data = open_data(tmp_path / odd)
+    assert data.name.endswith(r"caf\udce9\r") and r"caf\udce9\r" in data.where(0)
+    json.dumps([data.name, data.where(0)], ensure_ascii=False).encode()
     adapted = GLEM.create("identity", data.image_shape, ["x"]).eval().adapt(data, rank=1, progress=False)
     adapted.save(tmp_path / "model")
     assert GLEM.from_pretrained(tmp_path / "model").config.training["data"] == data.name
@@ -218,12 +216,13 @@ def test_mixed_sizes(image_folder: Path) -> None:
     assert open_data(image_folder, image_size=4).image_shape == (3, 4, 4)
 
 
-def broken_folder(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Two classes of good images in every mode, and among them what must not be used: file -> words of the reason."""
+def broken_folder(folder: Path) -> list[str]:
+    """good/: two classes of images, in every mode (their file names). bad/: files that must not be used."""
     for name in ("cat", "dog"):
         for i in range(12):
-            png(folder / name / f"good{i:02d}.png", value=10 * i)
-    cat, dog = folder / "cat", folder / "dog"
+            png(folder / "good" / name / f"good{i:02d}.png", value=10 * i)
+    cat, bad = folder / "good" / "cat", folder / "bad" / "dog"
+    bad.mkdir(parents=True)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     noise.convert("CMYK").save(cat / "cmyk.jpg")
     noise.convert("P").save(cat / "palette.png")
@@ -238,11 +237,6 @@ def broken_folder(folder: Path) -> tuple[dict[str, str], list[str]]:
     noise.save(cat / "a-gif.png", format="GIF")
     modes = sorted(p.name for p in cat.iterdir() if not p.name.startswith("good"))
     large = noise.resize((64, 64))
-    bad = {}
-
-    def add(name: str, content: bytes, words: str) -> None:
-        (dog / name).write_bytes(content)
-        bad[str(dog / name)] = words
 
     def encoded(image: Image.Image, form: str, **options: object) -> bytes:
         buffer = io.BytesIO()
@@ -251,60 +245,44 @@ def broken_folder(folder: Path) -> tuple[dict[str, str], list[str]]:
 
     for form, name in (("PNG", "cut.png"), ("JPEG", "cut.jpg"), ("WEBP", "cut.webp"), ("TIFF", "cut.tif")):
         whole = encoded(large, form)
-        add(name, whole[: len(whole) // 2], "cannot be read")
-    add("empty.jpg", b"", "cannot be read")
-    add("page.jpg", b"<html>404</html>", "cannot be read")
-    add("text.png", b"hello\n" * 100, "cannot be read")
-    add(
-        "deep.png",
-        encoded(Image.fromarray(np.full((8, 8), 4000, np.uint16)), "PNG"),
-        "has 1 channel of uint16, and most images have 3 channels of uint8",
-    )
-    add("float.tif", encoded(Image.fromarray(np.full((8, 8), 0.5, np.float32)), "TIFF"), "has 1 channel of float32")
+        (bad / name).write_bytes(whole[: len(whole) // 2])
+    (bad / "empty.jpg").write_bytes(b"")
+    (bad / "page.jpg").write_bytes(b"<html>404</html>")
+    Image.fromarray(np.full((8, 8), 4000, np.uint16)).save(bad / "deep.png")
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(bad / "float.tif")
     # A few hundred bytes that unfold into gigabytes: the header alone says so.
     bomb = bytearray(encoded(Image.new("1", (8, 8)), "PNG"))
     for name, side in (("bomb.png", 30_000), ("limit.png", 5_800)):
         bomb[16:24] = struct.pack(">II", side, side)
         bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
-        add(name, bytes(bomb), "pixels")
+        (bad / name).write_bytes(bomb)
     # PIL would start Ghostscript for this one.
-    add("script.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", "cannot be read")
-    (dog / "link.png").symlink_to(dog / "nowhere.png")
-    bad[str(dog / "link.png")] = "cannot be read"
-    os.mkfifo(dog / "pipe.png")
-    bad[str(dog / "pipe.png")] = "no regular file"
-    (dog / "notes.txt").write_text("not looked at")
-    return bad, modes
+    (bad / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    (bad / "link.png").symlink_to(bad / "nowhere.png")
+    os.mkfifo(bad / "pipe.png")
+    (cat / "notes.txt").write_text("not looked at")
+    return modes
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("cache_bytes", [2**20, 0])
 def test_broken_images_among_good_ones(tmp_path: Path, cache_bytes: int) -> None:
-    bad, modes = broken_folder(tmp_path)
-    with pytest.raises(BadImageError, match="dog"):
-        data = open_data(tmp_path, image_size=8, cache_bytes=cache_bytes)
-        for i in range(len(data)):  # without a cache only the headers were read
-            data[i]
-    data = open_data(tmp_path, image_size=8, cache_bytes=cache_bytes, skip_bad=True)
-    assert sorted(where for where, _ in data.skipped) == sorted(bad)
-    for where, reason in data.skipped:
-        assert bad[where] in reason, (where, reason)
-    assert len(data) == 24 + len(modes) and np.bincount(data.targets).tolist() == [12 + len(modes), 12]
+    modes, good = broken_folder(tmp_path), tmp_path / "good"
+    for path in (tmp_path / "bad" / "dog").iterdir():
+        found = path.rename(good / "dog" / path.name)
+        with pytest.raises(BadImageError, match=path.name):
+            open_data(good, image_size=8, cache_bytes=cache_bytes).tensor()  # without a cache it read only the headers
+        found.unlink()
+    data = open_data(good, image_size=8, cache_bytes=cache_bytes)
+    assert np.bincount(data.targets).tolist() == [12 + len(modes), 12]
     batches = torch.cat([x for x, _ in data.batches(range(len(data)), 5)])
     assert batches.shape == (len(data), 3, 8, 8) and all(torch.equal(data[i][0], x) for i, x in enumerate(batches))
     assert torch.equal(data.tensor(), batches)
     # Good images in odd modes are what torchvision and timm read; of animations, the first frame.
     for i, name in enumerate(sorted([*modes, *(f"good{i:02d}.png" for i in range(12))])):
-        with Image.open(tmp_path / "cat" / name) as image:
+        with Image.open(good / "cat" / name) as image:
             expected = np.asarray(image.convert("RGBA" if name == "transparent.png" else "RGB").convert("RGB"))
         assert np.array_equal(batches[i].permute(1, 2, 0).numpy(), expected), name
-
-
-def test_broken_images_alone(image_folder: Path) -> None:
-    for path in image_folder.glob("*/*"):
-        path.write_bytes(b"x")
-    with pytest.raises(DataError, match="holds no images that can be used"):
-        open_data(image_folder, skip_bad=True)
 
 
 def test_images_that_are_enlarged_a_lot_give_one_warning_with_counts(tmp_path: Path) -> None:
