@@ -236,7 +236,7 @@ def _train(args: argparse.Namespace, trainer: Trainer, view: dict[str, Any]) -> 
     from glem_augment.training import EXIT_TIME_UP, TimeUpError
     from glem_augment.training.log import TRACKERS
 
-    out, data = trainer.out, trainer.batches.data
+    out = trainer.out
     if args.resume and trainer.step >= trainer.total_steps and (finished := _finished(out)) is not None:
         common.say(f"{out} is already finished: {_held_out(finished)}")
         return 0
