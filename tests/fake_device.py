@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -179,12 +180,13 @@ def moves(host: GLEM, data: ImageData, device: torch.device, policies: list[dict
 
 def waits_once(host: GLEM, data: ImageData, device: torch.device) -> None:
     """An ordinary call waits for the device once, to have the labels on the CPU."""
-    there = copy.deepcopy(host).to(device)
     x, y = data.tensor()[:12].to(device), torch.from_numpy(data.targets[:12]).to(device)
+    parts = host.adapt(data, rank=4, parts=2, progress=False)
+    moves(parts, data, device)
     soft = torch.nn.functional.one_hot(y, host.num_classes).float()
-    for policy in (Mixup(partner="any"), Mixup(labels="mix"), Noise(0.1)):
+    for model, policy in product((host, parts), (Mixup(partner="any"), Mixup(labels="mix"), Noise(0.1))):
         for labels in (y, soft):
-            aug = GLEMAugment(there, policy, p=1.0, seed=0, mean=0.0, std=1.0)
+            aug = GLEMAugment(copy.deepcopy(model).to(device), policy, p=1.0, seed=0, mean=0.0, std=1.0)
             normalised = x.float() / 255
             aug(normalised, labels)
             assert aug.stats["rejected"] == 0  # which reads the counts

@@ -106,25 +106,27 @@ class Selected(NamedTuple):
 
 
 class Basis(NamedTuple):
-    """C sets of modes, and the set of each of n rows.
+    """The top modes of the class, or the part of a class, of each of n rows.
 
     Attributes:
-        directions: [C, k, d], orthonormal.
-        scales: [C, k], standard deviations along the modes, 0 where a class has fewer than k.
-        cls: int64 [n], the set of each row.
+        directions: [C, k, d], orthonormal: the modes of all classes or parts.
+        rows: int64 [n], the row of `directions` of each of the n rows.
+        scales: [n, k], standard deviations along the modes, 0 where a class has fewer than k.
+        mean: [n, d], the mean of the class or part.
     """
 
     directions: Tensor
+    rows: Tensor
     scales: Tensor
-    cls: Tensor
+    mean: Tensor
 
     def along(self, coefficients: Tensor) -> Tensor:
         """sum_m s_m c_m v_m, [n, d], for coefficients [n, k] in units of the modes' standard deviations."""
-        return combine_modes(coefficients * self.scales[self.cls], self.cls, self.directions)
+        return combine_modes(coefficients * self.scales, self.rows, self.directions)
 
     def project(self, delta: Tensor) -> Tensor:
         """P delta, the part of delta [n, d] that lies along the modes."""
-        return project_on_modes(delta, self.cls, self.directions)
+        return project_on_modes(delta, self.rows, self.directions)
 
 
 @dataclass
@@ -161,9 +163,10 @@ class Batch:
         """The top modes of each row's class, or of its part that is nearest to z."""
         modes, k = self.model.modes, self.selected.modes
         assert modes is not None
-        return Basis(
-            modes.directions[:, :k], modes.scales[:, :k], modes.covariance_rows(modes.rows_of(self.cls, self.z))
-        )
+        part = modes.rows_of(self.cls, self.z)
+        at = modes.covariance_rows(part)
+        rows = modes.on_host(self.params.cls, at)
+        return Basis(modes.directions[:, :k], rows, modes.scales[at, :k], modes.mean[part])
 
     def loss_gradient(self, latents: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
         """The gradient of the attached classifier's loss in the argument of `latents`, at `at`, which has n rows."""
@@ -284,7 +287,7 @@ class Mixup(Policy):
 
     def move(self, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
         basis, keep = batch.basis(), batch.drawn["keep"]
-        moved, along = mix_along_modes(batch.z, _partners(batch), keep, basis.cls, basis.directions)
+        moved, along = mix_along_modes(batch.z, _partners(batch), keep, basis.rows, basis.directions)
         if batch.soft is None:
             return moved
         params, (_, data_cls, classes, _) = batch.params, batch.selected
@@ -331,7 +334,7 @@ class Adversarial(Noise):
         basis, start = batch.basis(), self.strength * batch.drawn["eps"]
         gradient = batch.loss_gradient(lambda c: batch.z + basis.along(c), start)
         norm = gradient.norm(dim=1, keepdim=True)
-        modes = (basis.scales[basis.cls] > 0).sum(dim=1, keepdim=True)
+        modes = (basis.scales > 0).sum(dim=1, keepdim=True)
         length = 0.5 * self.strength * modes.to(norm.dtype).sqrt()
         step = length * gradient / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         return batch.z + basis.along(start + torch.where(norm.isfinite() & (norm > 0), step, 0.0))
@@ -363,7 +366,7 @@ def _partners(batch: Batch) -> Tensor:
     # One seed per row: the draw must not depend on which other rows need a partner.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in drawn["seeds"][missing].tolist()]
     noise = torch.cat([_normal(1, modes.noise_size, generator) for generator in generators])
-    draws = modes.sample_from_noise(send(drawn["partner_cls"][missing], device), send(noise, device))
+    draws = modes.sample_from_noise(drawn["partner_cls"][missing], send(noise, device))
     return batch.partner.index_copy(0, send(missing, device), draws.to(batch.partner.dtype))
 
 

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from glem_augment.checks import INITIAL_VARIANCE, LOWEST_SHARE, check_number
 from glem_augment.precision import full_precision
+from glem_augment.tensors import send
 
 # Between these shares of its range psi represents variances well; nearer to the ends s runs away.
 INNER = (0.01, 0.99)
@@ -38,7 +39,10 @@ class ClassSampler(nn.Module):
     noise_size: int
 
     def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
-        """Latents [B, d] of the classes y, int64 [B], from standard normal noise [B, noise_size]."""
+        """Latents [B, d] of the classes y, int64 [B], from standard normal noise [B, noise_size].
+
+        y is best on the CPU: for the modes of a y on a GPU the host would wait, or copy.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
@@ -52,7 +56,7 @@ class ClassSampler(nn.Module):
         some = next(chain(self.parameters(), self.buffers()))
         noise = torch.randn(len(y), self.noise_size, generator=generator, dtype=some.dtype).to(some.device)
         with full_precision(some.device.type):
-            return self.sample_from_noise(y.to(some.device), noise, temperature)
+            return self.sample_from_noise(y, noise, temperature)
 
 
 class ClassGaussians(ClassSampler):
@@ -152,6 +156,7 @@ class ClassGaussians(ClassSampler):
 
     def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """z = mu_y + temperature * sigma_y * noise [B, d], of the classes y, int64 [B]."""
+        y = send(y, noise.device)
         return self.mu[y] + temperature * self.variance()[y].sqrt() * noise
 
     # ---- divergences between the classes (Eq. 4) -----------------------------------------------------------------

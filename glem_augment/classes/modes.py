@@ -23,49 +23,66 @@ from torch import Tensor
 
 from glem_augment.classes.gaussians import ClassSampler
 from glem_augment.precision import full_precision
-from glem_augment.tensors import weights_key
+from glem_augment.tensors import send, weights_key
 
 # How far a class's covariance is shrunk to the pooled one (benchmarks/results/covariances.md; 0.9 is a tie).
 SHRUNK = 0.8
-# Floats that are gathered at a time (16 MiB), since every row of a batch may need other modes [k, d].
-GATHER_FLOATS = 2**22
 
 
 # ---- moves along the modes -------------------------------------------------------------------------------------------
 
 
-def combine_modes(coefficients: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+def combine_modes(coefficients: Tensor, y: Tensor, directions: Tensor, alone: bool = False) -> Tensor:
     """sum_m c_m v_m [n, d] for coefficients c [n, k] and the modes v_m of each row's class; see `project_on_modes`."""
-    return _per_row(torch.matmul, coefficients, y, directions)
+    return _by_class(torch.matmul, coefficients, y, directions, alone)
 
 
-def project_on_modes(delta: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+def project_on_modes(delta: Tensor, y: Tensor, directions: Tensor, alone: bool = False) -> Tensor:
     """P delta = V^T V delta, the part of delta [n, d] that lies along the modes V of each row's class y, int64 [n].
 
-    `directions` [K, k, d] have orthonormal rows V. A row of the result [n, d] depends on no other row, to the last bit.
+    Args:
+        y: on the CPU where the host knows it, otherwise on the device of `delta`.
+        directions: [K, k, d] with orthonormal rows V.
+        alone: a row of the result depends on no other row, to the last bit.
     """
-    return _per_row(lambda rows, modes: (rows @ modes.mT) @ modes, delta, y, directions)
+    return _by_class(lambda rows, modes: (rows @ modes.mT) @ modes, delta, y, directions, alone)
 
 
-def _per_row(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, y: Tensor, directions: Tensor) -> Tensor:
-    """Apply `function` to rows [m, 1, *] and the modes [m, k, d] of each row: one product per row, a few at a time."""
-    step = max(1, GATHER_FLOATS // directions[0].numel())
-    pairs = zip(rows.split(step), y.split(step), strict=True)
-    with torch.autocast(rows.device.type, enabled=False):
-        return torch.cat([function(r[:, None], directions[c])[:, 0] for r, c in pairs])
-
-
-def mix_along_modes(z: Tensor, partner: Tensor, keep: Tensor, y: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+def mix_along_modes(
+    z: Tensor, partner: Tensor, keep: Tensor, y: Tensor, directions: Tensor, alone: bool = False
+) -> tuple[Tensor, Tensor]:
     """Principal-mode mixup z' = z + (1 - keep) P (partner - z) [n, d], with the projection P of `project_on_modes`.
 
     keep [n] says how much of z stays along the modes. The second result is the fraction [n] of |partner - z|^2 that
     lies along them, 0 for no difference.
     """
     delta = partner - z
-    projected = project_on_modes(delta, y, directions)
+    projected = project_on_modes(delta, y, directions, alone)
     total = delta.square().sum(dim=1)
     along = projected.square().sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
     return z + (1.0 - keep)[:, None] * projected, along.clamp(max=1.0)
+
+
+def _by_class(
+    function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, y: Tensor, directions: Tensor, alone: bool
+) -> Tensor:
+    """Apply `function` to the rows [1, m, *] and the modes [1, k, d] of every class, without a copy of the modes.
+
+    The last bits of a product depend on m, so `alone` makes one product per row. The host would wait for a y on a GPU.
+    There each row has its copy of the modes.
+    """
+    if not len(rows):
+        return rows.new_empty(0, directions.shape[2])
+    order, sizes, sets = None, 1, y.split(1)
+    if y.device.type == "cpu":
+        if not alone:
+            order = y.argsort(stable=True)
+            y, counts = y[order].unique_consecutive(return_counts=True)
+            rows, sizes = rows.index_select(0, send(order, rows.device)), counts.tolist()
+        sets = [slice(c, c + 1) for c in y.tolist()]
+    with torch.autocast(rows.device.type, enabled=False):
+        out = torch.cat([function(part[None], directions[c])[0] for part, c in zip(rows.split(sizes), sets, strict=True)])
+    return out if order is None else out.index_select(0, send(order.argsort(), rows.device))
 
 
 # ---- modes and samples of all classes --------------------------------------------------------------------------------
@@ -126,6 +143,10 @@ class ClassModes(ClassSampler):
         """The rows of `directions`, `scales` and `rest` for rows of `mean`, int64 of any shape."""
         return rows // self.parts if self.tied else rows
 
+    def on_host(self, y: Tensor, at: Tensor) -> Tensor:
+        """The rows `at` of `directions`, as the classes y themselves where these tell: y may be on the CPU."""
+        return y if self.parts == 1 or self.tied else at
+
     def rows_of(self, y: Tensor, z: Tensor) -> Tensor:
         """The row of the part of class y, int64 [n], whose mean is nearest to z [n, d]: int64 [n]."""
         if self.parts == 1:
@@ -182,17 +203,18 @@ class ClassModes(ClassSampler):
     def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """Samples [B, d] of the classes y, int64 [B]: mean + T (sum_m s_m e_m v_m + sqrt(rest) e').
 
-        `noise` [B, noise_size] is standard normal: the k coefficients e, the d numbers e', and a number that chooses
+        A sample depends on no other sample, to the last bit. `noise` [B, noise_size] is standard normal: the k coefficients e, the d numbers e', and a number that chooses
         the part. A part comes as often as it has images.
         """
         along, outside = noise[:, : self.rank], noise[:, self.rank : self.rank + self.dim]
+        row = send(y, noise.device)
         if self.parts > 1:
             upto = self.counts.unflatten(0, (-1, self.parts)).double().cumsum(1)
-            share = torch.special.ndtr(noise[:, -1].double()) * upto[y, -1]
-            y = y * self.parts + (share[:, None] >= upto[y]).sum(1).clamp_max(self.parts - 1)
-        at = self.covariance_rows(y)
-        spread = combine_modes(along * self.scales[at], at, self.directions) + outside * self.rest[at].sqrt()
-        return self.mean[y] + temperature * spread
+            share = torch.special.ndtr(noise[:, -1].double()) * upto[row, -1]
+            row = row * self.parts + (share[:, None] >= upto[row]).sum(1).clamp_max(self.parts - 1)
+        at = self.covariance_rows(row)
+        along = combine_modes(along * self.scales[at], self.on_host(y, at), self.directions, alone=True)
+        return self.mean[row] + temperature * (along + outside * self.rest[at].sqrt())
 
 
 def _outer(scales: Tensor, directions: Tensor) -> Tensor:

@@ -251,7 +251,7 @@ class Sampler:
             noise[rows] = generator.standard_normal((NOISE_BLOCK, noise.shape[1]), dtype=np.float32)[places]
         eps = torch.from_numpy(noise).to(model.device, model.dtype)
         with full_precision(model.device.type):
-            return part.sample_from_noise(torch.from_numpy(cls).to(model.device), eps, self.temperature)
+            return part.sample_from_noise(torch.from_numpy(cls), eps, self.temperature)
 
     def _mix(self, cls: np.ndarray, within: np.ndarray, attempt: int) -> Tensor:
         real, fitted, device = self.real, self.model.modes, self.model.device
@@ -267,10 +267,11 @@ class Sampler:
             first[rows], second[rows] = real.starts[c] + i[places], real.starts[c] + j[places]
             away[rows] = np.minimum(mix, 1 - mix)[places]
         z, other = (real.z[rows].to(device) for rows in (first, second))
-        part = fitted.covariance_rows(fitted.rows_of(torch.from_numpy(cls).to(device), z))
+        y = torch.from_numpy(cls)
+        part = fitted.on_host(y, fitted.covariance_rows(fitted.rows_of(y.to(device), z)))
         keep, directions = 1 - torch.from_numpy(away).to(device), fitted.directions[:, : self.modes]
         with full_precision(device.type):
-            return mix_along_modes(z, other, keep, part, directions)[0]
+            return mix_along_modes(z, other, keep, part, directions, alone=True)[0]
 
     def _generators(
         self, cls: np.ndarray, within: np.ndarray, attempt: int

@@ -34,6 +34,15 @@ class Towards(Policy):
         return torch.lerp(batch.z, batch.partner, self.half), torch.lerp(mine, other, self.half)
 
 
+class ToTheMean(Policy):
+    def draw(self, selected: Selected, generator: torch.Generator) -> dict[str, Tensor]:
+        return {}
+
+    def move(self, batch: Batch) -> Tensor:
+        basis = batch.basis()
+        return batch.z + basis.project(basis.mean - batch.z)
+
+
 class Uphill(Policy):
     """Along the gradient of the classifier's loss in the latents."""
 
@@ -63,6 +72,18 @@ def test_a_policy_of_the_users_own_moves_images_and_labels(model: GLEM) -> None:
     assert GLEMAugment.from_config(config, model).policy == Towards(0.5) != Towards(0.4)
     for twin in (copy.deepcopy(aug), pickle.loads(pickle.dumps(aug))):
         assert torch.equal(twin.replay(x, y, params)[0], out)
+
+
+def test_the_basis_is_of_the_part_that_is_nearest() -> None:
+    """Two classes of two parts each, dark and bright images: all modes bring each image to the mean of its part."""
+    bright = torch.arange(80) % 2
+    x, y = images(80) // 4 + 150 * bright[:, None, None, None].to(torch.uint8), torch.arange(80) // 40
+    parts = GLEM.create("identity", (1, 8, 8), ["a", "b"]).adapt((x, y), rank=64, parts=2, progress=False)
+    out, _ = GLEMAugment(parts, ToTheMean(), p=1.0, modes=19)(x, y)
+    for group in range(4):
+        rows = (2 * y + bright) == group
+        mean = x[rows].float().mean(0)
+        assert (out[rows].float() - mean).abs().mean() < 0.5
 
 
 def test_a_policy_of_the_users_own_may_want_a_classifier(model: GLEM) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from glem_augment.classes import modes as modes_module
 from glem_augment.classes import statistics
 from glem_augment.classes.fit import REST_FLOOR, fit_modes
 from glem_augment.classes.modes import ClassModes, combine_modes, project_on_modes
@@ -167,17 +166,16 @@ def test_leading_modes_keep_what_is_real_and_no_more() -> None:
     assert directions.shape == (0, 4) and values.shape == (0,)
 
 
-def test_moves_use_the_modes_of_each_rows_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moves_use_the_modes_of_each_rows_class() -> None:
     v = fit(make_latents([10, 12, 14], dim=16), rank=4).directions
     y, c, delta = torch.tensor([2, 0, 1, 1, 2]), torch.randn(5, 4), torch.randn(5, 16)
     moved = torch.einsum("nk,nkd->nd", c, v[y])
     kept = torch.einsum("nkd,nke,ne->nd", v[y], v[y], delta)
-    for floats in (modes_module.GATHER_FLOATS, 130):  # all at once, and two rows at a time
-        monkeypatch.setattr(modes_module, "GATHER_FLOATS", floats)
-        torch.testing.assert_close(combine_modes(c, y, v), moved)
-        torch.testing.assert_close(project_on_modes(delta, y, v), kept)
-        assert combine_modes(c[:0], y[:0], v).shape == project_on_modes(delta[:0], y[:0], v).shape == (0, 16)
-    assert torch.equal(project_on_modes(delta[3:4], y[3:4], v)[0], project_on_modes(delta, y, v)[3])
+    for alone in (False, True):
+        torch.testing.assert_close(combine_modes(c, y, v, alone), moved)
+        torch.testing.assert_close(project_on_modes(delta, y, v, alone), kept)
+        assert combine_modes(c[:0], y[:0], v, alone).shape == (0, 16)
+    assert torch.equal(project_on_modes(delta[3:4], y[3:4], v)[0], project_on_modes(delta, y, v, alone=True)[3])
 
 
 def test_samples_have_the_variances_of_the_fit() -> None:
