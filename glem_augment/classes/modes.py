@@ -203,8 +203,8 @@ class ClassModes(ClassSampler):
     def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """Samples [B, d] of the classes y, int64 [B]: mean + T (sum_m s_m e_m v_m + sqrt(rest) e').
 
-        A sample depends on no other sample, to the last bit. `noise` [B, noise_size] is standard normal: the k coefficients e, the d numbers e', and a number that chooses
-        the part. A part comes as often as it has images.
+        A sample depends on no other sample, to the last bit. `noise` [B, noise_size] is standard normal: the k
+        coefficients e, the d numbers e', and a number that chooses the part. A part comes as often as it has images.
         """
         along, outside = noise[:, : self.rank], noise[:, self.rank : self.rank + self.dim]
         row = send(y, noise.device)
