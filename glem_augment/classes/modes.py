@@ -81,7 +81,8 @@ def _by_class(
             rows, sizes = rows.index_select(0, send(order, rows.device)), counts.tolist()
         sets = [slice(c, c + 1) for c in y.tolist()]
     with torch.autocast(rows.device.type, enabled=False):
-        out = torch.cat([function(part[None], directions[c])[0] for part, c in zip(rows.split(sizes), sets, strict=True)])
+        pairs = zip(rows.split(sizes), sets, strict=True)
+        out = torch.cat([function(part[None], directions[c])[0] for part, c in pairs])
     return out if order is None else out.index_select(0, send(order.argsort(), rows.device))
 
 
