@@ -26,7 +26,7 @@ ROOMS = (
 )
 # Imports inside functions: downloads of GLEM.from_pretrained, GLEM.push_to_hub, and aug.wrap with its siblings.
 AUG_WRAP = {("augment.transform", f"augment.{name}") for name in ("loops", "samples")}
-LOOK_UPS = {("model.weights", "hub"), ("model.glem", "hub"), *AUG_WRAP}
+LOOK_UPS = {("model.weights", "hub.client"), ("model.glem", "hub.client"), *AUG_WRAP}
 
 
 @cache

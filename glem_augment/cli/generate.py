@@ -84,7 +84,6 @@ def per_class(text: str) -> Any:
 
 
 def run(args: argparse.Namespace) -> None:
-    from glem_augment.hub.cards import CardFacts
     from glem_augment.synthetic.dataset import SyntheticDataset
     from glem_augment.synthetic.export import check_folder, export_set
 
@@ -104,8 +103,7 @@ def run(args: argparse.Namespace) -> None:
     command = shlex.join(["glem", *args.argv])
     writing = {"overwrite": args.overwrite, "progress": progress, "distributed": True, "command": f"run: {command}"}
     try:
-        facts = CardFacts(args.license)
-        out_of_range = export_set(dataset.plan, dataset.draw, args.out, args.format, facts, **writing)
+        out_of_range = export_set(dataset.plan, dataset.draw, args.out, args.format, args.license, **writing)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{args.out} is not complete; to finish it, run: {command}") from None
     result = {

@@ -1,4 +1,4 @@
-"""`glem list`: the models inside the package."""
+"""`glem list`: the models inside the package, or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -7,36 +7,38 @@ import argparse
 from glem_augment.cli import common
 
 DESCRIPTION = """\
-List the models inside the package. Accuracy and bits/dim were recorded in training, on held-out training images. bytes
-is the size of the weights. license is the licence of the training images, which samples inherit.
+List the models inside the package, or the models on the Hugging Face Hub with the tag glem-augment. Accuracy and
+likelihood are measured on test images. The licence is the licence of the training images, which samples inherit.
 """
 EXAMPLES = """\
   glem list
-  glem list --json
+  glem list --hub --json
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.describe(parser, DESCRIPTION, EXAMPLES)
-    parser.add_argument("--json", action="store_true", help="one JSON object, with the names of all classes")
+    parser.add_argument("--hub", action="store_true", help="models on the Hub, with the size of their weights")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
-    from glem_augment.hub.cards import held_out
-    from glem_augment.model.config import licence_id
-    from glem_augment.model.weights import WEIGHTS, bundled_models, local_folder, read_config
+    from glem_augment.hub.cards import table_row
+    from glem_augment.hub.client import published_models
+    from glem_augment.model.glem import GLEM
+    from glem_augment.model.weights import bundled_models
 
-    models = {}
-    for name in (f"bundled:{each}" for each in bundled_models()):
-        folder = local_folder(name)
-        assert folder is not None
-        config = read_config(folder)
-        models[name] = {
-            "image_shape": list(config.image_shape),
-            "bits": config.bits,
-            "classes": config.class_names,
-            "bytes": (folder / WEIGHTS).stat().st_size,
-            **held_out(config.training),
-            "license": licence_id(config.training.get("license")),
-        }
-    common.show(models, args.json)
+    if args.hub:
+        rows = published_models()
+    else:
+        names = [f"bundled:{name}" for name in bundled_models()]
+        rows = [{"name": name, **table_row(GLEM.from_pretrained(name))} for name in names]
+    if args.json:
+        common.print_json({"models": rows})
+    elif rows:
+        lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            common.say("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    else:
+        common.note("no model on the Hub has the tag glem-augment yet")

@@ -266,8 +266,8 @@ class GLEM(ConditionalFlow):
     save_pretrained = save  # as users of the Hub's libraries call it
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload the model, its card and a picture of samples to the Hugging Face Hub; see `hub.push_to_hub`."""
-        from glem_augment.hub import push_to_hub
+        """Upload the model, its card and a picture of samples to the Hugging Face Hub; see `hub.client.push_to_hub`."""
+        from glem_augment.hub.client import push_to_hub
 
         return push_to_hub(self, repo_id, **options)
 

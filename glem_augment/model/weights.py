@@ -77,9 +77,9 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
 
 def hub() -> Any:
     """The module that downloads from the Hub, imported when it is needed."""
-    from glem_augment import hub
+    from glem_augment.hub import client
 
-    return hub
+    return client
 
 
 def find_folder(name: str | os.PathLike[str], revision: str | None, **client: Any) -> tuple[Path, str | None]:

@@ -218,21 +218,13 @@ class SyntheticDataset(Dataset):
             FileExistsError: the folder holds an export of other images, and not overwrite; or any other files.
             OSError: the disk is full or cannot be written; the message names the path.
         """
-        from glem_augment.hub.cards import CardFacts  # both load the Hub's client
         from glem_augment.synthetic.export import export_set
 
         check_choice("format", format, FORMATS)
         self._check_model()
         writing: dict[str, Any] = {"overwrite": overwrite, "progress": progress, "distributed": distributed}
-        export_set(self.plan, self.draw, folder, format, CardFacts(license), **writing)
+        export_set(self.plan, self.draw, folder, format, license, **writing)
         return expand(folder)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload all images to the data set `org/name` on the Hub in one commit; see `export.push_dataset`."""
-        from glem_augment.synthetic.export import push_dataset
-
-        self._check_model()
-        return push_dataset(self.plan, self.draw, repo_id, **options)
 
     def _check_model(self) -> None:
         key = weights_key(self.model)

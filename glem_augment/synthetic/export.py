@@ -18,14 +18,12 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from huggingface_hub import CommitInfo
 from PIL import Image
 from torchvision.io import encode_png
 from tqdm import tqdm
@@ -34,9 +32,6 @@ from glem_augment import __version__
 from glem_augment.augment.state import MOST_REJECTED
 from glem_augment.checks import FORMATS, Format
 from glem_augment.distributed import gather, rank, world_size
-from glem_augment.errors import DataError
-from glem_augment.hub import upload, write_card
-from glem_augment.hub.cards import CardFacts, dataset_card
 from glem_augment.images.sources import CLASS_FILE, PROVENANCE
 from glem_augment.io import LEFT_OVER, atomic_write, expand, file_sha256, lock_folder, remove_left_overs, write_json
 from glem_augment.model.config import data_name, data_names, licence_id
@@ -48,8 +43,7 @@ CHECKSUMS = "checksums.sha256"
 MAX_SHARDS, MIN_SHARD = 64, 32
 _IN_PNG = ((1, "uint8"), (3, "uint8"), (1, "uint16"))  # channels and dtypes that PNG files hold
 _WORK = ".glem-export"  # the hidden folder with the images of shards
-# Files beside the shards: a description for timm's reader, a card, and a quality report.
-_SHARDS_INFO, _CARD, _NUMBERS, _PICTURE = "data/_info.json", "README.md", "report.json", "report.png"
+_SHARDS_INFO = "data/_info.json"  # a description of the shards for timm's reader
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -73,27 +67,25 @@ def export_set(
     draw: Draw,
     folder: str | os.PathLike[str],
     form: Format,
-    facts: CardFacts | None = None,
+    license: str | None = None,  # noqa: A002  (the Hub's word)
     *,
     overwrite: bool = False,
     progress: bool = True,
     distributed: bool = False,
     command: str | None = None,
-    name: str | None = None,
 ) -> int:
     """Write the images of a plan; see `SyntheticDataset.export`.
 
     Args:
-        facts: the licence, and a quality report for the card of shards.
+        license: of the images, see `SyntheticDataset.export`.
         command: the command that finishes the export after a kill, for an error message.
-        name: the heading of the card, by default the folder's name.
 
     Returns:
         How many images whose values are not finite or leave [0, 1] by more than 1 all ranks wrote in this call.
     """
     if form == "webdataset":
         plan.need_8_bits()
-    folder, facts = expand(folder), facts or CardFacts()
+    folder = expand(folder)
     ranks = _Ranks(0, 1, None)
     if distributed and world_size() > 1:
         # The first rank to finish may wait for hours, longer than the default timeout.
@@ -101,7 +93,7 @@ def export_set(
         ranks = _Ranks(rank(), world_size(), group)
     first, shards = ranks.rank == 0, form == "webdataset"
     with lock_folder(folder) if first else nullcontext():
-        manifest = ranks.gather(_begin(plan, folder, form, facts, overwrite, command) if first else {})[0]
+        manifest = ranks.gather(_begin(plan, folder, form, license, overwrite, command) if first else {})[0]
         folders = {cls: entry["folder"] for cls, entry in zip(plan.order, manifest["classes"], strict=True)}
         write = _write_shards if shards else _write_images
         files, bad = write(plan, draw, folders, folder, ranks, progress and first)
@@ -111,7 +103,7 @@ def export_set(
                 sums = pool.map(file_sha256, (folder / path for path in files))
                 file.writelines(f"{sha256}  {path}\n" for path, sha256 in zip(files, sums, strict=True))
             if shards:
-                _describe_shards(plan, folder, facts, manifest, name or folder.resolve().name)
+                _describe_shards(folder, manifest)
             shutil.rmtree(folder / _WORK, ignore_errors=True)
             remove_left_overs(folder.rglob(".*.tmp"))
             del manifest["finish"]
@@ -121,53 +113,14 @@ def export_set(
     return out_of_range
 
 
-def push_dataset(
-    plan: Plan,
-    draw: Draw,
-    repo_id: str,
-    *,
-    license: str | None = None,  # noqa: A002  (the Hub's word)
-    license_name: str | None = None,
-    license_link: str | None = None,
-    report: str | os.PathLike[str] | None = None,
-    **target: Any,
-) -> CommitInfo:
-    """Upload all images as shards with a card, in one commit that also removes other files from `data/`.
-
-    Args:
-        repo_id: `org/name` of a data set, which is made if it does not exist.
-        license, license_name, license_link: the licence of the model's training images, which samples inherit, as an
-            identifier of the Hub; by default the licence in the model's record. Without a licence the card says that it
-            is unknown, and there is a warning.
-        report: a folder that `evaluation.quality_report` wrote, for the card.
-        target: `commit_message`, `private`, `token` and `revision`, see `hub.upload`.
-
-    Raises:
-        HubError: no network, no permission, ...; nothing has been committed then.
-        DataError: `report` holds no report. ValueError: a name or a link of a licence that the Hub knows.
-        OSError: no space for temporary files, which take twice the space of the images.
-    """
-    plan.need_8_bits()
-    if report is not None:
-        plan.model.refuse_if_private("a report on the card")
-        _quality(report)  # before images are drawn
-    facts = CardFacts(license, license_name, license_link, report=report)
-    replace(facts, license=_stated_licence(plan, facts)).metadata()  # which refuses a wrong licence
-
-    def write(name: str, folder: Path) -> None:
-        export_set(plan, draw, folder, "webdataset", facts, name=name)
-
-    return upload(repo_id, "dataset", write, replace="data/*", **target)
-
-
 # ---- the manifest --------------------------------------------------------------------------------------------------
 
 
 def _begin(
-    plan: Plan, folder: Path, form: Format, facts: CardFacts, overwrite: bool, command: str | None
+    plan: Plan, folder: Path, form: Format, license: str | None, overwrite: bool, command: str | None  # noqa: A002
 ) -> dict[str, Any]:
     """Make the folder ready: no images of another export, a manifest, classes.json. Returns the manifest."""
-    manifest, old = _manifest(plan, form, facts), check_folder(folder)
+    manifest, old = _manifest(plan, form, license), check_folder(folder)
     manifest["finish"] = command or f"export the same SyntheticDataset to {folder} again"
     if old is not None and (found := _differences(old, manifest)):
         if not overwrite:
@@ -183,7 +136,7 @@ def _begin(
         write_json(folder / PROVENANCE, {**old, "complete": False, "finish": manifest["finish"]})
         _remove(folder, old)
         old = None
-    if old is not None and facts.license is None:
+    if old is not None and license is None:
         manifest["license"] = old.get("license", manifest["license"])  # an earlier run may have stated it
     if old is None or not old["complete"]:
         write_json(folder / PROVENANCE, manifest)
@@ -192,7 +145,7 @@ def _begin(
     return manifest
 
 
-def _manifest(plan: Plan, form: Format, facts: CardFacts) -> dict[str, Any]:
+def _manifest(plan: Plan, form: Format, license: str | None) -> dict[str, Any]:  # noqa: A002
     """The manifest of a set that is not complete: the model that draws the images, and the settings."""
     order, model, config = plan.order, plan.model, plan.model.config
     if config.privacy is not None:
@@ -200,7 +153,7 @@ def _manifest(plan: Plan, form: Format, facts: CardFacts) -> dict[str, Any]:
     ids, names = ([values[i] for i in order] for values in (config.class_ids, config.class_names))
     classes = zip(ids, names, class_folders(ids, names), (plan.counts[i] for i in order), strict=True)
     described = {key: value for key, value in config.to_dict().items() if key != "training"}  # may name folders
-    stated = facts.license_name or _stated_licence(plan, facts)
+    stated = _stated_licence(plan, license)
     sha256 = weights_sha256(model)
     unchanged = model.origin and model.origin_file and file_sha256(model.origin_file) == sha256
     return {
@@ -231,10 +184,10 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found + [key for key in ("weights_sha256", "classes", "model") if old.get(key) != new[key]]
 
 
-def _stated_licence(plan: Plan, facts: CardFacts) -> str | None:
+def _stated_licence(plan: Plan, license: str | None) -> str | None:  # noqa: A002
     """The stated licence, or the recorded one. Mixtures have none by default: it also depends on their real images."""
     recorded = licence_id(plan.model.config.training.get("license"))
-    return facts.license or (None if plan.settings["source"] == "mixup" else recorded)
+    return license or (None if plan.settings["source"] == "mixup" else recorded)
 
 
 def check_folder(folder: Path) -> dict[str, Any] | None:
@@ -309,7 +262,7 @@ def _remove(folder: Path, old: dict[str, Any]) -> None:
             if (folder / entry["folder"]).is_dir():
                 shutil.rmtree(folder / entry["folder"])  # `check_folder` found only its images there
     else:
-        files += [_SHARDS_INFO, _CARD, _NUMBERS, _PICTURE, *map(str, folder.glob("data/train-*-of-*.tar"))]
+        files += [_SHARDS_INFO, *map(str, folder.glob("data/train-*-of-*.tar"))]
     for name in files:
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # missing, or with files of the user
@@ -404,24 +357,12 @@ def _add_file(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(entry, io.BytesIO(content))
 
 
-def _describe_shards(plan: Plan, folder: Path, facts: CardFacts, manifest: dict[str, Any], name: str) -> None:
-    """Write the card and timm's description of the shards; put the quality report into folder and manifest."""
+def _describe_shards(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write timm's description of the shards."""
     names = [path.removeprefix("data/") for path in _shard_names(manifest["count"])]
     lengths = [len(range(i, manifest["count"], len(names))) for i in range(len(names))]
     split = {"name": "train", "num_samples": manifest["count"], "filenames": names, "shard_lengths": lengths}
     write_json(folder / _SHARDS_INFO, {"splits": {"train": split}})
-    if facts.report is not None:
-        manifest["quality"] = _quality(facts.report)
-        shutil.copy(expand(facts.report) / _PICTURE, folder)
-    write_card(dataset_card(manifest, name, replace(facts, license=_stated_licence(plan, facts))), folder)
-
-
-def _quality(report: str | os.PathLike[str]) -> dict[str, Any]:
-    """The numbers in the folder of a quality report. DataError: the folder holds none."""
-    folder = expand(report)
-    if not (folder / _PICTURE).is_file() or not (folder / _NUMBERS).is_file():
-        raise DataError(f"{folder} holds no quality report: give the folder that evaluation.quality_report wrote")
-    return json.loads((folder / _NUMBERS).read_text(encoding="utf-8"))
 
 
 def _warn(plan: Plan, folder: Path, manifest: dict[str, Any], out_of_range: int) -> None:

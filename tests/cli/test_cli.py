@@ -380,18 +380,6 @@ def test_info(trained: Path, output: Output) -> None:
     assert facts["files"]["model.safetensors"] == (trained / "model.safetensors").stat().st_size
 
 
-def test_the_list_of_flows_is_what_the_package_holds(output: Output) -> None:
-    bundled = Path(glem_augment.__file__).parent / "bundled" / "models"
-    output()
-    assert main(["list", "--json"]) == 0
-    flows = json.loads(output()[0])
-    assert flows.keys() == {f"bundled:{path.name}" for path in bundled.iterdir()}
-    fashion = flows["bundled:fashion-mnist"]
-    record = json.loads((bundled / "fashion-mnist" / CONFIG).read_text())["training"]
-    assert fashion["accuracy"] == record["held_out"]["val_accuracy"] and fashion["license"] == "mit"
-    assert fashion["bytes"] == (bundled / "fashion-mnist" / WEIGHTS).stat().st_size
-
-
 def test_everything_on_grey_images_that_are_not_square(tmp_path: Path, output: Output) -> None:
     write_images(tmp_path / "images", ("a", "b"), (10, 18), 5, mode="L")
     data, run = str(tmp_path / "images"), str(tmp_path / "run")

@@ -25,7 +25,6 @@ from glem_augment.classes.private import nearest
 from glem_augment.cli import main
 from glem_augment.codec.codec import Codec
 from glem_augment.errors import DataError, ModelFileError
-from glem_augment.hub.cards import CardFacts, model_card
 from glem_augment.model.private_fit import check_images, latents_alone, rows_are_independent, set_coordinates
 
 SIZE = (1, 16, 16)
@@ -162,11 +161,7 @@ def test_what_a_private_model_refuses(model: GLEM, data: ImageData) -> None:
         SyntheticDataset(model, "balance", real=data)
     with pytest.raises(ValueError, match="real= would break the model's privacy"):
         SyntheticDataset(model, 3, real=data)  # the order of its classes would be the order of the labels
-    with pytest.raises(ValueError, match="privac"):
-        SyntheticDataset(model, 1).push_to_hub("org/images", report="report")
     assert model.adapt(images(20), progress=False).config.privacy is None  # no promise covers these images
-    with pytest.raises(ValueError, match="metrics on the card"):
-        model_card(model, "org/model", CardFacts(metrics=[{"accuracy": 0.5, "data": "private/"}]))
 
 
 def test_samples_of_a_private_model_are_drawn_at_temperature_1(model: GLEM) -> None:

@@ -324,12 +324,6 @@ def test_shards_replace_an_earlier_export_and_leave_files_of_others(
     assert len(open_data(folder)) == len(make(seed=2)) and not (folder / "data").exists()
 
 
-def test_a_report_for_a_push_is_read_before_images_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glem_augment.synthetic.export.upload", None)
-    with pytest.raises(DataError, match="no quality report"):
-        make().push_to_hub("org/set", report=tmp_path)
-
-
 def test_glem_generate_passes_few_files(tmp_path: Path) -> None:
     """A reader can follow `glem generate` with balance and mixup; flows/ and classes/ are not counted."""
     data = open_data("bundled:fashion-mnist")
