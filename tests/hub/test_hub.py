@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import hub_server
 import model_cases
 import pytest
 import torch
-from hub_server import HubServer, close_session, server  # noqa: F401  (a fixture)
+from hub_server import HubServer, close_session
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import save as safetensors_bytes
 
@@ -19,6 +20,7 @@ from glem_augment.hub.cards import base_model, model_card, table_row
 from glem_augment.model.config import data_name, data_names
 from glem_augment.model.weights import CONFIG, WEIGHTS
 
+server = hub_server.server  # the fixture: a Hub on the loopback interface
 
 def tiny_model(seed: int = 0, **training: object) -> GLEM:
     """A flow for 1x8x8 images of three classes, with every weight away from its start."""
