@@ -1,4 +1,7 @@
-"""Models from and to the Hugging Face Hub, by its client `huggingface_hub`, which has the cache, tokens and offline mode."""
+"""Models from and to the Hugging Face Hub.
+
+The client `huggingface_hub` has the cache, tokens and offline mode.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +105,7 @@ def _client(cache_dir: str | os.PathLike[str] | None = None, token: str | bool |
 
 
 def published_models() -> list[dict[str, str]]:
-    """The name, MiB of weights and licence of each model on the Hub with the tag of this library. HubError: no answer."""
+    """The name, MiB of weights and licence of each model on the Hub with this library's tag. HubError: no answer."""
     with hub_errors("the models on the Hub can't be listed"):
         api = HfApi(library_name=LIBRARY)
         infos = [api.model_info(each.id, files_metadata=True) for each in api.list_models(filter=LIBRARY)]
@@ -201,7 +204,7 @@ def hub_errors(failed: str, hint: str = "") -> Iterator[None]:
             reason, fix = "offline mode is on, and the cache lacks it", "unset HF_HUB_OFFLINE"
         elif status in (401, 403, 404):
             reason = f"{constants.ENDPOINT} answered {status} ({reason})"
-            fix = "check the name, and log in with `hf auth login`, set HF_TOKEN, or pass token= for a token with access"
+            fix = "check the name, and give a token with access: `hf auth login`, HF_TOKEN or token="
         elif status is not None:
             reason, fix = f"{constants.ENDPOINT} answered {status} ({reason})", "try again later"
         elif isinstance(cause, ValueError):

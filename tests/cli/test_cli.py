@@ -24,7 +24,6 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-import glem_augment
 from glem_augment import GLEM, GLEMAugment, SyntheticDataset, open_data
 from glem_augment.cli import COMMANDS, build_parser, main
 from glem_augment.evaluation import rejected_moves
