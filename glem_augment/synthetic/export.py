@@ -117,7 +117,12 @@ def export_set(
 
 
 def _begin(
-    plan: Plan, folder: Path, form: Format, license: str | None, overwrite: bool, command: str | None  # noqa: A002
+    plan: Plan,
+    folder: Path,
+    form: Format,
+    license: str | None,
+    overwrite: bool,
+    command: str | None,  # noqa: A002
 ) -> dict[str, Any]:
     """Make the folder ready: no images of another export, a manifest, classes.json. Returns the manifest."""
     manifest, old = _manifest(plan, form, license), check_folder(folder)

@@ -22,6 +22,7 @@ from glem_augment.model.weights import CONFIG, WEIGHTS
 
 server = hub_server.server  # the fixture: a Hub on the loopback interface
 
+
 def tiny_model(seed: int = 0, **training: object) -> GLEM:
     """A flow for 1x8x8 images of three classes, with every weight away from its start."""
     model = model_cases.tiny_model(shape=(1, 8, 8), classes=("cat", "dog", "ant"), seed=seed)
