@@ -105,7 +105,7 @@ class Images:
                 self.unprotected[cells] = found
             return self.unprotected[cells], {}
         z, y = self.latents()
-        privacy, began = Privacy(epsilon, delta), time.process_time()
+        privacy, began = Privacy(epsilon, delta, images=len(y)), time.process_time()
         found = private_classes(z, y, 10, self.prior, self.clip, privacy, cells)
         self.base.latent_classes = found.classes
         modes = self.base.modes

@@ -124,7 +124,7 @@ class Task:
         if validation:
             x, y, judged, judged_y = x[~held], y[~held], x[held], y[held]
         if self.method == "merf":
-            made = private_images(x, y, 10, trial, Privacy(*promise), seed, PER_CLASS)
+            made = private_images(x, y, 10, trial, Privacy(*promise, images=len(y)), seed, PER_CLASS)
             return 100 * self.images.classifier(*made, seed).accuracy(judged, judged_y)
         classes = train(self.method, x, y, trial, promise, seed)
         return 100 * float((classes(judged) == judged_y).float().mean())

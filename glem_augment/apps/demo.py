@@ -135,7 +135,7 @@ def private(size: Size, progress: bool) -> tuple[Part, dict[str, Any]]:
     """Samples of a private model, and networks that are trained on them or on the real images."""
     train, test = (fashion(split, size) for split in ("train", "test"))
     classes, each = len(train.classes), len(train) // len(train.classes)
-    shared = GLEM.fit(train, "taef2", privacy=Privacy(size.epsilon, DELTA), progress=progress)
+    shared = GLEM.fit(train, "taef2", privacy=Privacy(size.epsilon, DELTA, images=len(train)), progress=progress)
     drawn = SyntheticDataset(shared, per_class=each, seed=0)
     samples = ImageData.from_tensors(drawn.images(range(len(drawn))), drawn.targets, drawn.classes)
     sets = {"real images": train, "private samples": samples}

@@ -10,7 +10,9 @@
    1 in L2, and m images of one person change it by at most m.
 3. *Noise.* The sum plus N(0, (m / mu)^2) in every element is mu-GDP (Dong, Roth & Su 2022). It is (epsilon, delta)-DP
    exactly when delta >= Phi(mu/2 - epsilon/mu) - e^epsilon Phi(-mu/2 - epsilon/mu) (Balle & Wang 2018).
-4. *Composition.* Releases of the same images are together sqrt(sum mu^2)-GDP, even if one depends on an earlier one.
+4. *Composition.* Releases of the same images are together sqrt(sum mu^2)-GDP. Clips, slots and coordinates of a release
+   may depend on earlier ones, and so may its mu: composition is fully adaptive as long as the sum of mu^2 has a fixed
+   bound (Smith & Thakurta 2022). Every branch of a fit adds up to the promise's mu^2, which `describe` checks.
 5. *Exact sums.* v is cut towards zero to multiples of 2^-20, by operations that see this image alone. Its norm is
    checked in integers. Sums and products are integers below 2^53 in float64, and below 2^63 in int64. So the sums have
    no rounding, and the order of the images leaves no trace (Mironov 2012; Casacuberta et al. 2022).
@@ -27,6 +29,7 @@ Nothing else of the images leaves the machine. Running time, memory, and traffic
 
 References: Balle & Wang, *Improving the Gaussian Mechanism for Differential Privacy*, ICML 2018. Dong, Roth & Su,
 *Gaussian Differential Privacy*, JRSS-B 2022. Mironov, *On Significance of the Least Significant Bits*, CCS 2012.
+Smith & Thakurta, *Fully Adaptive Composition for Gaussian Differential Privacy*, 2022 (arXiv 2210.17520).
 Casacuberta et al., *Widespread Underestimation of Sensitivity in Differentially Private Libraries*, CCS 2022.
 """
 
@@ -55,6 +58,8 @@ __all__ = [
     "epsilon_of",
     "noisy_histogram",
     "promise",
+    "promised",
+    "round_of",
     "total",
 ]
 
@@ -66,6 +71,7 @@ _CHUNK = 2**12  # images in one product: 12 + 40 bits stay below the 53 of float
 _MOST = 2**22  # images of a class: 22 + 40 bits plus noise stay below the 63 of int64; as many numbers of a latent
 _LARGEST_SD = 2.0**17  # in images: 17 + 40 bits, times a quantile of at most 2^4, stay below 2^62
 _CLIPS = 1e-30, 1e30
+_MOST_UNSTATED = 10**6  # images; for so many the default delta is enough
 _MECHANISM = "Gaussian noise on counts, sums and second moments per class of clipped latents"
 
 
@@ -104,8 +110,10 @@ class Privacy:
 
     Args:
         epsilon: from 0.01 to 50. The probability of any outcome changes by at most a factor e^epsilon ...
-        delta: ... plus at most this; from 1e-12 to 0.1, and far below one over the number of images.
+        delta: ... plus at most this; from 1e-12 to 1e-3, and far below one over the number of images.
         images_per_person: m, the most images that one person has in the set. The noise is m times as large.
+        images: a public number, the most images that the set may have; None: a million. A delta above one over it could
+            show one of them.
 
     ValueError: a value is out of range. TypeError: it is not a number.
     """
@@ -113,12 +121,19 @@ class Privacy:
     epsilon: float
     delta: float = 1e-6
     images_per_person: int = 1
+    images: int | None = None
 
     def __post_init__(self) -> None:
         # As Python's numbers: 16-bit floats would round mu.
         object.__setattr__(self, "epsilon", check_number("epsilon", self.epsilon, 0.01, 50))
-        object.__setattr__(self, "delta", check_number("delta", self.delta, 1e-12, 0.1))
+        object.__setattr__(self, "delta", check_number("delta", self.delta, 1e-12, 1e-3))
         object.__setattr__(self, "images_per_person", check_whole("images_per_person", self.images_per_person, 1))
+        most = _MOST_UNSTATED if self.images is None else check_whole("images", self.images, 1)
+        if self.delta * most > 1 + 1e-9:
+            raise ValueError(
+                f"delta={self.delta:g} is above one over {most:,} images: give at most {1 / most:.0e}, or state "
+                "how many images there are at most (images=, --images)"
+            )
 
     @cached_property
     def mu(self) -> float:
@@ -264,24 +279,40 @@ class Release:
         return {name: getattr(self, name) for name in ("counts", "sums", "seconds", "squares")}
 
 
-def describe(releases: Sequence[Release], spent: float = 0.0) -> dict[str, Any]:
-    """The entry `privacy` of config.json for releases of the same images under one promise, for example two rounds.
+def round_of(release: str, privacy: Privacy, part: float, **facts: Any) -> dict[str, Any]:
+    """The entry of a release in `rounds`; `noise` is the standard deviation on a statistic of sensitivity 1."""
+    return {"release": release, "noise": _deviation(privacy, part), **facts}
 
-    `spent` is the part of mu^2 that `noisy_histogram` used. GLEMError: together they break the promise.
-    """
-    privacy = releases[0].privacy
-    if any(r.privacy != privacy for r in releases) or math.fsum([spent, *(r.part for r in releases)]) > 1 + 1e-9:
-        raise GLEMError("the releases spend more than their promise: their parts of mu^2 must add up to at most 1")
-    return {
+
+def describe(privacy: Privacy, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The entry `privacy` of config.json for all releases of a fit. GLEMError: they do not add up to the promise."""
+    facts = {
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,
         "mu": privacy.mu,
-        "images_per_person": int(privacy.images_per_person),
+        "images_per_person": privacy.images_per_person,
+        "images": privacy.images,
         "unit": privacy.unit,
-        "rounds": [{"part": r.part, "clip": r.clip, "shares": list(r.shares)} for r in releases],
+        "rounds": list(rounds),
         "mechanism": _MECHANISM,
         "version": __version__,
     }
+    promised(facts)
+    return facts
+
+
+def promised(facts: dict[str, Any]) -> Privacy:
+    """The promise of a model's entry `privacy`. GLEMError: it does not follow from the noise of the entry's rounds."""
+    try:
+        privacy = Privacy(*(facts[name] for name in ("epsilon", "delta", "images_per_person", "images")))
+        noise = [check_number("noise", each["noise"], 0, math.inf, open_low=True) for each in facts["rounds"]]
+        spent = privacy.images_per_person * math.hypot(*(1 / sd for sd in noise))
+        good = all(math.isclose(mu, privacy.mu, rel_tol=1e-9) for mu in (facts["mu"], spent))
+        if good and facts["unit"] == privacy.unit:
+            return privacy
+    except (KeyError, TypeError, ValueError) as error:
+        raise GLEMError(f"the record of its privacy is not valid: {error}") from None
+    raise GLEMError(f"the releases spend mu={spent:.6g}, and epsilon={privacy.epsilon:g} stands for {privacy.mu:.6g}")
 
 
 def promise(facts: dict[str, Any]) -> str:

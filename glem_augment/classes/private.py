@@ -27,7 +27,16 @@ from glem_augment.classes.denoise import cell_means, class_means, denoise, withi
 from glem_augment.classes.fit import fit_classes
 from glem_augment.classes.groups import k_means
 from glem_augment.classes.modes import ClassModes
-from glem_augment.classes.privacy import LEADING, Privacy, PrivateSums, Release, describe, noisy_histogram
+from glem_augment.classes.privacy import (
+    LEADING,
+    Privacy,
+    PrivateSums,
+    Release,
+    describe,
+    epsilon_of,
+    noisy_histogram,
+    round_of,
+)
 from glem_augment.classes.statistics import ClassStatistics, Moments, can_be_whole
 from glem_augment.errors import DataError
 
@@ -37,7 +46,6 @@ _FIRST_SHARES, _SECOND_SHARES, _CELL_SHARES = (0.18, 0.82, 0), (0, 0, 1), (0.1, 
 _CLIP = 0.9  # the second clip, in roots of the mean squared norm
 _BINS = 64  # of the histogram of norms, up to twice the public norm
 _CELL_COUNTS, _CELL_NOISE = (32, 16, 8, 4), 0.04
-_SPENT = f"This run has spent {FIRST:.0%} of its mu^2, which another run adds to"
 _DRAWS = 4000  # samples of a class on which k-means finds its cells
 
 
@@ -83,29 +91,32 @@ def private_classes(
         cells: C, Gaussians of each class; None: as many as the noise allows, up to 32.
 
     Raises:
-        DataError: every class is drowned in noise. ValueError: delta is above one over the noisy number of images.
+        DataError: every class is drowned in noise.
     """
-    releases: list[Release] = []
+    rounds: list[dict[str, Any]] = []
 
-    def released(u: Tensor, slots: Tensor, count: int, clip: float, shares: Sequence[float], part: float) -> Release:
+    def released(
+        name: str, u: Tensor, slots: Tensor, count: int, clip: float, shares: Sequence[float], part: float
+    ) -> Release:
         sums = PrivateSums(count, u.shape[1], clip, privacy, LEADING, shares, part)
         sums.add(u, slots)
-        releases.append(sums.release())
-        return releases[-1]
+        rounds.append(round_of(name, privacy, part, clip=clip, shares=list(shares)))
+        return sums.release()
 
-    start = released(z, y, num_classes, clip, _FIRST_SHARES, FIRST)
+    start = released("counts and sums", z, y, num_classes, clip, _FIRST_SHARES, FIRST)
     drowned = _drowned(start, privacy)
     counts = start.counts.clamp_min(max(start.sd_count, 1.0))
     means, noise = class_means(counts, start.sums, start.sd_sum, prior)
     z = z.double() - means[y]
 
     edges = torch.linspace(0, 2 * clip, _BINS, dtype=torch.float64)
+    rounds.append(round_of("histogram of norms", privacy, NORMS))
     clip = _CLIP * _root_mean_square(noisy_histogram(z.norm(dim=1), edges[1:-1], privacy, NORMS), edges)
 
     if cells is None:
         cells = _cells(float(counts.median()), len(prior), privacy)
     part = 1 - FIRST - NORMS - (CELLS if cells > 1 else 0)
-    second = released(z, y, num_classes, clip, _SECOND_SHARES, part)
+    second = released("second moments", z, y, num_classes, clip, _SECOND_SHARES, part)
     leading = second.seconds.shape[1]
     found = denoise(counts, second.seconds, second.sd_second, prior[:leading])
     rest = prior[leading:] * float(found.pooled.diagonal().sum() / prior[:leading].sum())
@@ -119,12 +130,12 @@ def private_classes(
         for k in range(num_classes):
             cell[y == k] = nearest(z[y == k], centres[k])
         slots = y * cells + cell
-        own = released(z - centres[y, cell], slots, num_classes * cells, clip, _CELL_SHARES, CELLS)
+        own = released("cells", z - centres[y, cell], slots, num_classes * cells, clip, _CELL_SHARES, CELLS)
         weights = own.counts.clamp_min(1).unflatten(0, (-1, cells))
         shifts = cell_means(centres, weights, own.sums.unflatten(0, (-1, cells)), own.sd_sum, prior)
         classes.modes = _tied_modes(classes.modes, found.covariances, weights, means, shifts, rest, drowned)
     return PrivateClasses(
-        classes, describe(releases, NORMS), start.counts, found.modes, found.pooled_modes, noise, drowned
+        classes, describe(privacy, rounds), start.counts, found.modes, found.pooled_modes, noise, drowned
     )
 
 
@@ -137,17 +148,13 @@ def nearest(z: Tensor, centres: Tensor) -> Tensor:
 def _drowned(start: Release, privacy: Privacy) -> list[int]:
     """Classes of which the noisy mean has more noise than the clip."""
     images = float(start.counts.sum())
-    if privacy.delta * images > 1:
-        raise ValueError(
-            f"delta={privacy.delta:g} is above one over the number of images, about {images:.0f}: a release could then "
-            f"show one of them; give at most {0.1 / images:.0e}. {_SPENT}"
-        )
     least = start.sd_sum * math.sqrt(start.sums.shape[1]) / start.clip
     drowned = [k for k, count in enumerate(start.counts.tolist()) if count < max(least, 3 * start.sd_count)]
     if len(drowned) == len(start.counts):
         raise DataError(
             f"at epsilon={privacy.epsilon:g} classes of about {max(images, 0) / len(drowned):.0f} images are noise; "
-            f"{least:.0f} would be needed: merge classes, add images, or raise epsilon. {_SPENT}"
+            f"{least:.0f} would be needed: merge classes, add images, or raise epsilon. This run has "
+            f"spent epsilon={epsilon_of(privacy.mu * math.sqrt(FIRST), privacy.delta):.2g}, which adds to another run's"
         )
     return drowned
 

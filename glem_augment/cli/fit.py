@@ -54,10 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("differential privacy")
     epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak; state --image-size and --channels, too"
     group.add_argument("--epsilon", type=common.number(0.01, 50), metavar="E", help=epsilon)
-    delta = "the promise's delta, at most 0.001; far below one over the number of images (default: 1e-6)"
+    delta = "the promise's delta, at most 0.001 and below one over --images (default: 1e-6)"
     group.add_argument("--delta", type=common.number(1e-12, 1e-3), metavar="D", help=delta)
     persons = "the most images of one person: the noise grows with it (default: 1)"
     common.add_count(group, "--images-per-person", persons)
+    most = "the most images that there may be, which everybody will know (default: a million)"
+    common.add_count(group, "--images", most)
     public = "public images like yours, for the coordinates (default: the coordinates that ship with taef2)"
     group.add_argument("--public", metavar="DATA", help=public)
 
@@ -84,8 +86,10 @@ def run(args: argparse.Namespace) -> None:
     from glem_augment.model.private_fit import check_arguments
     from glem_augment.model.weights import CONFIG, WEIGHTS
 
-    if args.epsilon is None and (args.delta or args.images_per_person or args.public):
-        raise ValueError("--delta, --images-per-person and --public are for private models: give --epsilon, too")
+    if args.epsilon is None and (args.delta or args.images_per_person or args.images or args.public):
+        raise ValueError(
+            "--delta, --images-per-person, --images and --public are for private models: give --epsilon, too"
+        )
     device = common.pick_device(args)
     folder = args.out
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -148,9 +152,9 @@ def private_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `GLEM.fit` for a private model."""
     from glem_augment.classes.privacy import Privacy
 
-    stated = {name: getattr(args, name) for name in ("delta", "images_per_person") if getattr(args, name) is not None}
-    privacy = Privacy(args.epsilon, **stated)
-    return {"privacy": privacy, "public": args.public}
+    names = ("delta", "images_per_person", "images")
+    stated = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {"privacy": Privacy(args.epsilon, **stated), "public": args.public}
 
 
 def is_private(folder: Path) -> bool:

@@ -41,12 +41,12 @@ def run(args: argparse.Namespace) -> None:
 
 def together(promises: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     """The promise of models of the same images together; None if one of them has none."""
-    from glem_augment.classes.privacy import Privacy, total
+    from glem_augment.classes.privacy import promised, total
 
     if None in promises:
         common.note("glem: there is no promise for all of them together, since a model without privacy is among them")
         return None
-    found = [Privacy(p["epsilon"], p["delta"], p["images_per_person"]) for p in promises if p is not None]
+    found = [promised(p) for p in promises if p is not None]
     delta = max(privacy.delta for privacy in found)
     mu, epsilon = total(found, delta)
     unit = max(found, key=lambda privacy: privacy.images_per_person).unit

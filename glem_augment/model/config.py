@@ -12,10 +12,10 @@ from pathlib import PurePath
 from typing import Any
 
 from glem_augment.checks import HIGHEST_TEMPERATURE, MAX_PARTS
-from glem_augment.classes.privacy import Privacy
+from glem_augment.classes.privacy import promised
 from glem_augment.classes.statistics import can_be_whole
 from glem_augment.codec.pixel_range import UINT8, PixelRange
-from glem_augment.errors import ModelFileError
+from glem_augment.errors import GLEMError, ModelFileError
 from glem_augment.flows.build import check_spec, is_whole
 from glem_augment.images.sources import TIMM_PREFIXES
 
@@ -99,8 +99,17 @@ class GLEMConfig:
             shape = found["image_shape"]
             good = _is_list(shape, 3) and all(is_whole(side, 1, LARGEST_SIDE) for side in shape)
             _demand(good, "the autoencoder's image_shape must be three sizes", shape)
-        _demand(self.privacy is None or _is_promise(self.privacy), "privacy must be null or a promise", self.privacy)
+        if self.privacy is not None:
+            self._check_privacy()
         _demand(isinstance(self.training, dict), "training must be a table", self.training)
+
+    def _check_privacy(self) -> None:
+        good = isinstance(self.privacy, dict) and isinstance(self.privacy.get("sha256"), str)
+        _demand(good, "privacy must be null or a promise", self.privacy)
+        try:
+            promised(self.privacy or {})
+        except GLEMError as error:
+            raise ModelFileError(f"privacy: {error}") from None
 
     def _check_flow(self) -> None:
         _demand(isinstance(self.flow, dict), "flow must be a table of numbers", self.flow)
@@ -238,16 +247,6 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _demand(good: bool, demand: str, value: Any) -> None:
     if not good:
         raise ModelFileError(f"{demand}, got {_short(value)}")
-
-
-def _is_promise(value: Any) -> bool:
-    """Whether a model's record of its privacy has the numbers of a promise."""
-    try:
-        promise = Privacy(value["epsilon"], value["delta"], value["images_per_person"])
-        same = math.isclose(value["mu"], promise.mu, rel_tol=1e-9) and value["unit"] == promise.unit
-        return same and isinstance(value["weights_sha256"], str)
-    except (KeyError, TypeError, ValueError):
-        return False
 
 
 def _is_list(value: Any, length: int) -> bool:

@@ -41,6 +41,7 @@ from glem_augment.model.weights import (
     find_folder,
     load_model,
     named_autoencoder,
+    private_sha256,
     read_config,
     weights_sha256,
     write_model,
@@ -238,17 +239,18 @@ class GLEM(ConditionalFlow):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path.
 
-        ModelFileError: a private model whose weights are not the ones of its fit.
+        ModelFileError: a private model whose weights or config are not the ones of its fit.
         """
         self.config = replace(self.config, **self._facts())
         self.check_promise()
         write_model(folder, self.config, self.state_dict())
 
     def check_promise(self) -> None:
-        """ModelFileError: this private model has other weights than its fit gave it, so its promise does not hold."""
-        if self.config.privacy is not None and self.config.privacy["weights_sha256"] != weights_sha256(self):
+        """ModelFileError: this private model is not as its fit made it, so its promise does not hold."""
+        if self.config.privacy is not None and self.config.privacy["sha256"] != private_sha256(self):
             raise ModelFileError(
-                "the weights of this private model have changed since its fit, so it has no promise: fit another model"
+                "the weights or the config of this private model have changed since its fit, so it has no promise: fit "
+                "another model"
             )
 
     def _facts(self) -> dict[str, Any]:
@@ -391,9 +393,9 @@ class GLEM(ConditionalFlow):
         }
         coordinates = "public images" if public is not None else "of the autoencoder"
         record = {**found.privacy, "coordinates": coordinates, "parts": base.modes.parts if base.modes else 1}
-        record |= {"expect": expect, "weights_sha256": weights_sha256(base)}
-        base.config = replace(base.config, privacy=record, training={"data": "private images"})
-        base.config = replace(base.config, **base._facts())
+        record |= {"expect": expect, "sha256": ""}
+        base.config = replace(base.config, privacy=record, training={"data": "private images"}, **base._facts())
+        record["sha256"] = private_sha256(base)
         return base
 
     @staticmethod

@@ -54,6 +54,12 @@ def fit_private(
     prior, clip = set_coordinates(model, public)
     z, y = latents_alone(model, images, progress)
     found = private_classes(z, y, model.num_classes, prior, clip, privacy, parts)
+    if (total := float(found.counts.sum())) * privacy.delta > 1:
+        warnings.warn(
+            f"there are about {total:.0f} images, and delta={privacy.delta:g} is above one over them: the promise "
+            "holds, but a release could show one of them",
+            stacklevel=5,
+        )
     model.latent_classes = found.classes.to(model.device, model.dtype)
     return found
 

@@ -160,6 +160,14 @@ def weights_sha256(model: Any) -> str:
     return hashlib.sha256(weights_bytes(stored(model.config, model.state_dict()))).hexdigest()
 
 
+def private_sha256(model: Any) -> str:
+    """SHA-256 of all that saving a private model writes, weights and config, but for this checksum itself."""
+    facts = model.config.to_dict()
+    facts["privacy"] = {name: value for name, value in facts["privacy"].items() if name != "sha256"}
+    text = json.dumps(facts, sort_keys=True) + weights_sha256(model)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
