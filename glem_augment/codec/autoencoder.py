@@ -166,17 +166,24 @@ def latent_shape(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> t
 
 
 def _numbers_of(codec: Codec, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """`codec.shape`. ValueError: `encode` or `decode` gives another shape, or the codec is for other images."""
+    """`codec.shape`. ValueError: `encode` or `decode` gives another shape, the codec is for other images, or it says
+    that it is exact and changes random images by a thousandth of their range or more."""
     if tuple(codec.image_shape) != tuple(image_shape):
         raise ValueError(f"the codec is for images {list(codec.image_shape)}, and these are {list(image_shape)}")
     if codec.ready:
-        x = torch.zeros(2, *image_shape, dtype=codec.dtype, device=codec._like.device)
+        name = type(codec).__name__
+        pixels, g = codec.pixel_range, torch.Generator().manual_seed(0)
+        low, high = pixels.limits
+        x = pixels.from_floats(torch.rand(2, *image_shape, generator=g) * (high - low) + low)
+        start = x = pixels.to_floats(x, torch.float32).to(codec._like)
         for method, wanted in ((codec.encode, codec.shape), (codec.decode, image_shape)):
             with torch.no_grad():
                 x = method(x)
             if tuple(x.shape) != (2, *wanted):
-                name = f"{type(codec).__name__}.{method.__name__}"
-                raise ValueError(f"{name} must give {[2, *wanted]} for two images, got {list(x.shape)}")
+                shown = f"{name}.{method.__name__}"
+                raise ValueError(f"{shown} must give {[2, *wanted]} for two images, got {list(x.shape)}")
+        if codec.exact and not float((x - start).abs().max()) < 1e-3 * (high - low):
+            raise ValueError(f"{name} says that it is exact, but decode(encode(x)) differs from x: leave out `exact`")
     return codec.shape
 
 

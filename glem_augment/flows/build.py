@@ -6,7 +6,7 @@ import math
 from functools import partial
 from typing import Any
 
-from glem_augment.flows.coupling import SETTINGS, WITHOUT_COUPLINGS, find_coupling
+from glem_augment.flows.coupling import WITHOUT_COUPLINGS, find_coupling
 from glem_augment.flows.flow import Flow
 from glem_augment.flows.layers import ActNorm, Mixing1x1
 from glem_augment.flows.linear import FlatIdentity, WhitenedFlow
@@ -15,11 +15,13 @@ from glem_augment.flows.stationary import StationaryFlow
 from glem_augment.flows.subnets import ACTIVATIONS, SUBNETS, Subnet
 
 # Far above any use. The limits keep a hostile config from demanding absurd amounts of memory or time.
-_LARGEST = {"depth": 256, "blocks": 64, "width": 4096, "levels": 8, "side": 4096, "total": 2048}
-_PATCHES = (1, 2, 4)
+_LARGEST = {"image_shape": 4096, "depth": 256, "blocks": 64, "width": 4096}
+_MOST_LEVELS, _MOST_BLOCKS = 8, 2048
+_CHOICES: dict[str, tuple[int | str, ...]] = {
+    "patch": (1, 2, 4), "actnorm": ("element", "channel"), "subnet": SUBNETS, "activation": tuple(ACTIVATIONS),
+}  # fmt: skip
 # A saved flow may lack these keys.
 DEFAULTS = {"subnet": "residual", "activation": "elu", "patch": 2}
-_KEYS_OF_ALL = {"preset", "image_shape", "coupling", "whiten"}
 
 
 def is_whole(value: Any, least: int, most: int) -> bool:
@@ -36,52 +38,44 @@ def check_spec(spec: dict[str, Any]) -> None:
 
     coupling: Any = spec.get("coupling")
     kind = None if coupling in WITHOUT_COUPLINGS else find_coupling(coupling)
-    known = _KEYS_OF_ALL | ({"module"} if coupling == "custom" else set())
-    if kind is not None:
-        known = _KEYS_OF_ALL | SETTINGS | set(kind.options)
-    unknown = sorted(str(key)[:40] for key in set(spec) - known)
-    if unknown:
-        raise ValueError(f"the flow has unknown settings {unknown[:5]}; known are {sorted(known)}")
-    shape: Any = spec.get("image_shape")
-    side = _LARGEST["side"]
-    good = isinstance(shape, list | tuple) and len(shape) == 3 and all(is_whole(v, 1, side) for v in shape)
-    require(good, f"image_shape must be (channels, height, width), each 1 to {side}", shape)
+    lists = ["image_shape"] if kind is None else list(_LARGEST)
+    known = {"preset", "coupling", "whiten", *lists}
+    known |= set(kind.options) | set(_CHOICES) if kind is not None else {"module"} if coupling == "custom" else set()
+    require(known.issuperset(spec), f"the flow has unknown settings; known are {sorted(known)}", sorted(spec))
+    for key in lists:
+        value, most = spec.get(key), _LARGEST[key]
+        good = isinstance(value, list | tuple) and 1 <= len(value) <= _MOST_LEVELS
+        good = good and all(is_whole(v, 1, most) for v in value)  # type: ignore[union-attr]
+        require(good, f"{key} must be a list of whole numbers from 1 to {most}", value)
+    shape = spec["image_shape"]
+    require(len(shape) == 3, "image_shape must be (channels, height, width)", shape)
     whiten = spec.get("whiten", 0)
     require(is_whole(whiten, 0, math.prod(shape)), f"whiten must be from 0 to {math.prod(shape)} directions", whiten)
     if kind is None:
         return
-    lists: dict[str, Any] = {key: spec.get(key) for key in ("depth", "blocks", "width")}
-    for key, value in lists.items():
-        most, good = _LARGEST[key], isinstance(value, list | tuple) and 1 <= len(value) <= _LARGEST["levels"]
-        good = good and all(is_whole(v, 1, most) for v in value)
-        levels = f"one per level (at most {_LARGEST['levels']})"
-        require(good, f"{key} must be a list of whole numbers from 1 to {most}, {levels}", value)
-    require(len({len(v) for v in lists.values()}) == 1, "depth, blocks and width must have one entry per level", lists)
-    total = sum(depth * blocks for depth, blocks in zip(lists["depth"], lists["blocks"], strict=True))
-    limit = _LARGEST["total"]
-    require(total <= limit, f"depth times blocks, summed over the levels, may be at most {limit}", total)
-    patch = spec.get("patch", DEFAULTS["patch"])
-    require(type(patch) is int and patch in _PATCHES, f"patch must be one of {_PATCHES}", patch)
-    count, (channels, height, width) = len(lists["depth"]), spec["image_shape"]
+    levels = {len(spec[key]) for key in ("depth", "blocks", "width")}
+    require(len(levels) == 1, "depth, blocks and width must have one entry per level", levels)
+    total = sum(depth * blocks for depth, blocks in zip(spec["depth"], spec["blocks"], strict=True))
+    require(total <= _MOST_BLOCKS, f"depth times blocks, over all levels, may be at most {_MOST_BLOCKS}", total)
+    full = {**DEFAULTS, **kind.options, **spec}
+    for key, choices in _CHOICES.items():
+        value = full.get(key)
+        good = type(value) is type(choices[0]) and value in choices
+        require(good, f"{key} must be one of {', '.join(map(str, choices))}", value)
+    patch, (channels, height, width) = full["patch"], shape
     require(patch * channels % 2 == 0, "without a squeeze (patch 1) the number of channels must be even", channels)
-    factor = patch * 2 ** (count - 1)
+    factor = patch * 2 ** (len(spec["depth"]) - 1)
     if height % factor or width % factor:
         near = [max(1, round(v / factor)) * factor for v in (height, width)]
         raise ValueError(
-            f"a flow of {count} levels{'' if patch == 2 else f' and patch {patch}'} needs height and width divisible "
-            f"by {factor}, got {height}x{width}; resize to {near[0]}x{near[1]}, or use fewer levels"
+            f"a flow of {len(spec['depth'])} levels with patch {patch} needs height and width divisible by {factor}, "
+            f"got {height}x{width}; resize to {near[0]}x{near[1]}, or use fewer levels"
         )
-    actnorm = spec.get("actnorm")
-    require(actnorm in ("element", "channel"), "actnorm must be 'element' or 'channel'", actnorm)
-    kind.check({**kind.options, **spec})
-    for key, choices in (("subnet", SUBNETS), ("activation", tuple(ACTIVATIONS))):
-        value = spec.get(key, DEFAULTS[key])
-        require(value in choices, f"{key} must be one of {', '.join(choices)}", value)
+    kind.check(full)
 
 
 def build_flow(spec: dict[str, Any]) -> Flow:
-    """Build the flow that `spec` (see `resolve_preset`) describes. Raises ValueError where it cannot be."""
-    check_spec(spec)
+    """The flow of a description that `check_spec` accepts. ValueError: it is the user's class."""
     if spec.get("whiten"):
         return WhitenedFlow(build_flow({**spec, "whiten": 0}), spec["whiten"])
     channels, height, width = image_shape = tuple(spec["image_shape"])

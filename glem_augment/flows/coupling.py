@@ -16,8 +16,9 @@ from glem_augment.checks import closest
 SubnetFactory = Callable[[int, int], nn.Module]
 # A flow's `coupling` may also say that it has none.
 WITHOUT_COUPLINGS = ("identity", "stationary", "custom")
-# The settings of a flow with couplings, beside the coupling's options.
-SETTINGS = {"depth", "blocks", "width", "actnorm", "subnet", "activation", "patch"}
+# The settings of a flow; options of a coupling have other names.
+SETTINGS = {"preset", "image_shape", "coupling", "whiten", "depth", "blocks", "width"}
+SETTINGS |= {"actnorm", "subnet", "activation", "patch"}
 _WORDS = {float: "finite number", int: "whole number", str: "text", bool: "bool"}
 _LARGEST_BOUND = 8
 
@@ -97,7 +98,7 @@ def register_coupling(name: str) -> Callable[[_Kind], _Kind]:
         if not re.fullmatch(r"[A-Za-z][\w-]{0,39}", name) or name in WITHOUT_COUPLINGS or not same:
             raise ValueError(f"the name {name!r} is taken, or no word: choose another name for {kind.__qualname__}")
         for option, default in kind.options.items():
-            if option in {*SETTINGS, "image_shape", "preset", "coupling", "whiten"} or type(default) not in _WORDS:
+            if option in SETTINGS or type(default) not in _WORDS:
                 raise ValueError(
                     f"the option {option!r} of {name} has a name that flows use, or a default that is no bool, int, "
                     "float or str: rename or change it"

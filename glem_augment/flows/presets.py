@@ -22,31 +22,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "glow_tiny": dict(coupling="affine", depth=[8, 8], blocks=[1, 1], width=[48, 64], bound=2.0, actnorm="channel"),
     # The best per CPU second in benchmarks/results/backbones.md.
     "glow_fast": dict(
-        coupling="affine",
-        depth=[8, 8],
-        blocks=[1, 1],
-        width=[64, 96],
-        bound=2.0,
-        subnet="bottleneck",
+        coupling="affine", depth=[8, 8], blocks=[1, 1], width=[64, 96], bound=2.0, subnet="bottleneck",
         activation="relu",
     ),
     # For latents of an autoencoder, which are small already: two levels, the first without a squeeze. The best for its
     # steps on average over the shapes in benchmarks/results/latent_flows.md.
     "latent": dict(
-        coupling="affine",
-        depth=[3, 3],
-        blocks=[1, 1],
-        width=[128, 128],
-        bound=2.0,
-        subnet="bottleneck",
-        activation="relu",
-        patch=1,
-        whiten=None,
+        coupling="affine", depth=[3, 3], blocks=[1, 1], width=[128, 128], bound=2.0, subnet="bottleneck",
+        activation="relu", patch=1, whiten=None,
     ),
     "identity": dict(coupling="identity"),
     # Public coordinates of private sets.
     "stationary": dict(coupling="stationary"),
-}
+}  # fmt: skip
 # `whiten=None` whitens up to so many numbers. Beyond, two levels do better without (latent_flows.md).
 _WHITEN_UP_TO = 512
 

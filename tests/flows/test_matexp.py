@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from glem_augment.flows.matexp import expm_apply, taylor_plan
 from glem_augment.flows.matexp_coupling import MatExpCoupling
 
-BOUNDS = (0.5, 1.0, 2.0, 4.0)
+BOUNDS = (0.5, 2.0, 4.0)
 
 
 def exact(s: Tensor, v: Tensor, sign: float = 1.0) -> Tensor:
@@ -45,7 +45,7 @@ def kinds(n: int, bound: float, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
-@pytest.mark.parametrize("n", [1, 2, 3, 6, 7, 12, 24])
+@pytest.mark.parametrize("n", [1, 6, 7, 24])
 def test_the_error_is_below_one_in_a_million_in_float32_and_rounding_in_float64(n: int, bound: float) -> None:
     for dtype, limit in ((torch.float32, 1e-6), (torch.float64, 1e-14 * math.exp(bound))):  # matrix_exp loses e^r
         for name, s in kinds(n, bound, dtype).items():
@@ -74,8 +74,8 @@ def test_the_plan_grows_with_the_bound_and_refuses_nonsense() -> None:
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize(("n", "bound"), [(1, 1.0), (2, 2.0), (3, 5.0), (6, 1.0), (7, 2.0), (25, 2.0)])
-@pytest.mark.parametrize("size", [3, 0.01, 1e-5, 0])  # where S is small, fewer terms of the series are added
+@pytest.mark.parametrize(("n", "bound"), [(1, 1.0), (3, 5.0), (7, 2.0), (25, 2.0)])
+@pytest.mark.parametrize("size", [3, 0])
 def test_the_coupling_against_dense_exponentials(n: int, bound: float, inverse: bool, size: float) -> None:
     g = torch.Generator().manual_seed(n)
     x = torch.randn(n, 3, 4, 5, generator=g, dtype=torch.float64).requires_grad_()
