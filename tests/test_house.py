@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -133,14 +132,3 @@ def test_applications_import_public_names_only() -> None:
 def test_no_private_modules_and_no_second_language() -> None:
     assert not [path for path in PACKAGE.rglob("_*.py") if path.name not in ("__init__.py", "__main__.py")]
     assert not [path for path in PACKAGE.rglob("*") if path.suffix in (".cpp", ".h", ".cu")]
-
-
-def test_one_word_for_one_thing() -> None:
-    """docs/terms.md has the words; these were used for the same things once."""
-    other = re.compile(r"put[_ ]back|moves_replaced|FlowClasses|to_flow|from_flow|measured_flow|draw_shares")
-    used = {path.name: other.findall(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
-    terms = (PACKAGE.parent / "docs" / "terms.md").read_text(encoding="utf-8")
-    assert not {name: found for name, found in used.items() if found}
-    assert all(
-        f"**{word}" in terms for word in ("Model", "Codec", "Flow", "Policy", "Rejected", "Keep", "Private model")
-    )

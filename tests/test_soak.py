@@ -125,8 +125,7 @@ def augmented_batches(aug: GLEMAugment, loader: DataLoader) -> Iterator[tuple[Te
 @needs_proc
 @pytest.mark.parametrize(
     ("policy", "count"),
-    [("mixup", 640), ("adversarial", 640)]
-    + [pytest.param(policy, 20_000, marks=SLOW) for policy in ("mixup", "noise", "adversarial")],
+    [("adversarial", 640)] + [pytest.param(policy, 20_000, marks=SLOW) for policy in ("mixup", "noise", "adversarial")],
 )
 def test_memory_stays_constant(model: GLEM, policy: str, count: int) -> None:
     adversarial = policy == "adversarial"
@@ -170,7 +169,7 @@ def read_at_random(data: SyntheticDataset, expected: np.ndarray, seed: int) -> N
 
 @pytest.mark.timeout(200)
 @pytest.mark.filterwarnings("ignore:SyntheticDataset decodes")
-@pytest.mark.parametrize("cache_bytes", [0, 3 * 4 * 64, 2**20])
+@pytest.mark.parametrize("cache_bytes", [3 * 4 * 64, *(pytest.param(n, marks=SLOW) for n in (0, 2**20))])
 def test_threads_read_what_a_serial_reader_reads(
     model: GLEM, monkeypatch: pytest.MonkeyPatch, cache_bytes: int
 ) -> None:
@@ -256,10 +255,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_proc
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.timeout(250)
 @pytest.mark.parametrize(
     "task",
-    [_data_sets, _exports, _opened, _models, _trainings, pytest.param(_workers, marks=needs_fork)],
+    [
+        _data_sets,
+        *(pytest.param(task, marks=SLOW) for task in (_exports, _opened, _models, _trainings)),
+        pytest.param(_workers, marks=(*SLOW, needs_fork)),
+    ],
     ids=lambda task: task.__name__.strip("_"),
 )
 def test_nothing_is_left_open(

@@ -208,7 +208,7 @@ def test_full_covariances_are_shrunk_to_the_pooled_one(parts: int) -> None:
         assert torch.allclose(scores[:, k], wanted, atol=0.1 if parts > 1 else 1e-3)  # the parts' own n - 1
 
 
-@pytest.mark.parametrize(("dim", "rank", "parts"), [(192, 32, 1), (192, 192, 1), (192, 16, 3), (512, 64, 1)])
+@pytest.mark.parametrize(("dim", "rank", "parts"), [(192, 192, 1), (192, 16, 3)])
 def test_the_temperature_of_full_covariances_suits_new_latents(dim: int, rank: int, parts: int) -> None:
     """With modes of any rank the temperature is nearly as good for other latents as the best one."""
     g = torch.Generator().manual_seed(dim + rank)

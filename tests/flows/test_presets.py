@@ -20,11 +20,10 @@ def test_the_types_name_every_preset() -> None:
     assert set(PRESET_NAMES) == set(PRESETS)
 
 
-@pytest.mark.parametrize(("preset", "published"), [("mef_cifar", 37_683_752), ("mef_glem", 42_815_440)])
-def test_parameter_counts_of_the_published_sizes(preset: str, published: int) -> None:
+def test_the_parameters_of_the_published_size() -> None:
     with torch.device("meta"):
-        flow = create_flow(preset, (3, 32, 32))
-    assert sum(p.numel() for p in flow.parameters()) == pytest.approx(published, rel=0.01)
+        flow = create_flow("mef_cifar", (3, 32, 32))
+    assert sum(p.numel() for p in flow.parameters()) == pytest.approx(37_683_752, rel=0.01)
 
 
 def test_specs_name_the_subnet_and_older_ones_mean_the_published_one() -> None:
