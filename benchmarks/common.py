@@ -25,6 +25,11 @@ from glem_augment.io import atomic_write, write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+EXIT_TIME_UP = 75  # in sysexits.h EX_TEMPFAIL: the same command goes on
+
+
+class TimeUpError(Exception):
+    """The minutes of a benchmark are over; the same command goes on."""
 
 
 def machine() -> dict[str, Any]:

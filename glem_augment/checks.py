@@ -20,7 +20,6 @@ PolicyName = Literal["mixup", "noise", "adversarial"]  # how GLEMAugment moves l
 Memory = Literal["stored", "recomputed"]  # how training keeps a flow's activations
 
 PRESET_NAMES, SOURCES, FORMATS, POLICIES = (get_args(kind) for kind in (Preset, DrawSource, Format, PolicyName))
-RUN_FILE = "run.json"  # of a run of `glem train`: its command and how it opened the data
 DEFAULT_MODES = 64  # principal modes per class
 # Without psi the class variances start at the first number and stay above the second, a share of the first.
 INITIAL_VARIANCE, LOWEST_SHARE = 0.3, 0.1

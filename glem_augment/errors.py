@@ -29,11 +29,3 @@ class HubError(ModelFileError):
 
 class TrainingError(GLEMError, RuntimeError):
     """Training cannot go on (for example, the loss stayed non-finite over several steps)."""
-
-
-# The exit status for TimeUpError; in sysexits.h EX_TEMPFAIL, "the user is invited to retry".
-EXIT_TIME_UP = 75
-
-
-class TimeUpError(GLEMError):
-    """The run stopped, with a checkpoint, because `max_minutes` were over. Nothing went wrong: resume it."""

@@ -1,4 +1,4 @@
-"""`glem` commands in processes of their own, which tests kill, starve and poison; see test_faults.
+"""`glem` commands in processes of their own, which tests kill and starve; see test_faults.
 
 The processes are forked from one that has imported everything, so that each costs a fraction of a second.
 """
@@ -22,25 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor
 from tqdm import tqdm
 
 import glem_augment.cli as cli
-from glem_augment import GLEM
 from glem_augment import io as glem_io
-from glem_augment.training import Trainer, guard
+from glem_augment.training import Trainer
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Installed packages only: where the tests are, the server does not know.
 _HEAVY = ("evaluation", "synthetic.export", "training.trainer", "cli.generate", "cli.train")
-_CONTEXT.set_forkserver_preload(["pytest", "matplotlib.figure", *(f"glem_augment.{name}" for name in _HEAVY)])
+_CONTEXT.set_forkserver_preload(["pytest", *(f"glem_augment.{name}" for name in _HEAVY)])
 DIED = 9
 
 
-def start(
-    argv: list[str], notes: Path, die_at: int | None = None, poison: bool = False, every_step: bool = True
-) -> BaseProcess:
+def start(argv: list[str], notes: Path, die_at: int | None = None, every_step: bool = True) -> BaseProcess:
     """Start `glem ARGV`; its exit code is the process's.
 
     Args:
@@ -48,11 +43,10 @@ def start(
         notes: a file that gets a line "start", and one with the step after every checkpoint that was written;
             `notes` + ".log" gets what the command prints.
         die_at: end the process, as abruptly as SIGKILL would, in place of this operation (counted from 0) on a file.
-        poison: make the latents NaN from step 9 on until the run has returned to an earlier step.
         every_step: write a checkpoint after every step of a training, in place of every two minutes.
     """
     notes.unlink(missing_ok=True)
-    process = _CONTEXT.Process(target=_child, args=(argv, str(notes), die_at, poison, every_step))
+    process = _CONTEXT.Process(target=_child, args=(argv, str(notes), die_at, every_step))
     process.start()
     deadline = time.monotonic() + 60
     while not notes.exists() and process.is_alive() and time.monotonic() < deadline:
@@ -83,23 +77,18 @@ def steps_noted(notes: Path) -> int:
     return steps[-1] if steps else -1
 
 
-def _child(argv: list[str], notes: str, die_at: int | None, poison: bool, every_step: bool) -> None:
+def _child(argv: list[str], notes: str, die_at: int | None, every_step: bool) -> None:
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # tqdm's lock holds a semaphore, which killed processes would leave behind
     log = os.open(f"{notes}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    # Drawing the curves would take half of a run's time; other tests draw them.
-    Figure.savefig = lambda figure, file, **_: file.write(b"curves")
-    guard.MAX_BAD_STEPS = 3
     Trainer.checkpoint_seconds = 0.0 if every_step else math.inf
     file = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     _note_saves(file)
     os.write(file, b"start\n")
     if die_at is not None:
         die_before(die_at, lambda: os._exit(DIED), [*writing_operations(), *naming_operations()])
-    if poison:
-        _poison()
     code = cli.main(argv)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -109,8 +98,8 @@ def _child(argv: list[str], notes: str, die_at: int | None, poison: bool, every_
 def _note_saves(file: int) -> None:
     real, write = Trainer.save_checkpoint, os.write
 
-    def save(self: Trainer, good: bool = False) -> None:
-        real(self, good)
+    def save(self: Trainer) -> None:
+        real(self)
         write(file, f"{self.step}\n".encode())
 
     Trainer.save_checkpoint = save
@@ -168,23 +157,3 @@ def die_before(count: int, die: Callable[[], Any], operations: list[Operation]) 
     for owner, name in operations:
         setattr(owner, name, wrap(getattr(owner, name), name.startswith("write")))
     return lambda: seen[0]
-
-
-def _poison() -> None:
-    encode, fit, on = GLEM.encode, Trainer.fit, [False]
-
-    def bad_encode(self: GLEM, *args: Any) -> tuple[Tensor, Tensor]:
-        z, logdet = encode(self, *args)
-        return (z * math.nan if on[0] and torch.is_grad_enabled() else z), logdet
-
-    def bad_fit(self: Trainer) -> GLEM:
-        take = self.e_step.take
-
-        def bad_step(*batch: Any) -> tuple[float, float]:
-            on[0] = self.rollbacks == 0 and self.step >= 9
-            return take(*batch)
-
-        self.e_step.take = bad_step
-        return fit(self)
-
-    GLEM.encode, Trainer.fit = bad_encode, bad_fit

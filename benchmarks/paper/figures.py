@@ -17,8 +17,8 @@ from glem_augment import GLEM, GLEMAugment
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.codec.pixel_range import UINT8
 from glem_augment.io import write_json
+from glem_augment.training.moments import LatentStatistics
 from glem_augment.training.objective import Progress
-from glem_augment.training.statistics import LatentStatistics
 
 PAIRS, STEPS = 200, 11
 

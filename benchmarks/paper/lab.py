@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import machine
+from benchmarks.common import TimeUpError, machine
 from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
 from benchmarks.paper.codes import CODED_METHODS, ClassCodes, balance_by_rejection, code_agreement, coded_trainer
 from benchmarks.paper.continuum import continuum_correlation
@@ -33,10 +33,10 @@ from glem_augment.codec.pixel_range import UINT8
 from glem_augment.evaluation import coverage, evaluate, feature_fid, label_reliability
 from glem_augment.evaluation.metrics import spread
 from glem_augment.io import atomic_write, write_json
-from glem_augment.training import TimeUpError, TrainConfig
+from glem_augment.training import TrainConfig
 from glem_augment.training.batches import stratified_split
 from glem_augment.training.checkpoint import has_checkpoint
-from glem_augment.training.statistics import LatentStatistics
+from glem_augment.training.moments import LatentStatistics
 
 # Part of every name. Raise the number when the meaning of a setting changes.
 _VERSION = 1
@@ -203,15 +203,14 @@ class Lab:
         codes = ClassCodes.for_flow(train, config) if cell.method in CODED_METHODS else None
         if not (folder / "finished.json").exists():
             self.check_time()
-            if self.until is not None:
-                config.max_minutes = max(0.01, (self.until - time.monotonic()) / 60)
+            seconds = None if self.until is None else max(1.0, self.until - time.monotonic())
             resume = has_checkpoint(folder)
             if codes is None:
                 trainer = ResearchTrainer(train, config, folder, resume, device=self.device, research=research)
             else:
                 coded = codes.dataset(train, seed, monomodal=cell.method == "ce")
                 trainer = coded_trainer(codes, coded, config, folder, resume, self.device, research)
-            trainer.fit()
+            trainer.fit_for(seconds)
             write_json(folder / "finished.json", {"steps": trainer.total_steps})
         return self._fitted(GLEM.from_pretrained(folder, self.device), codes, folder)
 

@@ -37,7 +37,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import RESULTS, parser
+from benchmarks.common import EXIT_TIME_UP, RESULTS, TimeUpError, parser
 from benchmarks.paper.claims import write_claims
 from benchmarks.paper.figures import run_figures
 from benchmarks.paper.lab import Lab, describe
@@ -46,7 +46,6 @@ from benchmarks.paper.report import markdown, numbers_of, oracle_row, row, rows_
 from benchmarks.paper.scales import SCALES, Scale
 from benchmarks.paper.tables import TITLES, cells_of
 from benchmarks.paper.trust import run_trust
-from glem_augment.training import EXIT_TIME_UP, TimeUpError
 
 _TABLES = [str(n) for n in TITLES]
 # Metrics that need the oracle.

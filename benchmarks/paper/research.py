@@ -1,7 +1,6 @@
 """Train with settings that stored results and recipes need, and that the package does not have.
 
     python benchmarks/paper/research.py DATA --out DIR [--method NAME] [--config RECIPE.yaml] [--init MODEL]
-        [--max-minutes M]
 
 trains like `glem train --config`, with the settings of `Research` in addition to the package's settings, and with the
 methods of `methods.py`. RECIPE wins over the method. The command resumes a run in DIR.
@@ -12,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,16 +24,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
+from benchmarks.common import TimeUpError
 from benchmarks.paper.methods import HYBRID_JOINT, METHODS, PAPER
 from glem_augment import GLEM, ImageData, open_data
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.cli.common import table
 from glem_augment.cli.train import checked
 from glem_augment.distributed import Share
-from glem_augment.training import EXIT_TIME_UP, TimeUpError, TrainConfig, Trainer
+from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.checkpoint import has_checkpoint
+from glem_augment.training.moments import LatentStatistics
 from glem_augment.training.objective import Objective, Progress, Repulsion, encode_with_noise, falling
-from glem_augment.training.statistics import LatentStatistics
 
 REFIT_STEPS, REFIT_LR = 200, 3e-3
 SATURATION = 0.05  # of the bounded repulsion, nats per dimension
@@ -283,6 +284,21 @@ class ResearchTrainer(Trainer):
         if self.e_step.ema is not None and research.averaging == "none":
             self.e_step.ema.decay = 0.0
 
+    def fit_for(self, seconds: float | None) -> GLEM:
+        """`fit`, stopped after so many seconds with a checkpoint. TimeUpError: they are over."""
+        if seconds is None:
+            return self.fit()
+        timer = threading.Timer(seconds, setattr, (self, "stop_requested", True))
+        timer.start()
+        try:
+            return self.fit()
+        except KeyboardInterrupt as stop:
+            if timer.is_alive():
+                raise
+            raise TimeUpError(str(stop)) from None
+        finally:
+            timer.cancel()
+
     def count_steps(self) -> int:
         if not self.research.equal_steps:
             return super().count_steps()
@@ -322,19 +338,17 @@ def main() -> int:
     args.add_argument("--config", type=table)
     args.add_argument("--out", type=Path, required=True)
     args.add_argument("--init", type=GLEM.from_pretrained)
-    args.add_argument("--max-minutes", type=float)
     given = args.parse_args()
     own, research = split_settings({**METHODS.get(given.method, {}), **(given.config or {})})
-    config = TrainConfig(**checked(own, "--config"), max_minutes=given.max_minutes)
+    config = TrainConfig(**checked(own, "--config"))
     size = None if given.init is None else given.init.image_shape[1:]
     data = open_data(given.data, "train", size)
     resume = has_checkpoint(given.out)
-    trainer = ResearchTrainer(data, config, given.out, resume, None if resume else given.init, research=research)
     try:
-        trainer.fit()
-    except TimeUpError as stop:
+        ResearchTrainer(data, config, given.out, resume, given.init, research=research).fit()
+    except KeyboardInterrupt as stop:
         print(f"research: {stop}")
-        return EXIT_TIME_UP
+        return 130
     return 0
 
 

@@ -40,9 +40,7 @@ examples:
   glem fit photos/ --image-size 64 --out runs/photos
   glem preview runs/photos photos/ --out preview.png
 
-Completion with the Tab key (after pip install argcomplete): eval "$(register-python-argcomplete glem)"
-GLEM_DEBUG=1 prints the traceback of an error. Exit codes: 0 done, 2 an error, 75 a training run that stopped at
---max-minutes and continues with --resume, 130 interrupted.
+GLEM_DEBUG=1 prints the traceback of an error. Exit codes: 0 done, 2 an error, 130 interrupted.
 """
 
 
@@ -87,17 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; `sys.argv` by default.
 
     Returns:
-        The exit code: 0; 2 for an error, which one line on stderr explains; 75 from `train --max-minutes`; 130 after
-        Ctrl-C. As usual with argparse, `--help` and `--version` raise SystemExit.
+        The exit code: 0; 2 for an error, which one line on stderr explains; 130 after Ctrl-C. As usual with argparse,
+        `--help` and `--version` raise SystemExit.
     """
     argv = [*(sys.argv[1:] if argv is None else argv)]
     try:
-        parser = build_parser([*argv, *os.environ.get("COMP_LINE", "").split()])
-        with suppress(ImportError):
-            import argcomplete
-
-            argcomplete.autocomplete(parser)  # answers the shell and exits, if the shell asks
-        args = parser.parse_args(argv)
+        args = build_parser(argv).parse_args(argv)
         args.argv = argv
         if args.quiet:
             from huggingface_hub.utils import disable_progress_bars

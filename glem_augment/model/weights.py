@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from glem_augment.checks import RUN_FILE
 from glem_augment.classes.modes import SHRUNK
 from glem_augment.codec.autoencoder import latent_shape
 from glem_augment.codec.published import open_autoencoder
@@ -29,6 +28,7 @@ from glem_augment.io import Limits, atomic_write, expand, header_bytes, load_wei
 from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMConfig
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CHECKPOINT = "checkpoint.pt"  # of a run of `glem train`
 CUSTOM = "custom"  # the name of a user's module in a config
 
 # The shortest entry of a header is `"a":{"dtype":"F16","shape":[],"data_offsets":[0,2]}`, and the narrowest floating
@@ -110,12 +110,9 @@ def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:
 
 def _unfinished(folder: Path) -> str | None:
     """How to finish an unfinished run of `glem train`; None for another folder."""
-    try:
-        command = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["command"]
-    except (OSError, ValueError, TypeError, KeyError):
+    if not (folder / CHECKPOINT).exists():
         return None
-    resume = command if "--resume" in command.split() else f"{command} --resume"
-    return f"{folder} is a run that has not finished, so it holds no model yet: to finish it, run {resume}"
+    return f"{folder} is a run of glem train that has not finished: run the same command with --resume"
 
 
 def write_model(folder: str | os.PathLike[str], config: GLEMConfig, state: dict[str, Tensor]) -> None:

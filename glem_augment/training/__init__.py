@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from glem_augment.errors import EXIT_TIME_UP, TimeUpError
 from glem_augment.training.config import TrainConfig
 
-__all__ = ["EXIT_TIME_UP", "TimeUpError", "TrainConfig", "Trainer"]
+__all__ = ["TrainConfig", "Trainer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,6 @@ from glem_augment.checks import PRESET_NAMES, Memory, Preset, check_choice, chec
 
 OBJECTIVES = ("hybrid", "mle", "glem")
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
-# Every M-step has a learning rate in memory, and checkpoints may come from strangers.
-_MOST_M_STEPS = 10**7
 
 
 def _setting(default: Any, kind: Any, text: str, **more: Any) -> Any:
@@ -106,16 +104,10 @@ class TrainConfig:
     )
     workers: int = _setting(0, int, "processes that decode images that do not fit in memory", high=512)
     sample_every: int = _setting(5, int, "draw a grid of samples every N epochs; 0: never")
-    max_minutes: float | None = _setting(
-        None, float, "stop after that long, with a checkpoint and exit status 75; --resume goes on", above=0,
-        shown="no limit",
-    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in SETTINGS:
             setattr(self, name, check_setting(name, getattr(self, name)))
-        # The order is not stored in checkpoints.
-        self.flow_options = dict(sorted(self.flow_options.items()))
         if self.beta is None:
             self.beta = 0.3 if self.objective == "hybrid" else 0.0
         if self.beta and self.objective != "hybrid":
@@ -124,8 +116,6 @@ class TrainConfig:
             raise ValueError(
                 "latent_noise is for training in an autoencoder's latents: give autoencoder, or leave it out"
             )
-        if self.epochs * self.m_steps > _MOST_M_STEPS:
-            raise ValueError(f"m_steps must be such that there are at most {_MOST_M_STEPS} in all, got {self.m_steps}")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON can carry them."""

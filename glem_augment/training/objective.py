@@ -18,7 +18,7 @@ from glem_augment.codec.levels import draw_noise
 from glem_augment.distributed import Share
 from glem_augment.model.glem import GLEM
 from glem_augment.training.config import TrainConfig
-from glem_augment.training.statistics import LatentStatistics
+from glem_augment.training.moments import LatentStatistics
 
 START_STD = 0.1  # of the random means that a joint objective begins with
 CE_SCALE, LABEL_SMOOTHING = 0.1, 0.05  # of the cross-entropy

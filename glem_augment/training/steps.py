@@ -10,7 +10,6 @@ steps of an undisturbed one.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,14 +23,14 @@ from torch import Tensor, nn
 
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.distributed import Share, add_up, world_size
+from glem_augment.errors import TrainingError
 from glem_augment.flows import Flow
 from glem_augment.model.glem import GLEM
 from glem_augment.training.batches import EVAL_BATCH, Batches, seeded
 from glem_augment.training.config import TrainConfig
-from glem_augment.training.guard import DivergenceError
 from glem_augment.training.log import progress_bar
+from glem_augment.training.moments import LatentStatistics
 from glem_augment.training.objective import Objective, Progress
-from glem_augment.training.statistics import LatentStatistics
 
 CLIP_NORM = 1.0
 # A wide flow jumped above uniform noise where a short run's rate rose faster.
@@ -117,7 +116,6 @@ class EStep:
             return math.nan, math.nan
         self.optimizer.step()
         if objective.joint:
-            # The schedule's rate includes the lower rates after a rollback.
             self.gaussians.step(JOINT_LR * self.optimizer.param_groups[0]["lr"] / self.lr)
         if self.ema is not None:
             self.ema.update(model.flow, step=progress.step + 1)
@@ -128,7 +126,7 @@ class MStep:
     """Adam on the Gaussians, the flow fixed.
 
     Attributes:
-        epochs: that have M-steps. total: M-steps of the run; done: so far. lr_scale: factor of the learning rates.
+        epochs: that have M-steps. total: M-steps of the run; done: so far.
     """
 
     def __init__(
@@ -145,7 +143,6 @@ class MStep:
         self.epochs = objective.m_epochs(config.epochs)
         self.total, self.done = objective.m_rounds * self.epochs, 0
         self.rates = m_learning_rates(self.total, self.each, self.epochs * steps_per_epoch)
-        self.lr_scale = 1.0
 
     def due(self, epoch: int, position: int) -> int:
         """How many M-steps come before the batch number `position` of an epoch."""
@@ -159,14 +156,14 @@ class MStep:
         """One pass over D_g, and a few steps of Adam (Eq. 5)."""
         statistics = latent_pass(self.model, self.batches, self.objective, self.batches.split.g, self.done)
         for rate in self.rates[self.done * self.each : (self.done + 1) * self.each]:
-            self.descend(statistics, rate * self.lr_scale, progress)
+            self.descend(statistics, rate, progress)
         if self.done == 0:
             # As the authors do: the moments of the first, large gradients are forgotten.
             self.gaussians.optimizer.state.clear()
         self.done += 1
 
     def descend(self, statistics: LatentStatistics, rate: float, progress: Progress) -> None:
-        """One step of Adam down the M-step's loss. DivergenceError: the loss or its gradient is not finite."""
+        """One step of Adam down the M-step's loss. TrainingError: the loss or its gradient is not finite."""
         gaussians = self.model.gaussians
         self.gaussians.let_learn(True)
         loss = self.objective.m_loss(gaussians, statistics, progress)
@@ -174,7 +171,10 @@ class MStep:
         loss.backward()
         grads = [p.grad for p in gaussians.parameters() if p.grad is not None]
         if not all(bool(torch.isfinite(value).all()) for value in (loss, *grads)):
-            raise DivergenceError(f"the M-step's loss or its gradient is not finite (loss {loss.item():.4g})")
+            raise TrainingError(
+                f"the run diverged: the M-step's loss ({loss.item():.4g}) or its gradient is not finite; train with a "
+                "lower kld_weight or lr"
+            )
         self.gaussians.step(rate)
 
     def last_pass(self, model: GLEM, rows: np.ndarray) -> LatentStatistics:
@@ -272,25 +272,3 @@ def add_up_gradients(module: nn.Module, *values: Tensor) -> None:
     for p in learned:  # a rank without images has no gradients
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     add_up(*values, *(p.grad for p in learned if p.grad is not None))
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The tensors of an optimizer's state, named `<index of the parameter>/<entry>`.
-
-    The rest of its state, the learning rates, follows from the settings and the step.
-    """
-    state = optimizer.state_dict()["state"]
-    return {f"{index}/{key}": tensor for index, entries in state.items() for key, tensor in entries.items()}
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Undoes `optimizer_tensors`. RuntimeError, IndexError, ValueError: the tensors of another optimizer."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = defaultdict[int, dict[str, Tensor]](dict)
-    for name, tensor in tensors.items():
-        index, _, key = name.partition("/")
-        if key != "step":
-            # Files hold contiguous tensors; the optimizer is fastest with the strides of the weights (channels_last).
-            tensor = torch.empty_like(parameters[int(index)], requires_grad=False).copy_(tensor)
-        state[int(index)][key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

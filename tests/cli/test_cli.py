@@ -28,9 +28,8 @@ from glem_augment import GLEM, GLEMAugment, SyntheticDataset, open_data
 from glem_augment.cli import COMMANDS, build_parser, main
 from glem_augment.evaluation import rejected_moves
 from glem_augment.hub.cards import model_card
-from glem_augment.model.weights import CONFIG, WEIGHTS
-from glem_augment.training import TrainConfig, Trainer
-from glem_augment.training.checkpoint import NEWEST, load_checkpoint
+from glem_augment.model.weights import CHECKPOINT, CONFIG, WEIGHTS
+from glem_augment.training.checkpoint import load_checkpoint
 
 TINY = ["--flow", "depth=[1,1]", "--flow", "width=[8,8]", "--threads", "1", "--sample-every", "0"]
 Output = Callable[[], tuple[str, str]]
@@ -93,8 +92,6 @@ def test_train_writes_a_model_and_says_what_it_trains(image_folder: Path, tmp_pa
     assert config["augment"] == ["flip", "crop", "rotate", "jitter"]
     assert config["flow_options"] == {"depth": [1, 1], "width": [8, 8]}
     assert model.modes is not None and model.modes.rank == 2
-    record = json.loads((run / "run.json").read_text())
-    assert record["command"].startswith(f"glem train {image_folder}") and record["split"] == "train"
 
 
 def test_a_config_file_and_flags_that_override_it(image_folder: Path, tmp_path: Path) -> None:
@@ -394,11 +391,6 @@ def test_everything_on_grey_images_that_are_not_square(tmp_path: Path, output: O
     assert Image.open(tmp_path / "synthetic" / "a" / "000000.png").size == (16, 8)
     assert main(["preview", run, data, "--out", str(tmp_path / "p.png"), "--rows", "2"]) == 0
     assert Image.open(tmp_path / "p.png").width > 300
-    # The size is remembered by the run, and a finished run is not trained again.
-    before = (tmp_path / "run" / WEIGHTS).stat().st_mtime_ns
-    output()
-    assert main(["train", data, "--out", run, "--resume"]) == 0
-    assert "already finished" in output()[0] and (tmp_path / "run" / WEIGHTS).stat().st_mtime_ns == before
 
 
 # ---- bad input: exit code 2, one line ------------------------------------------------------------------------------
@@ -430,8 +422,7 @@ def test_a_run_starts_from_a_fitted_model_and_resumes(trained: Path, tmp_path: P
     before, after = GLEM.from_pretrained(trained), GLEM.from_pretrained(run)
     assert after.config.flow == before.config.flow and after.class_ids == before.class_ids
     (run / WEIGHTS).unlink()
-    shutil.rmtree(start)  # whoever goes on needs it no more
-    assert main(["train", images_of(trained), "--out", str(run), "--resume", "--quiet"]) == 0
+    assert main([*argv, "--objective", "glem", *TINY, "--resume"]) == 0
     again = GLEM.from_pretrained(run)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in after.state_dict().items())
 
@@ -440,9 +431,8 @@ def test_a_flow_of_images_without_classes_is_given_some(image_folder: Path, tmp_
     mixed, run, mine = tmp_path / "mixed", str(tmp_path / "run"), str(tmp_path / "mine")
     shutil.copytree(image_folder, mixed / "deep" / "er")
     shutil.copy(image_folder / "cat" / "0.png", mixed)
-    few = ["--batch-size", "4", "--val-fraction", "0.2", "--max-minutes", "1e-9"]
-    assert main(["train", "--unlabelled", str(mixed), "--out", run, "--epochs", "2", *few, *TINY]) == 75
-    assert main(["train", str(mixed), "--out", run, "--resume"]) == 0
+    few = ["--batch-size", "4", "--val-fraction", "0.2", "--epochs", "2", *TINY]
+    assert main(["train", "--unlabelled", str(mixed), "--out", run, *few]) == 0
     text = output()[0]
     assert "13 images, 3x8x8, 1 classes (image)" in text and "objective  mle" in text and "accuracy" not in text
     model = GLEM.from_pretrained(run)
@@ -456,14 +446,15 @@ def test_a_flow_of_images_without_classes_is_given_some(image_folder: Path, tmp_
 
 
 def test_an_existing_run_is_not_overwritten(trained: Path, image_folder: Path, tmp_path: Path, output: Output) -> None:
-    data, before = images_of(trained), (trained / NEWEST).read_bytes()
-    fails(["train", data, "--out", str(trained)], output, "already holds a run", "--resume")
-    fails(["train", data, "--out", str(trained), "--resume", "--lr", "0.5"], output, "other settings", "lr")
-    fails(["train", str(image_folder), "--out", str(trained), "--resume"], output, "other data")
-    assert (trained / NEWEST).read_bytes() == before
+    data, before = images_of(trained), (trained / CHECKPOINT).read_bytes()
+    options = ["--out", str(trained), "--epochs", "2", "--quiet", *TINY]
+    fails(["train", data, *options], output, CHECKPOINT, "--resume")
+    fails(["train", data, *options, "--resume", "--seed", "5"], output, "seed: 0 then, 5 now")
+    fails(["train", str(image_folder), *options, "--resume"], output, "other data")
+    assert (trained / CHECKPOINT).read_bytes() == before
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / CONFIG).write_text("{}")
-    fails(["train", data, "--out", str(tmp_path / "run")], output, "already holds a model")
+    fails(["train", data, "--out", str(tmp_path / "run")], output, CONFIG)
 
 
 def test_damaged_models(trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,8 +561,6 @@ def test_one_process_trains_in_a_folder_at_a_time_and_says_how_to_go_on(
             )  # the lock is found before any image is decoded
             assert main([*argv, "--resume"]) == 2
         assert "glem: error: another process is at work in" in output()[1]
-        with pytest.raises(BlockingIOError, match="another process is at work in"):
-            Trainer(open_data(str(image_folder), progress=False), TrainConfig(), run, progress=False)
         log = run / "metrics.jsonl"
         while process.poll() is None and not (log.exists() and '"kind": "step"' in log.read_text()):
             time.sleep(0.05)
@@ -581,9 +570,7 @@ def test_one_process_trains_in_a_folder_at_a_time_and_says_how_to_go_on(
         process.kill()
     assert process.returncode == 130
     assert errors.startswith("glem: stopped at step") and "--resume" in errors and len(errors.splitlines()) == 1
-    assert load_checkpoint(run).facts["step"] > 0
-    assert main([*argv, "--resume", "--max-minutes", "0.01"]) == 75
-    assert not (run / ".lock").exists()
+    assert load_checkpoint(run)["step"] > 0 and not (run / ".lock").exists()
     # Where nothing came of a run, no folder stays behind.
     new = ["train", str(image_folder), "--out", str(tmp_path / "new"), *TINY, "--batch-size", "2", "--quiet"]
     fails([*new, "--flow", "sides=3"], output, "sides")
@@ -613,20 +600,3 @@ def test_a_run_says_what_it_trains_before_the_flow_is_initialised(
         assert main(argv) == 130
     out, err = output()
     assert "12 images, 3x8x8" in out and "--image-size" in err and "start: ActNorm" in err
-    # The start counts for --max-minutes: the run stops before its first step, and goes on from there.
-    assert main([*argv, "--max-minutes", "1e-9"]) == 75 and load_checkpoint(Path(run)).facts["step"] == 0
-    assert "stopped at step 0" in output()[1] and main([*argv, "--resume", "--quiet"]) == 0
-
-
-def test_the_tab_key_completes_options() -> None:
-    environment = {
-        **os.environ,
-        "_ARGCOMPLETE": "1",
-        "_ARGCOMPLETE_IFS": " ",
-        "_ARGCOMPLETE_STDOUT_FILENAME": "/dev/stdout",
-    }
-    line = {"COMP_LINE": "glem train --pre", "COMP_POINT": "16"}
-    run = subprocess.run(
-        [sys.executable, "-m", "glem_augment"], env={**environment, **line}, capture_output=True, text=True
-    )
-    assert run.stdout.split() == ["--preset", "--precision"], run.stderr

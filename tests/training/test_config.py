@@ -22,7 +22,6 @@ from glem_augment.training.config import SETTINGS
         (dict(objective="mle", beta=0.1), "mle.*use 'hybrid'"),
         (dict(augment=("cutmix",)), "cutmix"),
         (dict(epochs=0), "epochs must be at least 1"),
-        (dict(m_steps=10**6, epochs=11), "m_steps must be such that there are at most 10000000 in all"),
         (dict(lr=0), "lr must be finite and above 0"),
         (dict(bits=9), "bits must be at most 8"),
         (dict(flow_options=[1]), "flow_options must be a table"),

@@ -13,7 +13,7 @@ from test_training import tiny_config, tiny_trainer, toy_data
 from glem_augment.cli.train import summary
 from glem_augment.distributed import Share
 from glem_augment.errors import DataError, TrainingError
-from glem_augment.training import TimeUpError, Trainer
+from glem_augment.training import Trainer
 from glem_augment.training.objective import Objective
 from glem_augment.training.steps import latent_pass
 
@@ -56,23 +56,6 @@ def test_other_classes_of_a_trained_flow_start_at_shrunk_maximum_likelihood(tmp_
     torch.testing.assert_close(gaussians.variance().double(), want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{}, {"seed": 2}, {"val_fraction": 0.2}])
-def test_another_split_than_that_of_the_first_run_is_said(
-    tmp_path: Path, change: dict[str, float], recwarn: pytest.WarningsRecorder
-) -> None:
-    data = toy_data()
-    first = tiny_trainer(tmp_path / "first", data, epochs=1).fit()
-    for there, others in ((data, change), (toy_data(90), {})):  # other images are no matter
-        recwarn.clear()
-        config = tiny_config(epochs=1, **change)
-        Trainer(there, config, tmp_path / f"second{len(there)}", init_model=first, device="cpu", progress=False)
-        said = [str(w.message) for w in recwarn if "trained the model that it starts from" in str(w.message)]
-        assert len(said) == bool(others)
-        assert not said or said[0].endswith(
-            f"train with {next(iter(change))}={getattr(tiny_config(), *change)}, as that model was"
-        )
-
-
 def test_jointly_learned_gaussians_follow_the_flows_schedule(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", objective="hybrid")
     trainer.e_step.take(*next(iter(trainer.batches.read(trainer.batches.split.nf, 24))), trainer.so_far)
@@ -93,16 +76,11 @@ def test_an_epoch_of_a_joint_run_has_all_images(tmp_path: Path) -> None:
     assert len(torch.cat(seen[:6]).unique(dim=0)) == 114
 
 
-def test_learning_rates_of_m_steps_halve_after_a_return(tmp_path: Path) -> None:
+def test_the_moments_of_the_first_m_step_are_forgotten(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", m_steps=2, epochs=3)
-    rates: list[float] = []
-    trainer.gaussians.optimizer.register_step_pre_hook(lambda adam, *_: rates.append(adam.param_groups[0]["lr"]))
-    for scale in (1.0, 1.0, 0.5):
-        trainer.set_lr_scale(scale)
+    for _ in range(3):
         trainer.m_step.take(trainer.so_far)
-        # The moments of the first M-step are forgotten.
         assert bool(trainer.gaussians.optimizer.state) == (trainer.m_step.done > 1)
-    assert rates == pytest.approx([rates[0]] * 4 + [rates[0] / 2] * 2) and rates[0] > 0
 
 
 @pytest.mark.parametrize("val_fraction", [0.2, 0.0])
@@ -165,10 +143,7 @@ def test_a_run_keeps_the_variances_function_of_its_start_model(tmp_path: Path) -
     data = toy_data()
     first = tiny_trainer(tmp_path / "first", data, epochs=1).fit()
     assert first.config.psi == (0.5, 0.2, 0.05)
-    config = tiny_config(epochs=1, objective="hybrid", max_minutes=1e-9)
+    config = tiny_config(epochs=1, objective="hybrid")
     trainer = Trainer(data, config, tmp_path / "second", init_model=first, device="cpu", progress=False)
     assert torch.equal(trainer.model.gaussians.s, first.gaussians.s)
-    with pytest.raises(TimeUpError):
-        trainer.fit()
-    resumed = tiny_trainer(tmp_path / "second", data, resume=True, epochs=1, objective="hybrid")
-    assert resumed.fit().config.psi == first.config.psi
+    assert trainer.fit().config.psi == first.config.psi

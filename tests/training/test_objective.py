@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glem_augment.classes.gaussians import ClassGaussians
+from glem_augment.training.moments import LatentStatistics
 from glem_augment.training.objective import CE_SCALE, LABEL_SMOOTHING, Hybrid, Objective, Progress, Repulsion
-from glem_augment.training.statistics import LatentStatistics
 from glem_augment.training.steps import m_learning_rates
 
 FIRST = Progress(0, 10, 0, 10)

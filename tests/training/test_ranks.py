@@ -26,8 +26,8 @@ from glem_augment.distributed import share
 from glem_augment.errors import GLEMError
 from glem_augment.evaluation.metrics import evaluate
 from glem_augment.images.dataset import ImageData
-from glem_augment.model.weights import CONFIG, WEIGHTS
-from glem_augment.training.checkpoint import NEWEST, load_checkpoint
+from glem_augment.model.weights import CHECKPOINT, CONFIG, WEIGHTS
+from glem_augment.training.checkpoint import load_checkpoint
 from glem_augment.training.trainer import Trainer
 
 # Processes that are forked from a server that has imported torch start at once, and can run backward passes.
@@ -169,13 +169,13 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, dies:
     whole, out = tmp_path / "whole", tmp_path / "out"
     ends = on_ranks(2, tmp_path / "dies", run_until, out, dies, 6, False)
     assert ends[dies] is None and f"rank {1 - dies} has lost the other processes" in str(ends[1 - dies])
-    checkpoint = (out / NEWEST).read_bytes()
-    assert load_checkpoint(out).facts["step"] == 6
+    checkpoint = (out / CHECKPOINT).read_bytes()
+    assert load_checkpoint(out)["step"] == 6
     on_ranks(2, tmp_path / "undisturbed", run_until, whole, None, 0, False)
     for ranks in resumed:
         shutil.rmtree(out)
         out.mkdir()
-        (out / NEWEST).write_bytes(checkpoint)
+        (out / CHECKPOINT).write_bytes(checkpoint)
         assert on_ranks(ranks, tmp_path / f"again{ranks}", run_until, out, None, 0, True) == [12] * ranks
     for file in (WEIGHTS, CONFIG):
         assert (out / file).read_bytes() == (whole / file).read_bytes()

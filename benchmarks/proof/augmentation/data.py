@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import find_images
+from benchmarks.common import TimeUpError, find_images
 from benchmarks.paper.research import ResearchTrainer, split_settings
 from benchmarks.proof.augmentation.settings import (
     BUNDLED,
@@ -25,7 +25,7 @@ from benchmarks.proof.augmentation.settings import (
     Setting,
 )
 from glem_augment import GLEM, ImageData, open_data
-from glem_augment.training import TimeUpError, TrainConfig
+from glem_augment.training import TrainConfig
 from glem_augment.training.checkpoint import has_checkpoint
 
 # name -> folder in $GLEM_DATA, another place, name of the test split
@@ -217,10 +217,10 @@ class Flows:
             x, y, classes = x[rows], torch.zeros(len(rows), dtype=torch.int64), ["any"]
         settings = {**FLOW_SETTINGS, **recipe.settings, "epochs": recipe.epochs, "threads": torch.get_num_threads()}
         own, research = split_settings(settings)
-        config = TrainConfig(**own, max_minutes=None if seconds is None else max(0.05, seconds / 60))
+        config = TrainConfig(**own)
         data = ImageData.from_tensors(x, y, classes, name=recipe.data)
         try:
-            ResearchTrainer(data, config, out, resume=has_checkpoint(out), research=research).fit()
+            ResearchTrainer(data, config, out, resume=has_checkpoint(out), research=research).fit_for(seconds)
         except TimeUpError as stop:
             print(f"augmentation: {stop}; the same command goes on")
             return False

@@ -1,46 +1,34 @@
-"""The model of a run before its first step."""
+"""The model of a run before its first step: its flow and its Gaussians."""
 
 from __future__ import annotations
 
 import copy
-import json
-from typing import Any
+import math
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glem_augment.classes.statistics import pooled_covariance
-from glem_augment.errors import DataError, GLEMError, TrainingError
+from glem_augment.codec.codec import Codec
+from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.glem import GLEM
 from glem_augment.training.batches import EVAL_BATCH, LEAST_IMAGES, MOST_NUMBERS, Batches, seeded
-from glem_augment.training.checkpoint import Checkpoint
 from glem_augment.training.config import TrainConfig
-from glem_augment.training.guard import independent_latents, independent_pixels
 from glem_augment.training.log import progress_bar
+from glem_augment.training.moments import LatentStatistics
 from glem_augment.training.objective import Objective
-from glem_augment.training.statistics import LatentStatistics
 from glem_augment.training.steps import latent_pass
 
 INIT_IMAGES = 1024  # ActNorm's start needs a fair estimate of each element's spread
 
 
-def new_model(
-    data: ImageData, config: TrainConfig, objective: Objective, init_model: GLEM | None, begun: Checkpoint | None
-) -> GLEM:
-    """The model that is trained: with the flow of `init_model`, with the weights still to come from `begun`, or new."""
+def new_model(data: ImageData, config: TrainConfig, objective: Objective, init_model: GLEM | None) -> GLEM:
+    """The model that is trained: with the flow of `init_model`, or a new one. DataError: images of another shape."""
     data.pixel_range.need_8_bits("training a flow (GLEM.fit needs no training)")
     torch.manual_seed(config.seed)
-    if begun is not None:
-        # All weights are in the checkpoint, so `init_model` is not needed.
-        try:
-            facts = begun.facts
-            psi = None if facts["psi"] is None else tuple(facts["psi"])
-            return _build(data, config, json.loads(facts["flow"]), psi, facts.get("autoencoder"))
-        except (GLEMError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise TrainingError(f"{begun.path} describes no flow that can be built: {error}") from error
     if init_model is None:
         about = data.image_shape, data.classes, data.class_ids, config.bits, objective.psi, config.autoencoder
         return GLEM.create(config.preset, *about, **config.flow_options)
@@ -49,23 +37,13 @@ def new_model(
             f"the model to start from takes images {init_model.image_shape} at {init_model.bits} bits, this run "
             f"has {data.image_shape} at {config.bits} bits: use the same"
         )
-    first = init_model.config
-    model = _build(data, config, first.flow, first.psi, first.autoencoder, init_model.autoencoder)
+    first, ids, names = init_model.config, list(data.class_ids), list(data.classes)
+    same = GLEMConfig(
+        first.flow, config.bits, first.psi, class_ids=ids, class_names=names, autoencoder=first.autoencoder
+    )
+    model = GLEM(same, codec=copy.deepcopy(init_model.autoencoder))
     model.flow.load_state_dict(init_model.flow.state_dict())
     return model
-
-
-def _build(
-    data: ImageData,
-    config: TrainConfig,
-    flow: dict[str, Any],
-    psi: Any,
-    autoencoder: dict[str, Any] | None,
-    module: nn.Module | None = None,
-) -> GLEM:
-    ids, names = list(data.class_ids), list(data.classes)
-    about = GLEMConfig(flow, config.bits, psi, class_ids=ids, class_names=names, autoencoder=autoencoder)
-    return GLEM(about, codec=copy.deepcopy(module))
 
 
 @torch.no_grad()
@@ -106,3 +84,19 @@ def numbers_of_class(model: GLEM, batches: Batches, y: int) -> Tensor:
     rows = rows[: max(LEAST_IMAGES, MOST_NUMBERS // model.dim)]
     read = batches.data.batches(rows, EVAL_BATCH, batches.config.workers)
     return torch.cat([model.numbers(x.to(batches.device)).flatten(1).cpu() for x, _ in read])
+
+
+def independent_pixels(x: Tensor, bits: int) -> float:
+    """Bits/dim of independent pixels: the mean entropy of the channels' histograms.
+
+    One histogram serves all positions of a channel. A histogram per position would suit aligned images better, but it
+    takes more images than many sets have. x is uint8 [N,C,H,W], and its top `bits` bits count.
+    """
+    channels = (x >> (8 - bits)).transpose(0, 1).flatten(1).long()
+    shares = torch.stack([channel.bincount(minlength=2**bits) for channel in channels]) / channels.shape[1]
+    return float(torch.special.entr(shares.double()).sum(1).mean() / math.log(2))
+
+
+def independent_latents(codec: Codec) -> float:
+    """Bits per number, if the codec's numbers are independent standard normal."""
+    return 0.5 * math.log2(2 * math.pi * math.e) - float(codec.logdet()) / (math.log(2) * math.prod(codec.shape))
