@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/glem demo --out demo-out
+	$(BIN)/python examples/demo.py --out demo-out
 
 # The tests of a file share its fixtures, so they run in one process.
 test: $(STAMP)

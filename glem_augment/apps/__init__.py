@@ -1,1 +1,1 @@
-"""Applications on top of the library's public names: the demo and the explorer. The command line starts them."""
+"""Applications on top of the library's public names: the explorer, which the command line starts."""

@@ -36,7 +36,6 @@ HF_HUB_OFFLINE=1 uses the cache alone.
 
 EPILOG = """\
 examples:
-  glem demo --out demo-out
   glem fit photos/ --image-size 64 --out runs/photos
   glem preview runs/photos photos/ --out preview.png
 
@@ -46,7 +45,6 @@ GLEM_DEBUG=1 prints the traceback of an error. Exit codes: 0 done, 2 an error, 1
 
 # Each command has the file of its name, which is imported when it is called, and a line in the overview.
 COMMANDS = {
-    "demo": "show the library on one page, in about a minute",
     "train": "train a model of your images",
     "fit": "make a model of your images in one pass, nothing is trained",
     "adapt": "another name of fit",

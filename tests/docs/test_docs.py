@@ -220,6 +220,14 @@ def test_the_site_builds(tmp_path: Path) -> None:
         assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"?(?:https?:)?//", text), path
 
 
+def test_photographs_ship_with_their_terms() -> None:
+    folder = PACKAGE / "bundled" / "data" / "photographs"
+    terms = (folder / "LICENSE.txt").read_text(encoding="utf-8")
+    files = sorted((folder / "image").iterdir())
+    assert len(files) == 3 and all(f"\n{file.name} " in terms for file in files)
+    assert "photographs/LICENSE.txt" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
 # ---- the public names ----------------------------------------------------------------------------------------------
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 import yaml
 from PIL import Image
 
-from glem_augment import GLEM, GLEMAugment
+from glem_augment import GLEM, GLEMAugment, open_data
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -141,6 +143,32 @@ def test_validation_folders_are_labelled_as_the_training_ones(monkeypatch: pytes
     for load_data in (lambda: finetune.datasets(root), lambda: loop.datasets(root, 8)):
         with pytest.raises(SystemExit, match="test images of classes without training images: coat; remove these"):
             load_data()
+
+
+def test_a_part_of_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = load("demo", monkeypatch)
+    assert demo.small_network(demo.QUICK).count("data:image/png;base64") == 40
+    assert "+3.0 ± 0.0 points." in demo.difference({"a": [5.0, 6.0], "b": [2.0, 3.0]})
+    assert "no clear difference" in demo.difference({"a": [5.0, 9.0], "b": [4.0, 3.0]})
+
+
+@pytest.mark.slow
+def test_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One page without outside files, all of whose lines of Python run."""
+    monkeypatch.setattr("glem_augment.synthetic.dataset.BLOCK", 4)  # whole blocks would be decoded for a few images
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--quick", "--out", str(tmp_path)])
+    load("demo", monkeypatch).main()
+    page = html.unescape((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert "<script" not in page and "<link" not in page and "http" not in page
+    assert len(re.findall('src="data:image/png;base64', page)) == 40 + 100 + 40 + 20
+    assert page.count(" points") == 2 and "weak as a worst case" in page
+    blocks = re.findall("<pre>(.*?)</pre>", page, re.DOTALL)
+    assert len(blocks) == 4 and all(len(line) < 80 for text in blocks for line in text.splitlines())
+    data = open_data("bundled:fashion-mnist").subset(range(0, 920, 7))
+    names: dict[str, Any] = {"few": data, "x": data.tensor(), "y": torch.from_numpy(data.targets)}
+    monkeypatch.setattr("glem_augment.open_data", lambda *_: data)
+    for text in blocks:
+        exec(text.replace('GLEM.fit("bundled:fashion-mnist"', "GLEM.fit(few"), names)
 
 
 def test_does_it_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
