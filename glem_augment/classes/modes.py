@@ -75,7 +75,7 @@ def _by_class(
         return rows.new_empty(0, directions.shape[2])
     order, sizes, sets = None, 1, y.split(1)
     if y.device.type == "cpu":
-        if not alone:
+        if not alone and len(y) > 1:
             order = y.argsort(stable=True)
             y, counts = y[order].unique_consecutive(return_counts=True)
             rows, sizes = rows.index_select(0, send(order, rows.device)), counts.tolist()
