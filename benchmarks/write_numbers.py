@@ -29,31 +29,28 @@ from benchmarks.common import RESULTS, ROOT, Interval, Named, by_seed, interval,
 from benchmarks.paper.claims import verdicts
 from benchmarks.paper.paper import stored_markdown
 from benchmarks.proof import directions, long_tails, pretrained
-from benchmarks.proof.augmentation.named import GROUPS, bold, naturally
 from benchmarks.proof.augmentation.named import numbers as augmentation
 from benchmarks.proof.augmentation.plan import Store
-from benchmarks.proof.augmentation.report import markdown as augmentation_lines
-from benchmarks.proof.augmentation.report import paired_gain, results_of, signed
-from benchmarks.proof.augmentation.settings import SETTINGS
+from benchmarks.proof.augmentation.report import page as augmentation_page
+from benchmarks.proof.augmentation.report import results_of, signed
 from benchmarks.proof.photographs import TUNING
 from benchmarks.proof.private import report as private_page
 from benchmarks.proof.private import summary as private_rows
 from benchmarks.proof.private_opponents import report as opponents_page
 from benchmarks.proof.samples_alone import as_long, summary, worth
 from benchmarks.proof.samples_alone import report as samples_page
-from benchmarks.proof.unlabelled import report as unlabelled_page
 from benchmarks.speed.speed import OURS, RECOMPUTED
 from glem_augment.io import atomic_write, json_text
 
-PAPER = (*(f"table{n}" for n in range(1, 9)), "pareto", "trust")
+PAPER = (*(f"table{n}" for n in range(1, 9)), "pareto")
 REPORTS: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
+    "augmentation": lambda _: augmentation_page(results_of(Store(RESULTS))),
     "directions": directions.page,
     "fine_tuned": pretrained.report,
     "long_tails": long_tails.report,
     "private": private_page,
     "private_opponents": opponents_page,
     "samples_alone": samples_page,
-    "unlabelled": unlabelled_page,
 }
 
 
@@ -73,7 +70,6 @@ def derived() -> dict[str, Callable[[], str]]:
     made: dict[str, Callable[[], str]] = {}
     made |= {f"paper/{name}.cpu.md": partial(stored_markdown, folder, name) for name in PAPER}
     made["paper/claims.json"] = lambda: json_text(verdicts(folder, "cpu")) + "\n"
-    made["augmentation.md"] = lambda: "\n".join(augmentation_lines(results_of(Store(RESULTS)))) + "\n"
     return made | {f"{name}.md": partial(markdown, report) for name, report in reports().items()}
 
 
@@ -218,44 +214,6 @@ def latents() -> Named:
     yield "covariances", table(" | ".join(columns).replace("per dimension", "images per number"), cells)
 
 
-def unlabelled() -> Named:
-    """Pseudo-labels, Mean Teacher and FixMatch, alone and with our moves."""
-    rows, best = stored("unlabelled"), {}
-    tested, judged = ([row for row in rows if metric in row] for metric in ("accuracy", "val_accuracy"))
-    for row in sorted(judged, key=lambda row: row["val_accuracy"]):  # the best comes last
-        name = row["method"] + (" with moves" if row["moves"] else "")
-        best[f"{row['setting']}: {name}, validation"] = row["val_accuracy"]
-    yield from ((name, f"{100 * value:.1f}") for name, value in best.items())
-    alone = by_seed([row for row in tested if not row["moves"]], "setting", "method")
-    moved = by_seed([row for row in tested if row["moves"]], "setting", "method")
-    results = {result.setting: result for result in results_of(Store(RESULTS)) if result.classifier == "cnn"}
-    for (setting, method), values in alone.items():
-        if method == "labelled" and (control := results[setting].best_control()):  # measured by augmentation.py
-            moved[setting, method] = {s: v for s, v in control.accuracies.items() if s in values}
-    lines, gains = [], []
-    for (setting, method), values in alone.items():
-        flow = results[setting].best(tuple(filter(GROUPS["unlabelled images"], SETTINGS[setting].proof)))
-        means, over, over_flow = [], [], []
-        for name, sides in ((method, alone), (f"{method} with moves", moved)):
-            side = sides[setting, method]
-            means.append(interval(100 * v for v in side.values()).text())
-            over.append(None if method == "labelled" else paired_gain(side, sides[setting, "labelled"]))
-            over_flow.append(flow and paired_gain(flow.accuracies, side))
-            yield f"{setting}: {name}", means[-1]
-            yield f"{setting}: {name} over labelled", signed(over[-1], 1)
-            yield f"{setting}: flow over {name}", signed(over_flow[-1], 1)
-        gain = paired_gain(moved[setting, method], values)
-        yield f"{setting}: moves over {method}", signed(gain, 1)
-        gains += [gain] if gain and method != "labelled" else []
-        lines.append(
-            [f"`{setting}`", method.replace("labelled", "labelled images alone"), *(f"{mean} %" for mean in means),
-             bold(gain), *map(bold, over), bold(over_flow[1]), str(len(values))]
-        )  # fmt: skip
-    yield "moves over methods: clear", f"{sum(gain.clear for gain in gains)} of {len(gains)}"
-    head = "setting | method | alone | with moves | moves over alone | over labelled images | both with moves"
-    yield "unlabelled", table(f"{head} | flow over moves | seeds", sorted(lines, key=naturally))
-
-
 def single_files() -> Named:
     """Results of one file and one run."""
     for name in ("bundled_fashion-mnist", "bundled_cifar10"):
@@ -303,7 +261,6 @@ def counts() -> Named:
     yield "backbones: seeds", in_words({row["seed"] for row in cells})
     for name in ("trials", "model_trials"):
         yield f"private_audit: {name}", f"{stored('private_audit')[name]:,}"
-    yield "trust: methods", in_words({row["method"] for row in stored("paper/trust.cpu")})
     yield "paper: seeds", in_words({row["seed"] for row in stored("paper/table1.cpu")})
     for name, report in reports().items():
         yield f"{name}: command", ", ".join(f"`{line}`" for line in report["command"].splitlines())
@@ -371,10 +328,6 @@ def paper() -> Named:
     for number, metrics in columns.items():
         roles = ("main", "second") if number in (1, 4, 8) else ("main",)
         yield f"paper {number}", compare(f"table{number}", metrics, roles)
-    for role in ROLES:
-        for metric in dict.fromkeys(m for f, r, *_, m in found if (f, r) == ("trust", role)):
-            values = [v[0] for (f, r, *_, m), v in found.items() if (f, r, m) == ("trust", role, metric)]
-            yield f"trust, {ROLES[role]}: {metric}", f"{min(values):.2f} to {max(values):.2f}"
     yield "pareto", compare("pareto", ("NF-A", "BPD", "ECE", "FID"))
     claims = stored("paper/claims")
     yield "claims", table("claim of the paper | here", ([row["claim"], f"**{row['verdict']}**"] for row in claims))
@@ -394,7 +347,7 @@ def paper() -> Named:
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 MARK = re.compile(r"<!-- (number|table): (.+?) -->((?:(?!<!-- ).)*)<!-- /\1 -->", re.S)
-SOURCES = (samples, private, photographs, latents, unlabelled, single_files, counts, speed, paper)
+SOURCES = (samples, private, photographs, latents, single_files, counts, speed, paper)
 
 
 def names() -> dict[str, str]:

@@ -3,8 +3,8 @@
     python benchmarks/paper/paper.py TABLE [TABLE ...] --scale cpu|gpu|paper [--seeds N] [--max-minutes M]
 
 TABLE is 1 to 8, or "all" for all eight. "claims" gives verdicts on the paper's claims from the stored tables. "figures"
-draws the paper's Figures 2 to 6. "trust" measures out-of-distribution detection and memorisation. "pareto" compares NF
-accuracy and bits/dim of all methods, including this library's methods, at a fixed budget.
+draws the paper's Figures 2 to 6. "pareto" compares NF accuracy and bits/dim of all methods, including this library's
+methods, at a fixed budget.
 
 Results are <out>/table<N>.<scale>.json and <out>/claims.json. A table is a list of rows (table, method, data, setting,
 metric, seed, value, SHA-256 of the flow's weights, key, processor). A Markdown file shows the rows beside the paper's
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import sys
 import time
@@ -45,12 +44,11 @@ from benchmarks.paper.pareto import run_pareto
 from benchmarks.paper.report import markdown, numbers_of, oracle_row, row, rows_markdown, write_table
 from benchmarks.paper.scales import SCALES, Scale
 from benchmarks.paper.tables import TITLES, cells_of
-from benchmarks.paper.trust import run_trust
 
 _TABLES = [str(n) for n in TITLES]
 # Metrics that need the oracle.
 _ORACLES = {"FID", "Cov", "L-R", "rho-distance"}
-_OTHERS = ("claims", "figures", "trust", "pareto")
+_OTHERS = ("claims", "figures", "pareto")
 
 
 def run_table(
@@ -120,7 +118,7 @@ def command_of(what: str, scale: str, seeds: int, data: Sequence[str] = ()) -> s
 
 
 def stored_markdown(folder: Path, name: str, scale: str = "cpu") -> str:
-    """The page of table1 to table8, trust or pareto, from the stored rows of the default images."""
+    """The page of table1 to table8, or pareto, from the stored rows of the default images."""
     rows = json.loads((folder / f"{name}.{scale}.json").read_text(encoding="utf-8"))
     what, sizes = name.removeprefix("table"), SCALES[scale].sizes
     command = command_of(what, scale, 1 + max(row["seed"] for row in rows))
@@ -134,13 +132,9 @@ def main() -> int:
     args.set_defaults(out=RESULTS / "paper")
     args.add_argument("tables", nargs="+", choices=[*_TABLES, "all", *_OTHERS], metavar="TABLE")
     args.add_argument("--scale", choices=tuple(SCALES), default="cpu", help="how much is trained (%(default)s)")
-    args.add_argument("--seeds", type=int, help="runs of everything (default: the scale's; 1 for trust and --check)")
+    args.add_argument("--seeds", type=int, help="runs of everything (default: the scale's; 1 for --check)")
     args.add_argument("--work", type=Path, default=Path("runs/paper"), help="folder for flows (%(default)s)")
     args.add_argument("--data", action="append", default=[], metavar="ROLE=SPEC", help="main=... or second=...")
-    args.add_argument(
-        "--other", default=str(Path(os.environ.get("GLEM_DATA", "data")) / "imagenette128"), metavar="FOLDER",
-        help="photographs that no colour data set here holds, for trust: an ImageFolder with val/ (%(default)s)",
-    )  # fmt: skip
     args.add_argument(
         "--check", action="store_true", help="measure rows of the tables anew, and print them below the results'"
     )
@@ -178,8 +172,6 @@ def main() -> int:
             return 0
         for table in tables:
             run_table(int(table), scale, name, lab, seeds, args.out, command)
-        if "trust" in args.tables:
-            run_trust(lab, name, args.out, args.seeds or 1, args.other, command)
         if "pareto" in args.tables:
             run_pareto(lab, name, args.out, seeds, command)
         if "figures" in args.tables:

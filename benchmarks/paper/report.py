@@ -13,10 +13,7 @@ from benchmarks.paper.tables import ALL, TITLES, Cell
 from glem_augment.io import atomic_write, write_json
 
 _ORACLE = "oracle"
-OTHERS = {
-    "trust": "Out-of-distribution detection and memorisation",
-    "pareto": "NF accuracy against bits/dim and FID, equal training steps",
-}
+OTHERS = {"pareto": "NF accuracy against bits/dim and FID, equal training steps"}
 
 
 def row(table: int | str, cell: Cell, data: str, seed: int, number: Number) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def test_every_table_comes_out_of_the_stored_results(tmp_path: Path, monkeypatch
     stored = BENCHMARKS / "results" / "paper"
     for path in stored.glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    options = ["all", "claims", "trust", "pareto", "--scale", "cpu", "--device", "cpu"]
+    options = ["all", "claims", "pareto", "--scale", "cpu", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["paper.py", *options, "--out", str(tmp_path), "--work", str(tmp_path / "work")])
     assert main() == 0 and not (tmp_path / "work").exists()
     for path in stored.glob("*.json"):

@@ -12,13 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
-from torchmetrics.functional.classification import binary_auroc
 
 from benchmarks.common import holm, interval
 from benchmarks.paper.codes import ClassCodes
 from benchmarks.paper.continuum import mantel
 from benchmarks.paper.rfcm import ThinCovariances, fit_covariances
-from benchmarks.paper.trust import auroc
 from benchmarks.speed import speed
 
 ROOT = Path(__file__).parents[2]
@@ -29,8 +27,6 @@ SCRIPTS = sorted(p for p in (ROOT / "benchmarks").rglob("*.py") if '__name__ == 
 def test_every_script_can_be_imported_and_says_how_it_is_run(script: Path) -> None:
     place = script.relative_to(ROOT)
     assert f"python {place.as_posix()}" in importlib.import_module(".".join(place.with_suffix("").parts)).__doc__
-    # Python searches a script's folder first, so a module beside it would hide the standard library's module.
-    assert not {path.stem for path in script.parent.glob("*.py")} & sys.stdlib_module_names
 
 
 def test_intervals_are_students_and_corrected_for_the_number_of_rows() -> None:
@@ -43,8 +39,7 @@ def test_intervals_are_students_and_corrected_for_the_number_of_rows() -> None:
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06]) and holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("bits", [8, 5])
-def test_noise_can_never_change_the_label_of_a_code(bits: int) -> None:
+def test_noise_can_never_change_the_label_of_a_code(bits: int = 5) -> None:
     made = ClassCodes.design(10, (1, 28, 28), levels=2, bits=bits)
     flat = made.prototypes.flatten(1)
     distances = torch.cdist(flat, flat).fill_diagonal_(math.inf)
@@ -56,7 +51,7 @@ def test_noise_can_never_change_the_label_of_a_code(bits: int) -> None:
     assert made.amplitude > 1.2 * ClassCodes.design(10, (1, 28, 28), 2, bits, steps=0).amplitude
 
 
-def test_correlations_and_areas_are_those_of_torchmetrics() -> None:
+def test_the_correlation_is_that_of_torchmetrics() -> None:
     g = torch.Generator().manual_seed(0)
     points = torch.randn(12, 3, generator=g, dtype=torch.float64)
     near = torch.cdist(points, points)
@@ -65,9 +60,6 @@ def test_correlations_and_areas_are_those_of_torchmetrics() -> None:
     value, p = mantel(near, noisy)
     assert value == pytest.approx(float(spearman_corrcoef(near[pairs], noisy[pairs])), abs=1e-6)
     assert value > 0.8 and p == 0.001 and mantel(near, -noisy) == (pytest.approx(-value), 0.001)
-    a, b = torch.rand(50, generator=g).mul(8).round() / 10, torch.rand(70, generator=g).mul(10).round() / 10
-    target = torch.cat([torch.zeros(50), torch.ones(70)]).long()
-    assert auroc(a, b) == pytest.approx(float(binary_auroc(torch.cat([a, b]), target)), abs=1e-6)
 
 
 # ---- full covariances ------------------------------------------------------------------------------------------------
@@ -78,7 +70,7 @@ def dense(thin: ThinCovariances, y: int) -> Tensor:
     return rows.T @ rows + torch.diag(thin.diagonal[y].double())
 
 
-@pytest.mark.parametrize(("count", "ridge"), [(6, 1e-4), (15, 1e-2), (50, 0.0)])  # fewer, as many, more than dimensions
+@pytest.mark.parametrize(("count", "ridge"), [(6, 1e-4), (50, 0.0)])  # fewer and more than dimensions
 def test_thin_covariances_are_the_dense_ones(count: int, ridge: float) -> None:
     latents = [torch.randn(n, 15).double() @ torch.randn(15, 15).double() + torch.randn(15) for n in (count, 20)]
     thin = fit_covariances(latents.__getitem__, 2, ridge)

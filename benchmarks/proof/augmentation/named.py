@@ -87,12 +87,10 @@ def numbers(store: Store, no_network: list[dict[str, Any]]) -> Named:
                 name = f"{result.setting}, {result.classifier}, {flow}"
                 if over[0] is not None:
                     over_stack.setdefault((result.setting, result.classifier), {})[group] = over[0]
-                yield f"{name}: accuracy", arm.mean.text()
                 lowest.append(arm.params["strength"] == METHODS[arm.method].trials[0]["strength"])
                 for what, gain in zip(OVER, over, strict=True):
                     if gain is not None:
                         gains.setdefault(f"{group}: {what}", []).append(gain)
-                        yield f"{name}: {what}", gain.text(sign=True)
                 control = result.control(arm)
                 for first, last in ((0, 9), (5, 9)):
                     if control and len(arm.accuracies) > last:
@@ -183,7 +181,6 @@ def pixel_modes(
             if found is not None:
                 over_stack[result.setting, result.classifier][name] = found
                 gains.setdefault(f"{fixed[name]}, fixed: over that stack", []).append(found)
-        yield f"{result.setting}, {result.classifier}, pixels: over that stack", gain.text(sign=True)
         lines.append(
             [f"`{result.setting}`", result.classifier, stack_text(result, strongest, arm.accuracies),
              f"{arm.mean.mean:.1f} %",
@@ -211,13 +208,6 @@ def without_network(results: list[Result], others: dict[tuple[str, ...], dict[in
         arm = result.best(tuple(filter(GROUPS["unlabelled images"], flows))) or result.best(flows)
         control = result.best_control()
         strongest = result.strongest(arm or opponent) or opponent
-        for name, values in (("HOG + ridge", hog), ("label spreading", spread)):
-            yield f"{result.setting}: {name}", interval(100 * v for v in values.values()).text()
-            for side, other in (("flow", arm), ("pixels", control), ("stack", strongest)):
-                if other:
-                    yield f"{result.setting}: {side}, same seeds", other.over(hog).text()
-                    gain = paired_gain(other.accuracies, values)
-                    yield f"{result.setting}: {side} over {name}", signed(gain, 1)
         gain = [bold(paired_gain(arm.accuracies, values)) if arm else "" for values in (hog, spread)]
         means = [interval(100 * v for v in values.values()).text() for values in (hog, spread)]
         sides = [f"{side.over(hog).text()} %" if side else "" for side in (strongest, control, arm)]

@@ -1,22 +1,17 @@
-"""Tables and plot of `augmentation/run.py`, made from the stored rows alone."""
+"""The comparisons of `augmentation/run.py` and the page of its arms, from the stored rows alone."""
 
 from __future__ import annotations
 
-import math
 import statistics
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Interval, interval
-from benchmarks.proof.augmentation.plan import FINAL, TUNING, Store, needs_flow, params_text
-from benchmarks.proof.augmentation.settings import PLAIN, RECIPES, REUSE, SETTINGS, SMOKE, TUNING_SEED
+from benchmarks.common import Interval, interval, markdown, processors
+from benchmarks.proof.augmentation.plan import Store, needs_flow, params_text
+from benchmarks.proof.augmentation.settings import PLAIN, RECIPES, SETTINGS, SMOKE
 from glem_augment.io import atomic_write
-
-NAMES = {"pairs": "best single + ", "triples": "best pair + "}
-AIM, LEAST_SEEDS = 1.0, 5  # points over the opponent; least number of seeds
 
 
 def paired_gain(ours: dict[int, float], other: dict[int, float], seeds: Iterable[int] | None = None) -> Interval | None:
@@ -150,16 +145,6 @@ class Result:
         arms = [arm for arm in self.arms if arm.side == "control"]
         return max(arms, key=self.validation) if arms else None
 
-    def trials(self) -> dict[str, int]:
-        """Number of tuning cells per side; for ours, per flow."""
-        counted: dict[str, int] = {}
-        for row in self.tuning:
-            if row["stage"] == "ours" and row["base"] != self.base:
-                continue
-            side = row["side"] if row["side"] != "ours" else f"ours ({row['flow']})"
-            counted[side] = counted.get(side, 0) + 1
-        return counted
-
 
 def results_of(store: Store) -> list[Result]:
     final, tuning = store.rows(final=True), store.rows(final=False)
@@ -168,20 +153,14 @@ def results_of(store: Store) -> list[Result]:
 
 
 def report(store: Store, folder: Path) -> None:
-    """Write augmentation.md and augmentation.png."""
-    results = results_of(store)
-    text = "\n".join(markdown(results)) + "\n"
+    """Write augmentation.md, and print it."""
+    text = markdown(page(results_of(store)))
     with atomic_write(folder / "augmentation.md", "w") as file:
         file.write(text)
     print(text)
-    draw(results, folder / "augmentation.png")
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
-
-
-def _setting(name: str) -> Any:
-    return SETTINGS.get(name, SMOKE)
 
 
 def signed(gain: Interval | None, digits: int = 2) -> str:
@@ -193,162 +172,39 @@ def base_text(base: list[Any]) -> str:
     return " + ".join(names) or "nothing"
 
 
-def markdown(results: list[Result]) -> list[str]:
-    lines = [
-        "# Augmentation through a flow: what it adds to the best tuned opponent",
-        "",
-        "`python benchmarks/proof/augmentation/run.py --report`, from "
-        f"`{FINAL}` (test images, read once, after all settings were fixed) and `{TUNING}` (validation images). "
-        "The protocol is in docs/protocol.md. Gains are paired over seeds, in points, with 95 % intervals "
-        f"(Student's t), as are accuracies; a row counts with at least {LEAST_SEEDS} seeds. Gains are over the "
-        "opponent, the best pair or crop + flip, whichever is best on the test images. The control is the same method "
-        "with the modes of the pixels; the control's best, the method that validation put first with these.",
-        "",
-    ]
-    lines += ["## Proof: the flow has seen these labelled images alone, or other images", ""]
-    lines += _gains(results, leaking=False)
-    counted = [row for result in results if (row := _verdict(result)) is not None]
-    over = [g for g, *_ in counted if g.seeds >= LEAST_SEEDS and g.clear]
-    clear = [g for g in over if g.mean >= AIM]
-    above = [_above_controls(against) for _, *against in counted]
-    lines += [
-        "",
-        f"Settings and classifiers: {len(counted)}. Interval over the opponent above zero: {len(over)} (with at least "
-        f"{AIM:g} point: {len(clear)}). Interval over the control above zero: {sum(own for own, _ in above)}; over the "
-        f"control's best method: {sum(best for _, best in above)}.",
-        "",
-        "## Never counted as proof: flows that have seen the labels of the full training set",
-        "",
-        *_gains(results, leaking=True),
-        "",
-        "## All arms",
-        "",
-    ]
-    for result in results:
-        lines += [f"### {result.setting}, {result.classifier}", "", *_arms(result), ""]
-    facts = {(row["processor"], row["threads"], row["torch"]) for r in results for arm in r.arms for row in arm.rows}
-    for processor, threads, version in sorted(facts):
-        lines.append(f"{processor}, {threads} thread{'s' * (threads > 1)}, torch {version}; CPU seconds.")
-    return lines
-
-
-def _verdict(result: Result) -> tuple[Interval, Interval | None, Interval | None] | None:
-    """Gains of ours over the opponent, over its control, and over the best control."""
-    arm = result.best(_setting(result.setting).proof)
-    if arm is None or (strongest := result.strongest(arm)) is None:
-        return None
-    over = paired_gain(arm.accuracies, strongest.accuracies)
-    return None if over is None else (over, *against_controls(result, arm))
-
-
 def against_controls(result: Result, arm: Arm) -> tuple[Interval | None, Interval | None]:
     """Gains over the same method along the pixels' modes, and over the best method along the pixels' modes."""
     own, best = result.control(arm), result.best_control()
     return own and paired_gain(arm.accuracies, own.accuracies), best and paired_gain(arm.accuracies, best.accuracies)
 
 
-def _above_controls(against: list[Interval | None]) -> list[bool]:
-    return [gain is not None and gain.seeds >= LEAST_SEEDS and gain.clear for gain in against]
-
-
-def _gains(results: list[Result], leaking: bool) -> list[str]:
-    lines = []
+def page(results: list[Result]) -> dict[str, Any]:
+    """All arms on the test images; docs/evidence.md has the comparisons."""
+    rows = []
     for result in results:
-        setting = _setting(result.setting)
-        for flow in setting.leaking if leaking else setting.proof:
-            arm, opponent = result.best((flow,)), result.opponent
-            if arm is None or opponent is None or (strongest := result.strongest(arm)) is None:
-                continue
-            control, plain = result.control(arm), result.plain
-            over = paired_gain(arm.accuracies, strongest.accuracies)
-            own, best = against_controls(result, arm)
-            lines.append(
-                f"| {result.setting} | {result.classifier} | {plain.mean if plain else ''} | {opponent.mean} "
-                f"({base_text(opponent.stack)}) | {arm.mean} ({arm.method}, {flow}) | "
-                f"{control.mean if control else ''} | {signed(over)} | {signed(own)} | {signed(best)} | "
-                f"{over.seeds if over else 0} |"
-            )
-    if not lines:
-        return ["Nothing measured yet."]
-    head = "| setting | classifier | crop + flip | best opponent | + ours, best by validation | + its control "
-    head += "| ours - opponent | ours - control | ours - control's best | seeds |"
-    return [head, "|" + "---|" * 10, *lines]
-
-
-def _arms(result: Result) -> list[str]:
-    plain, opponent = result.plain, result.opponent
-    lines = [
-        "| side | flow | method | tuned | test accuracy % | - opponent | ms per step | added to crop + flip | seeds |",
-        "|" + "---|" * 9,
-    ]
-    again = next((arm for arm in result.recipe if arm.side == "opponent"), opponent)
-    for arm in (*result.arms, *result.recipe):
-        other = again if arm in result.recipe else opponent
-        gain = None if other is None or arm is other else paired_gain(arm.accuracies, other.accuracies)
-        added = "" if plain is None or arm is plain else f"{1000 * (arm.step - plain.step):+.0f} ms"
-        method = f"opponent: {base_text(arm.stack)}" if arm.side == "opponent" else arm.method
-        method += ", measured later" * (arm in result.recipe)
-        shown = arm.stack if arm.side == "opponent" else [[arm.method, arm.params]]
-        tuned = "; ".join(params_text(params) for _, params in shown if params)
-        lines.append(
-            f"| {arm.side} | {arm.flow} | {method} | {tuned} | {arm.mean} | {signed(gain)} | {1000 * arm.step:.0f} | "
-            f"{added} | {len(arm.accuracies)} |"
-        )
-    trials = ", ".join(f"{side} {count}" for side, count in result.trials().items())
-    some = result.arms[0].rows[0]
-    lines += [
-        "",
-        f"{some['images']} training and {some['measured_on']} test images, {some['steps']} steps; every augmented "
-        f"image is used {REUSE} times on average. Tuning cells: {trials}.",
-    ]
-    tuned = [row for row in result.tuning if row["stage"] != "ours" or row["base"] == result.base]
-    best: dict[tuple[str, str], float] = {}
-    for row in tuned:
-        if row["seed"] == TUNING_SEED:
-            key = (row["flow"], NAMES.get(row["stage"], "") + row["method"])
-            best[key] = max(best.get(key, 0.0), 100 * row["val_accuracy"])
-    listed = ", ".join(f"{m}{'' if f == 'none' else f' ({f})'} {v:.1f}" for (f, m), v in best.items())
-    lines.append(f"Validation accuracy % of each at its best, first tuning seed: {listed}.")
-    return lines
-
-
-# ---- plot ------------------------------------------------------------------------------------------------------------
-
-
-def draw(results: list[Result], path: Path) -> None:
-    """Gains over the opponent and the controls, with intervals. One line per setting and classifier shows the flow and
-    method that were best on validation images."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("augmentation: no picture without matplotlib (pip install 'glem-augment[plots]')", file=sys.stderr)
-        return
-    found = [(result, verdict) for result in results if (verdict := _verdict(result)) is not None]
-    if not found:
-        return
-    figure = Figure(figsize=(9, 1.6 + 0.5 * len(found)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    kinds = (
-        (-0.2, "tab:blue", "over the best opponent"),
-        (0.0, "tab:orange", "over the control: the same method, modes of the pixels"),
-        (0.2, "tab:green", "over the control's best method"),
-    )
-    for index, (_, verdict) in enumerate(found):
-        for gain, (shift, colour, label) in zip(verdict, kinds, strict=True):
-            if gain is not None:
-                half = None if math.isnan(gain.half) else [gain.half]
-                label = None if index else label
-                axis.errorbar([gain.mean], [index + shift], xerr=half, fmt="o", color=colour, capsize=3, label=label)
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.axvline(AIM, color="grey", linewidth=0.8, linestyle=":")
-    arms = [result.best(_setting(result.setting).proof) for result, _ in found]
-    names = [f"{r.setting}, {r.classifier}\n{a.method}, {a.flow}" for (r, _), a in zip(found, arms, strict=True) if a]
-    axis.set_yticks(range(len(found)), names, fontsize=8)
-    axis.set_ylim(len(found) - 0.5, -0.5)
-    axis.set_xlabel("points of test accuracy, mean and 95 % interval over paired seeds")
-    axis.grid(axis="x", alpha=0.3)
-    axis.legend(fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)  # above: rows are below
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+        leaking = SETTINGS.get(result.setting, SMOKE).leaking
+        again = next((arm for arm in result.recipe if arm.side == "opponent"), result.opponent)
+        for arm in (*result.arms, *result.recipe):
+            other = again if arm in result.recipe else result.opponent
+            gain = None if other is None or arm is other else paired_gain(arm.accuracies, other.accuracies)
+            opponent = arm.side == "opponent"
+            shown = arm.stack if opponent else [[arm.method, arm.params]]
+            rows.append(
+                {
+                    "setting": result.setting, "classifier": result.classifier,
+                    "side": "leaking" if arm.flow in leaking else arm.side, "flow": arm.flow,
+                    "method": (base_text(arm.stack) if opponent else arm.method)
+                    + ", measured later" * (arm in result.recipe),
+                    "tuned": "; ".join(params_text(params) for _, params in shown if params),
+                    "test accuracy %": str(arm.mean), "over the opponent": signed(gain),
+                    "ms per step": f"{1000 * arm.step:.0f}", "seeds": len(arm.accuracies),
+                }
+            )  # fmt: skip
+    return {
+        "title": "Augmentation through a flow: all arms",
+        "command": "python benchmarks/proof/augmentation/run.py --report",
+        "measured on": processors([row for result in results for arm in result.arms for row in arm.rows]),
+        "gains": "points over the opponent, the stack that validation chose, paired by seed, 95 % interval; the "
+        "control is the same method along the pixels' modes; flows of the side 'leaking' have seen all labels",
+        "rows": rows,
+    }

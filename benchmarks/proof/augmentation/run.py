@@ -2,7 +2,7 @@
 
     python benchmarks/proof/augmentation/run.py --plan                            # cells, progress, estimated time
     python benchmarks/proof/augmentation/run.py --settings imagenette32-50 --seconds 3600
-    python benchmarks/proof/augmentation/run.py --report  # tables and plot from the stored JSON
+    python benchmarks/proof/augmentation/run.py --report  # the table from the stored JSON
     python benchmarks/proof/augmentation/run.py --train-flow cifar10 --seconds 600  # a flow, in pieces
     python benchmarks/proof/augmentation/run.py --task flowers=data/flowers --flow user/flow --per-class 50
 
@@ -173,7 +173,7 @@ def options() -> Any:
     add("--precision", choices=["bf16", "fp32"], default="bf16", help="of the classifier (%(default)s)")
     add("--flows", type=Path, default=Path("runs"), help="folder of trained flows (%(default)s)")
     add("--plan", action="store_true", help="list the cells; do nothing")
-    add("--report", action="store_true", help="tables and plot from the stored rows; do nothing else")
+    add("--report", action="store_true", help="the table from the stored rows; do nothing else")
     add("--train-flow", metavar="NAME", help=f"make a flow: {', '.join(FLOWS)}")
     add(
         "--task", metavar="NAME=SPEC",
