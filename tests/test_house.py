@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+
+import pytest
+
+import glem_augment
 
 PACKAGE = Path(__file__).parents[1] / "glem_augment"
 # Imports run downwards in this order. The single files at the top of the package lie below all rooms.
@@ -132,3 +138,25 @@ def test_applications_import_public_names_only() -> None:
 def test_no_private_modules_and_no_second_language() -> None:
     assert not [path for path in PACKAGE.rglob("_*.py") if path.name not in ("__init__.py", "__main__.py")]
     assert not [path for path in PACKAGE.rglob("*") if path.suffix in (".cpp", ".h", ".cu")]
+
+
+def test_public_names_are_imported_when_first_used_and_light(tmp_path: Path) -> None:
+    assert all(getattr(glem_augment, name) is not None for name in glem_augment.__all__)
+    assert set(glem_augment.__all__) <= set(dir(glem_augment))
+    with pytest.raises(AttributeError, match="nothing"):
+        glem_augment.nothing  # noqa: B018
+    script = f"""
+import sys, glem_augment
+from glem_augment.cli import main
+glem_augment.DataError
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+assert "torch" not in sys.modules
+assert main("generate bundled:fashion-mnist --per-class Bag=1 --quiet --out".split() + [{str(tmp_path / "out")!r}]) == 0
+heavy = {{"timm", "torchmetrics", "matplotlib", "scipy", "glem_augment.evaluation", "glem_augment.training"}}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -17,11 +17,9 @@ import torch
 from test_cli import TINY, write_images
 from test_custom import GainAndShift
 
-import glem_augment
 from benchmarks.paper.codes import CODED_METHODS
 from benchmarks.paper.methods import METHODS
 from glem_augment.cli import build_parser, main
-from glem_augment.flows.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -92,21 +90,13 @@ OPTIONS = {
     "preview": ["--rows", "1", "--policy", "noise"],
 }
 
-PYTHON_AND_COMMANDS = {
-    "README.md": 4,
-    "docs/arrays.md": 4,
-    "docs/fit.md": 5,
-    "docs/flows.md": 3,
-    "docs/hub.md": 8,
-    "docs/index.md": 7,
-    "docs/photographs.md": 8,
-    "docs/privacy.md": 3,
-    "docs/reproduction.md": 1,
-}
-PYTHON_AND_COMMANDS |= {"docs/synthetic.md": 5, "docs/train.md": 7}
+WITH_CODE = [
+    "README.md", "docs/arrays.md", "docs/fit.md", "docs/flows.md", "docs/hub.md", "docs/index.md",
+    "docs/photographs.md", "docs/privacy.md", "docs/reproduction.md", "docs/synthetic.md", "docs/train.md",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PYTHON_AND_COMMANDS)
+@pytest.mark.parametrize("name", WITH_CODE)
 def test_the_code_of_a_page_runs(
     name: str, server: test_hub.HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,67 +132,39 @@ def test_the_code_of_a_page_runs(
             if words[:1] == ["glem"] and "NAME" not in words:
                 assert main([*words[1:], *OPTIONS.get(words[1], [])]) == 0, line
                 ran += 1
-    assert ran >= PYTHON_AND_COMMANDS[name]
+    assert ran
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_commands_of_a_page_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_exist_and_links_lead_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M)
-    for argv in commands(page):
-        if argv[0] == "make":
-            assert argv[1] in targets, argv
-        elif argv[0] == "glem":
-            with monkeypatch.context() as patch:  # tables in files are read at once
-                patch.setattr(Path, "read_text", lambda *_, **__: "{}")
-                assert build_parser(argv[1:]).parse_args(argv[1:]).run
-        elif argv[0] == "python":
-            shared = (ROOT / "benchmarks" / "common.py", ROOT / "examples" / "_common.py")
-            source = "".join(path.read_text() for path in (ROOT / argv[1], *shared))
-            for option in argv[2:]:
-                assert not option.startswith("--") or f'"{option}"' in source, (argv, option)
+    for page in PAGES:
+        for argv in commands(page):
+            if argv[0] == "make":
+                assert argv[1] in targets, argv
+            elif argv[0] == "glem":
+                with monkeypatch.context() as patch:  # tables in files are read at once
+                    patch.setattr(Path, "read_text", lambda *_, **__: "{}")
+                    assert build_parser(argv[1:]).parse_args(argv[1:]).run
+            elif argv[0] == "python":
+                shared = (ROOT / "benchmarks" / "common.py", ROOT / "examples" / "_common.py")
+                source = "".join(path.read_text() for path in (ROOT / argv[1], *shared))
+                for option in argv[2:]:
+                    assert not option.startswith("--") or f'"{option}"' in source, (argv, option)
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (page.parent / target).exists(), (page, target)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
-
-
-# ---- lengths -------------------------------------------------------------------------------------------------------
-
-
-def test_the_evidence_is_short() -> None:
-    """At most 1,500 words outside generated tables."""
-    text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    text = re.sub(r"<!-- table: .+? -->.*?<!-- /table -->", "", text, flags=re.S)
-    assert len(re.sub(r"<!--.*?-->", "", text).split()) <= 1500
-
-
-def test_the_readme_is_short() -> None:
-    """A screen and a half: at most 900 words, code included."""
-    assert len(re.sub(r"<!--.*?-->", "", (ROOT / "README.md").read_text(), flags=re.S).split()) <= 900
-
-
-# ---- lists that are complete ---------------------------------------------------------------------------------------
-
-
-def test_every_room_and_page_is_listed() -> None:
+def test_every_room_page_and_method_is_listed() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert {name for name in re.findall(r"^\| `(\w+)/` \|", text, flags=re.M)} == rooms
-    folders = {path.name for path in (ROOT / "benchmarks").iterdir() if path.is_dir() and path.name != "results"}
-    assert {name for name in re.findall(r"^\| `benchmarks/(\w+)/` \|", text, flags=re.M)} == folders - {"__pycache__"}
     site = (ROOT / "mkdocs.yml").read_text()
     for page in PAGES:
         assert page.name == "README.md" or f": {page.name}\n" in site, page.name
-
-
-def test_every_method_and_preset_is_described() -> None:
     table = (ROOT / "docs" / "reproduction.md").read_text().split("| name | what it is |")[1].split("\n\n")[0]
     cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
     names = sorted(name for cell in cells for name in re.findall(r"`([\w-]+)`", cell))
     assert names == sorted([*METHODS, *CODED_METHODS])
-    assert all(f"`{name}`" in (ROOT / "CHANGELOG.md").read_text() for name in PRESETS)
 
 
 @pytest.mark.slow
@@ -226,20 +188,3 @@ def test_photographs_ship_with_their_terms() -> None:
     files = sorted((folder / "image").iterdir())
     assert len(files) == 3 and all(f"\n{file.name} " in terms for file in files)
     assert "photographs/LICENSE.txt" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-
-
-# ---- the public names ----------------------------------------------------------------------------------------------
-
-
-def test_the_public_names_are_imported_when_first_used_and_light() -> None:
-    assert all(getattr(glem_augment, name) is not None for name in glem_augment.__all__)
-    assert set(glem_augment.__all__) <= set(dir(glem_augment))
-    assert glem_augment.training.Trainer is not None  # so are the rooms
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        glem_augment.nothing  # noqa: B018
-    code = "import sys, glem_augment; glem_augment.DataError; print('torch' in sys.modules)"
-    code += "; from glem_augment import *; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    first, names = done.stdout.splitlines()
-    heavy = {"torchmetrics", "webdataset", "matplotlib", "huggingface_hub", "timm", "yaml", "scipy", "datasets"}
-    assert first == "False" and not heavy & set(names.split())

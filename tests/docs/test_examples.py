@@ -78,6 +78,7 @@ def test_imagenets_names_are_scored_by_real_labels_too(monkeypatch: pytest.Monke
     assert set(finetune.evaluate(torch.nn.Identity(), batches, data, torch.device("cpu"), None)) == {"top1", "top5"}
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_with_a_small_eva02_and_taef2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
