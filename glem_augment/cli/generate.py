@@ -16,9 +16,11 @@ Draw new images of every class from a model. glem-provenance.json records the mo
 draws the same images for any classes and any number of images. Prints a JSON summary. Its out_of_range counts images
 whose values are not finite or leave the range by more than its width. The check finds numerical failures alone.
 
-  --format imagefolder             PNG files, a folder per class; the same command again writes missing files.
-                                   A class without images has no folder; classes.json has the label of every class.
-  --format webdataset              data/train-*.tar with the classes mixed, and a card, written when all are finished
+The same command again writes missing files.
+
+  --format imagefolder             PNG files, a folder per class. A class without images has no folder; classes.json has
+                                   the label of every class.
+  --format webdataset              data/train-*.tar with the classes mixed
 
   --per-class 100                  of each class
   --per-class cat=100,dog=50       of two classes; or a YAML or JSON file with such a table
@@ -48,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMATS, default="imagefolder", help="see above (default: %(default)s)")
     licence = "licence of the model's training images, such as mit or cc-by-4.0; samples inherit it"
     parser.add_argument("--license", metavar="ID", help=licence)
-    parser.add_argument("--overwrite", action="store_true", help="write over an earlier export in DIR")
     common.add_machine(parser)
     source = parser.add_argument_group("the source of the images")
     source.add_argument("--source", choices=SOURCES, help="see above (default: rfcm, or gaussian without modes)")
@@ -85,10 +86,10 @@ def per_class(text: str) -> Any:
 
 def run(args: argparse.Namespace) -> None:
     from glem_augment.synthetic.dataset import SyntheticDataset
-    from glem_augment.synthetic.export import check_folder, export_set
+    from glem_augment.synthetic.export import export_set, read_provenance
 
     _check_together(args)
-    check_folder(args.out)  # refuses a folder before any work
+    read_provenance(args.out)  # refuses a folder before any work
     model = common.load_model(args)
     if args.per_class == "balance" or args.source == "mixup":
         model.refuse_if_private("real=")  # before images are read
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, **options)
     began = time.monotonic()
     command = shlex.join(["glem", *args.argv])
-    writing = {"overwrite": args.overwrite, "progress": progress, "distributed": True, "command": f"run: {command}"}
+    writing: dict[str, Any] = {"progress": progress, "distributed": True, "command": f"run: {command}"}
     try:
         out_of_range = export_set(dataset.plan, dataset.draw, args.out, args.format, args.license, **writing)
     except KeyboardInterrupt:

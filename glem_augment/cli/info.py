@@ -11,12 +11,14 @@ from glem_augment.cli import common
 DESCRIPTION = """\
 Describe a model: image shape and bits, the numbers of its flow, parameters, files, classes, modes, and the record of
 its training. The files are validated; a model on the Hugging Face Hub is downloaded first. Of several private models of
-the same images, it also says which promise holds for all of them together.
+the same images, it also says which promise holds for all of them together. Of the folder of a synthetic set it shows
+the record of how the images were drawn.
 """
 EXAMPLES = """\
   glem info bundled:fashion-mnist
   glem info runs/photos --json
   glem info org/name@v1.0
+  glem info synthetic/
 """
 
 
@@ -28,7 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from glem_augment.classes.privacy import promise
+    from glem_augment.images.sources import PROVENANCE
+    from glem_augment.io import expand, finite
+    from glem_augment.synthetic.export import read_provenance
 
+    if len(args.model) == 1 and ((folder := expand(args.model[0])) / PROVENANCE).is_file():
+        common.show(finite(read_provenance(folder)), args.json)
+        return
     models = [model_facts(name) for name in args.model]
     for facts in models:
         if facts["privacy"] is not None:

@@ -25,10 +25,9 @@ class RealAndSynthetic(Dataset):
     """The items of a real data set, then synthetic ones, with the real data's labels.
 
     Each data set applies its transform, and `transform` comes after (timm's create_loader sets it). Synthetic images
-    are like the real ones: PIL images of the same mode (RGB or L), or tensors beside an `ImageData` and for images that
-    are not 8-bit grey or RGB. A transform of `synthetic` gets its items. Classes are matched by name. If the real data
-    names no classes, its labels are the model's indices. The `target_transform` of `synthetic`, or else of `real`, is
-    applied to synthetic labels.
+    are PIL images (RGB beside RGB), or tensors beside an `ImageData` and for images that are not 8-bit grey or RGB.
+    Classes are matched by name. If the real data names no classes, its labels are the model's indices. The
+    `target_transform` of `synthetic`, or else of `real`, is applied to synthetic labels.
 
     Args:
         real: a data set with items (image, label), for example of torchvision or timm, an `ImageData`, a Subset, or
@@ -97,6 +96,11 @@ class RealAndSynthetic(Dataset):
     def __len__(self) -> int:
         return self._real_count + len(self.chosen)
 
+    def __repr__(self) -> str:
+        return (
+            f"RealAndSynthetic({self._real_count} real and {len(self.chosen)} synthetic images of {self.synthetic!r})"
+        )
+
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         return self.__getitems__([index])[0]
 
@@ -104,7 +108,7 @@ class RealAndSynthetic(Dataset):
         """Several items; synthetic images are decoded together."""
         places = [range(len(self))[i] for i in indices]  # negative ones count from the end
         chosen = [int(self.chosen[place - self._real_count]) for place in places if place >= self._real_count]
-        pictures = iter(self._pictures(chosen))
+        pictures = iter(self._pictures(chosen) if chosen else ())
         label_transform = getattr(self.synthetic, "target_transform", None)
         label_transform = label_transform or getattr(_innermost(self.real), "target_transform", None)
         items = []
@@ -117,27 +121,20 @@ class RealAndSynthetic(Dataset):
         return items
 
     def _pictures(self, indices: list[int]) -> Iterable[Any]:
-        """Synthetic images, of the same kind as the real ones."""
-        if not indices:
-            return []
-        drawn, as_tensors = self.synthetic, isinstance(_innermost(self.real), ImageData)
-        if isinstance(drawn, ImageData):
-            images = drawn.subset(indices).tensor()
-            pictures: Iterable[Any] = images if as_tensors else map(as_pil, images)
-        elif as_tensors and drawn.transform is None:
-            return drawn.images(indices)
-        else:
-            pictures = drawn.pictures(indices)
-        mode = self._real_mode
-        return [p.convert(mode) if mode and isinstance(p, Image.Image) else p for p in pictures]
+        """Synthetic images: tensors beside an ImageData, otherwise PIL images, after the transform of `synthetic`."""
+        drawn, transform = self.synthetic, getattr(self.synthetic, "transform", None)
+        images = drawn.subset(indices).tensor() if isinstance(drawn, ImageData) else drawn.images(indices)
+        if transform is None and isinstance(_innermost(self.real), ImageData):
+            return images
+        pictures = map(as_pil, images)
+        if self._beside_rgb:
+            pictures = (p.convert("RGB") if isinstance(p, Image.Image) else p for p in pictures)
+        return pictures if transform is None else map(transform, pictures)
 
     @functools.cached_property
-    def _real_mode(self) -> str | None:
-        """The mode of real PIL images; None for other images, or if a few spread ones differ in their modes."""
-        places = np.linspace(0, self._real_count - 1, min(8, self._real_count)).astype(int).tolist()
-        some = [self.real[place][0] for place in places]
-        modes = {image.mode if isinstance(image, Image.Image) else None for image in some}
-        return modes.pop() if len(modes) == 1 else None
+    def _beside_rgb(self) -> bool:
+        """Whether the real images are RGB, so that a batch with grey synthetic images has one shape."""
+        return self._real_count > 0 and getattr(self.real[0][0], "mode", None) == "RGB"
 
 
 def _innermost(real: Any) -> Any:

@@ -1,8 +1,7 @@
 """SyntheticDataset: images drawn from the classes of a GLEM, by index.
 
-Images are decoded in blocks of one size, because the last bits of convolutions and matrix products depend on the batch
-size. So an image depends on model, seed, class and place in the class alone: not on batches, order, workers, or on how
-many images there are.
+An image depends on model, seed, class and place in the class alone: not on batches, order, workers, or on how many
+images there are. `plan` says why.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,35 +26,27 @@ from glem_augment.images.matching import ClassMap
 from glem_augment.images.readers import as_pil
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
-from glem_augment.synthetic.sampler import (
-    Drawn,
-    PerClass,
-    Plan,
-    Sampler,
-    class_counts,
-    label_order,
-    open_real,
-    rows_by_block,
-)
+from glem_augment.synthetic.draws import Drawn, Draws
+from glem_augment.synthetic.export import export_set
+from glem_augment.synthetic.plan import BLOCKS, PerClass, Plan, class_counts, label_order, open_real
 from glem_augment.tensors import weights_key
-
-BLOCK = 64  # images that are decoded together; another number would change their last bits
 
 
 class SyntheticDataset(Dataset):
     """A map-style data set of synthetic images, in the order of the classes, with torchvision's attributes.
 
     Items are (PIL image, int). Images that are not 8-bit grey or RGB are tensors [C,H,W] of the data's dtype. The first
-    use of an image decodes its block, which stays in a cache. Every DataLoader worker has a cache. So for workers, and
-    for shuffled sets larger than the cache, call `preload` first, or `export` and read the files.
+    use of an image decodes its block of 8 to 64 images of its class, which stays in a cache. Every DataLoader worker
+    has a cache. So for workers, and for shuffled sets larger than the cache, call `preload` first, or `export` and read
+    the files.
 
     An image with values that leave the range by more than its width, or are not finite, is drawn again up to 4 times.
 
     Args:
         model: a GLEM (with fitted modes for source "rfcm"), or its name (see `GLEM.from_pretrained`). It must not
             change afterwards.
-        per_class: images of each class: a number for all, K numbers, a mapping from class names, ids or indices, or
-            "balance", which fills up each class of `real` to its largest class. Classes without a number get no images.
+        per_class: images of each class: a number for all, a list of K numbers, a table of class names, or "balance",
+            which fills up each class of `real` to its largest class. Classes that a table lacks get no images.
         temperature: factor on the standard deviation, not for "mixup". None: 0.9, or 1.0 for a private model, for whose
             sets lower temperatures were worse.
         seed: int >= 0; seed, class and place within the class fix an item's latent.
@@ -63,7 +55,7 @@ class SyntheticDataset(Dataset):
             "mixup": two images of `real` mixed along the class's modes, as GLEMAugment does; the latents of `real` take
             N * d * 4 bytes of memory. None: rfcm, or gaussian if the model has no modes.
         device: where to decode; None: where the model is.
-        cache_bytes: memory for decoded images in each process, at least one block.
+        cache_bytes: memory for decoded images in each process; one block is always kept.
         real: real images, see `open_data`, for "balance" and "mixup". Exports take the class numbers of `real`.
         modes, alpha: settings of source "mixup" alone: modes as in GLEMAugment, and alpha of Mixup, 1 by default.
         class_map: how the classes of `real` map to the model's, see `match_classes`.
@@ -100,10 +92,11 @@ class SyntheticDataset(Dataset):
         self.counts = class_counts(self.model, per_class, matched)
         self.transform, self.target_transform = transform, target_transform
         wanted = np.asarray(self.counts) > 0
-        self.sampler = sampler = Sampler(self.model, matched, wanted, source, seed, temperature, modes, alpha)
-        self.source, self.seed, self.temperature = sampler.source, sampler.seed, sampler.temperature
-        order, name = label_order(self.counts, matched), None if sampler.real is None else sampler.real.name
-        self.plan = Plan(self.model, self.counts, order, BLOCK, {**sampler.settings(), "block": BLOCK}, name)
+        self.draws = Draws(self.model, matched, wanted, source, seed, temperature, modes, alpha)
+        self.source, self.seed, self.temperature = self.draws.source, self.draws.seed, self.draws.temperature
+        name = None if self.draws.real is None else self.draws.real.name
+        settings = {**self.draws.settings(), "blocks": list(BLOCKS)}
+        self.plan = Plan(self.model, self.counts, label_order(self.counts, matched), settings, name)
         self.image_shape: tuple[int, int, int] = self.model.image_shape
         self.pixel_range = self.model.pixel_range
         self.classes, self.class_ids = list(self.model.classes), list(self.model.class_ids)
@@ -137,15 +130,12 @@ class SyntheticDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
         """Several items, as in `__getitem__`; each of their blocks is decoded once."""
-        pictures = self.pictures(indices)
-        labels = [self.targets[index] for index in indices]
-        transform = self.target_transform or int
-        return [(picture, transform(label)) for picture, label in zip(pictures, labels, strict=True)]
-
-    def pictures(self, indices: Sequence[int]) -> list[Any]:
-        """The images of several items, after the transform."""
-        pictures = map(as_pil, self.images(indices))
-        return [picture if self.transform is None else self.transform(picture) for picture in pictures]
+        items = []
+        for index, image in zip(indices, map(as_pil, self.images(indices)), strict=True):
+            label = int(self.targets[index])
+            image = image if self.transform is None else self.transform(image)
+            items.append((image, label if self.target_transform is None else self.target_transform(label)))
+        return items
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """Images of several items, [n, C, H, W] of the data's dtype on the CPU."""
@@ -168,20 +158,20 @@ class SyntheticDataset(Dataset):
     def preload(self, progress: bool = True) -> None:
         """Decode all images now and keep them in memory. DataLoader workers that start later share it."""
         out = torch.empty(len(self), *self.image_shape, dtype=self.pixel_range.torch_dtype)
-        for rows in tqdm(torch.arange(len(self)).split(BLOCK), unit="block", desc="preload", disable=not progress):
-            out[int(rows[0]) : int(rows[-1]) + 1] = self.images(rows)
+        for block in tqdm(self.plan.blocks(), unit="block", desc="preload", disable=not progress):
+            rows = self._rows(*block)
+            out[rows.start : rows.stop] = self.draw(*block).images
         self._preloaded = out
         self._cached.cache_clear()
 
     def draw(self, cls: int, number: int) -> Drawn:
         """Draw block `number` of a class, without the cache. RuntimeError: the model has changed."""
         self._check_model()
-        within = number * self.plan.block + np.arange(self.plan.block)
-        count = min(self.counts[cls] - within[0], self.plan.block)
         # The last block is drawn whole too: in a smaller batch its images would have other last bits.
-        whole = self.sampler.draw(np.full_like(within, cls), within)
-        drawn = Drawn(whole.latents[:count], whole.images[:count], whole.out_of_range[:count])
-        self._out_of_range.update((self._starts[cls] + within[:count][drawn.out_of_range]).tolist())
+        whole = self.draws.draw(cls, np.arange(self.plan.edges[number], self.plan.edges[number + 1]))
+        rows = self._rows(cls, number)
+        drawn = Drawn(*(part[: len(rows)] for part in whole))
+        self._out_of_range.update((rows.start + np.flatnonzero(drawn.out_of_range)).tolist())
         return drawn
 
     def export(
@@ -189,11 +179,10 @@ class SyntheticDataset(Dataset):
         folder: str | os.PathLike[str],
         format: Format = "imagefolder",  # noqa: A002  (the word users expect)
         progress: bool = True,
-        overwrite: bool = False,
         license: str | None = None,  # noqa: A002  (the Hub's word)
         distributed: bool = False,
     ) -> Path:
-        """Write all images, without the transforms, and glem-provenance.json; every file is written atomically.
+        """Write all images, without the transforms, glem-provenance.json, and a README; every file appears complete.
 
         Labels are the class numbers of `real`, then of further classes of the model that have images. Without `real`
         labels are the model's class numbers. A class without images has no folder, and torchvision's ImageFolder would
@@ -201,29 +190,24 @@ class SyntheticDataset(Dataset):
         `RealAndSynthetic`.
 
         The same export to the same folder writes missing files. So running it again, on any number of ranks, finishes
-        a killed export. Until then `open_data` refuses the folder. checksums.sha256 holds the SHA-256 of every image or
-        shard, for `sha256sum --check`.
+        a killed export. Until then `open_data` refuses the folder.
 
         Args:
             format: "imagefolder" (folder/<class>/NNNNNN.png of 8 bits or grey of 16 bits, .npy of other images), or
-                "webdataset" (data/train-*.tar of 8-bit grey or RGB images, which timm and the Hub read; packed at the
-                end from an ImageFolder in a hidden folder).
-            overwrite: replace an export of other images.
+                "webdataset" (data/train-*.tar of 8-bit grey or RGB images, which timm and the Hub read).
             license: the licence of the model's training images, which samples inherit. None: the licence in the model's
                 record; for mixtures no licence, because it also depends on their real images.
             distributed: share the blocks among all ranks of the process group, which must all make this call and see
                 the same folder. The files do not depend on the number of ranks.
 
         Raises:
-            FileExistsError: the folder holds an export of other images, and not overwrite; or any other files.
+            FileExistsError: the folder holds an export of other images, or any other files.
+            ModuleNotFoundError: "webdataset" needs the package of that name.
             OSError: the disk is full or cannot be written; the message names the path.
         """
-        from glem_augment.synthetic.export import export_set
-
         check_choice("format", format, FORMATS)
         self._check_model()
-        writing: dict[str, Any] = {"overwrite": overwrite, "progress": progress, "distributed": distributed}
-        export_set(self.plan, self.draw, folder, format, license, **writing)
+        export_set(self.plan, self.draw, folder, format, license, progress=progress, distributed=distributed)
         return expand(folder)
 
     def _check_model(self) -> None:
@@ -235,17 +219,25 @@ class SyntheticDataset(Dataset):
     @functools.cached_property
     def _cached(self) -> Any:
         """The images of a block, of which the last ones are kept."""
-        blocks = max(
-            1, self.cache_bytes // (BLOCK * math.prod(self.image_shape) * self.pixel_range.torch_dtype.itemsize)
-        )
+        edges = self.plan.edges
+        largest = (edges[-1] - edges[-2]) * math.prod(self.image_shape) * self.pixel_range.torch_dtype.itemsize
+        blocks = max(1, self.cache_bytes // largest)
         return functools.lru_cache(blocks)(lambda cls, number: self.draw(cls, number).images)
+
+    def _rows(self, cls: int, number: int) -> range:
+        """The items of a block."""
+        places = self.plan.places(cls, number)
+        return range(self._starts[cls] + places.start, self._starts[cls] + places.stop)
 
     def _blocks(self, index: np.ndarray) -> Iterator[tuple[tuple[int, int], list[int], np.ndarray]]:
         """For each block: (class, number), the rows of `index` [n] with items of it, and the places of these items."""
         cls = np.searchsorted(self._starts, index, side="right") - 1
-        within = index - self._starts[cls]
-        for block, rows in rows_by_block(cls, within, self.plan.block).items():
-            yield block, rows, within[rows] - block[1] * self.plan.block
+        number = np.searchsorted(self.plan.edges, index - self._starts[cls], side="right") - 1
+        rows: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for row, block in enumerate(zip(cls.tolist(), number.tolist(), strict=True)):
+            rows[block].append(row)
+        for block, at in rows.items():
+            yield block, at, index[at] - self._rows(*block).start
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy gets a new cache, and its weights are other tensors.

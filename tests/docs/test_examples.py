@@ -156,7 +156,6 @@ def test_a_part_of_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One page without outside files, all of whose lines of Python run."""
-    monkeypatch.setattr("glem_augment.synthetic.dataset.BLOCK", 4)  # whole blocks would be decoded for a few images
     monkeypatch.setattr(sys, "argv", ["demo.py", "--quick", "--out", str(tmp_path)])
     load("demo", monkeypatch).main()
     page = html.unescape((tmp_path / "index.html").read_text(encoding="utf-8"))

@@ -115,7 +115,6 @@ def test_memorisation_ratio_knows_copies_from_new_images() -> None:
 def test_the_report_tells_copies_and_wrong_labels_from_new_images(
     bundled_train: ImageData, bundled_test: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("glem_augment.synthetic.dataset.BLOCK", 15)
     before = torch.get_rng_state()
     real = train, _ = [data.subset(range(0, 1000, 2)) for data in (bundled_train, bundled_test)]
     network = classifier.train_network(classifier.random_batches(train), 60, 1, 10)

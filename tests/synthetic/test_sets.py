@@ -1,4 +1,4 @@
-"""Synthetic sets for a purpose: counts per class and balance, real and synthetic images together, streams."""
+"""Synthetic sets beside real images: balance, and both in one data set."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forked import on_ranks
 from PIL import Image
 from timm.data import ImageDataset, create_loader
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_tensor
 
@@ -25,10 +24,9 @@ from glem_augment import (
     ImageData,
     RealAndSynthetic,
     SyntheticDataset,
-    match_classes,
     open_data,
 )
-from glem_augment.synthetic.sampler import class_counts, open_real
+from glem_augment.synthetic.plan import class_counts, open_real
 
 NAMES = ["dog", "cat", "bird"]
 
@@ -36,11 +34,6 @@ NAMES = ["dog", "cat", "bird"]
 def pixels(n: int, seed: int = 0, shape: tuple[int, int, int] = (3, 8, 8)) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     return torch.randint(60, 196, (n, *shape), generator=g, dtype=torch.uint8)
-
-
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glem_augment.synthetic.dataset.BLOCK", 8)
 
 
 @pytest.fixture(scope="module")
@@ -54,34 +47,6 @@ def model() -> GLEM:
 def tail() -> ImageData:
     """A long tail, whose classes are in another order than the flow's: 12 birds, 5 cats, 2 dogs."""
     return ImageData.from_tensors(pixels(19, seed=1), [0] * 12 + [1] * 5 + [2] * 2, ["bird", "cat", "dog"])
-
-
-def test_counts_per_class(model: GLEM) -> None:
-    per_class: Any
-    for per_class, counts in (
-        (4, [4, 4, 4]),
-        ([5, 0, 9], [5, 0, 9]),
-        (torch.tensor([1, 2, 0]), [1, 2, 0]),
-        ({"cat": 7, "bird": 1}, [0, 7, 1]),
-        ({0: 3}, [3, 0, 0]),
-    ):
-        data = SyntheticDataset(model, per_class=per_class)
-        assert data.counts == counts and len(data) == sum(counts)
-        assert data.targets == np.repeat([0, 1, 2], counts).tolist()
-    for per_class, message in (
-        ("even", "'even'"),
-        ("balance", "give real="),
-        (0, "per_class"),
-        ([1, 2], "3 values"),
-        ([1, 2, -1], "'bird'"),
-        ([0, 0, 0], "at least one image"),
-        ({"cow": 3}, "'cow'.*dog, cat, bird"),
-        ({"cat": 1, 1: 2}, "twice"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            SyntheticDataset(model, per_class=per_class)
-    accented = GLEM.create("identity", (3, 8, 8), classes=["caf\u00e9", "bar"])
-    assert SyntheticDataset(accented, {"cafe\u0301": 2}).counts == [2, 0]  # macOS writes the accent separately
 
 
 def balanced(model: GLEM, real: Any) -> list[int]:
@@ -128,9 +93,6 @@ def test_classes_that_do_not_match_name_the_fix(model: GLEM, tail: ImageData) ->
         with pytest.raises(ClassMismatchError, match="'zebra'.*adapt"):
             SyntheticDataset(model, real=more, **settings)
     assert RealAndSynthetic(more, SyntheticDataset(model, per_class=7)).targets[-2:] == [0, 0]
-    crossed = GLEM.create("identity", (3, 8, 8), classes=["ant", "bee", "n3"], class_ids=["bee", "n1", "ant"])
-    assert class_counts(crossed, {"bee": 4}, None) == [0, 4, 0]  # a key is a name before it is an id
-    assert class_counts(crossed, {"n1": 2, "ant": 1, "n3": 5}, None) == [1, 2, 5]
 
 
 def test_real_and_synthetic_at_a_ratio(model: GLEM, image_folder: Path) -> None:
@@ -224,14 +186,6 @@ def test_real_data_of_any_kind(model: GLEM, image_folder: Path, kind: str) -> No
         assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == sorted(both.targets)
 
 
-@pytest.mark.parametrize(("modes", "found"), [("LRL", "RGB"), ("LLL", "L"), ("RRR", "RGB")])
-def test_synthetic_images_keep_their_colours_beside_a_grey_first_image(model: GLEM, modes: str, found: str) -> None:
-    shapes = {"L": (8, 8), "R": (8, 8, 3)}
-    real = [(Image.fromarray(np.zeros(shapes[mode], np.uint8)), label) for label, mode in enumerate(modes)]
-    both = RealAndSynthetic(real, SyntheticDataset(model, per_class=1))
-    assert both[0][0].mode == ("RGB" if modes[0] == "R" else "L") and both[3][0].mode == found
-
-
 def test_class_maps(model: GLEM, tail: ImageData) -> None:
     two = tail.subset(range(17)).with_targets([0] * 12 + [1] * 5, ["bird", "cat"])
     synthetic = SyntheticDataset(model, per_class=1)
@@ -246,23 +200,6 @@ def test_class_maps(model: GLEM, tail: ImageData) -> None:
     assert felix.targets[19:] == [1, 1] and felix.classes == more.classes
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_share_a_data_set_out(model: GLEM, ranks: int) -> None:
-    """26 images, which neither number of ranks divides."""
-    data = SyntheticDataset(model, per_class=[9, 9, 8])
-    items = [(label, image.tobytes()) for image, label in data]
-
-    def seen() -> Any:
-        sampler = DistributedSampler(data, shuffle=True, seed=1)
-        drawn = [item for batch in DataLoader(data, 4, sampler=sampler, collate_fn=list) for item in batch]
-        return [(label, image.tobytes()) for image, label in drawn]
-
-    found = on_ranks(ranks, seen)
-    for rank, drawn in enumerate(found):
-        assert drawn == [items[i] for i in DistributedSampler(data, ranks, rank, shuffle=True, seed=1)]
-    assert {item for drawn in found for item in drawn} == set(items)
-
-
 def test_one_class_for_all_gives_no_labels_and_one_folder(tail: ImageData, tmp_path: Path) -> None:
     pooled = GLEM.fit(tail, pooled=True, progress=False)
     drawn = SyntheticDataset(pooled, 6)
@@ -275,25 +212,3 @@ def test_one_class_for_all_gives_no_labels_and_one_folder(tail: ImageData, tmp_p
     assert found.classes == ["image"] and len(found) == 6
     with pytest.raises(ValueError, match="class_map has no effect without real="):
         SyntheticDataset(pooled, 6, class_map={"image": "dog"})
-
-
-def test_folders_of_an_export_keep_what_classes_are_matched_by(tmp_path: Path) -> None:
-    names = ["कुत्ता", "C#", "C", "สุนัข"]
-    model = GLEM.fit(ImageData.from_tensors(pixels(16), torch.arange(16) % 4, names), progress=False)
-    SyntheticDataset(model, 2).export(tmp_path / "out", progress=False)
-    assert match_classes(names, open_data(tmp_path / "out", progress=False)).tolist() == [0, 1, 2, 3]
-
-
-def test_a_kill_while_an_export_is_replaced_leaves_it_incomplete(
-    model: GLEM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    SyntheticDataset(model, 2).export(tmp_path, progress=False)
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("glem_augment.synthetic.export.shutil.rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        SyntheticDataset(model, 3).export(tmp_path, overwrite=True, progress=False)
-    with pytest.raises(DataError, match="did not finish"):
-        open_data(tmp_path, progress=False)

@@ -1,0 +1,120 @@
+"""The images that are asked for: how many of each class, the order of the classes, and the blocks that are decoded.
+
+Images are decoded in blocks, because the last bits of convolutions and matrix products depend on the batch size. The
+blocks of a class begin at the places 0, 8, 16, 32, 64, and then at every 64th place, whatever its number of images. So
+an image depends on its place alone, small classes decode few images in vain, and large ones use large batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from glem_augment.checks import check_whole
+from glem_augment.images.dataset import ImageData, LabelledImages
+from glem_augment.images.matching import ClassMap, check_targets, composed, match_classes
+from glem_augment.images.readers import Source
+from glem_augment.images.sources import open_source
+from glem_augment.model.glem import GLEM
+
+BLOCKS = 8, 64  # the smallest and the largest block; other numbers would change the last bits of images
+PerClass = int | Literal["balance"] | Sequence[int] | Mapping[str, int]
+
+_ADAPT = (
+    "A model makes images of its classes only: adapt it to the data (model.adapt(data), or glem fit), or leave all "
+    "further classes out of the data."
+)
+
+
+class Real(NamedTuple):
+    """Real images, with the model's class of each image (`targets`, int64 [N]) and of each real class (`classes`)."""
+
+    data: Source | ImageData
+    targets: np.ndarray
+    classes: np.ndarray
+
+
+def open_real(model: GLEM, data: LabelledImages, class_map: ClassMap = None) -> Real:
+    """Open real images; only labels are read now. Labels of data without class names are the model's indices."""
+    source = data if isinstance(data, ImageData) else open_source(data)
+    if source.named or class_map is not None:
+        index = match_classes(model, source, class_map, fix=_ADAPT)
+        return Real(source, index[source.targets], index)
+    targets = check_targets(source.targets, len(source), model.num_classes)
+    return Real(source, targets, np.arange(model.num_classes))
+
+
+def class_counts(model: GLEM, per_class: PerClass, real: Real | None) -> list[int]:
+    """The number of images of each of the model's K classes; see `per_class` of `SyntheticDataset`."""
+    k, names = model.num_classes, list(model.classes)
+    given: Sequence[Any]
+    if isinstance(per_class, str):
+        if per_class != "balance":
+            raise ValueError(
+                f"per_class must be a number, {k} numbers, a table of names or 'balance', got {per_class!r}"
+            )
+        if real is None:
+            raise ValueError("per_class='balance' fills up a real data set: give real=")
+        present = np.bincount(real.targets, minlength=k)
+        given = np.where(np.isin(np.arange(k), real.classes), present.max() - present, 0).tolist()
+        if not any(given):
+            raise ValueError(f"per_class='balance': all classes have {present.max()} images already")
+    elif isinstance(per_class, Mapping):
+        table = {composed(str(name)): count for name, count in per_class.items()}
+        if unknown := [name for name in table if name not in map(composed, names)]:
+            raise ValueError(f"per_class names {unknown[0]!r}; the model has {', '.join(names[:20])}")
+        given = [table.get(composed(name), 0) for name in names]
+    elif isinstance(per_class, list | tuple):
+        given = per_class
+    else:
+        given = [per_class] * k
+    if len(given) != k:
+        raise ValueError(f"per_class must be {k} numbers, one for each class; got {len(given)}")
+    counts = [check_whole(f"per_class for {name!r}", count, 0) for name, count in zip(names, given, strict=True)]
+    if not any(counts):
+        raise ValueError("per_class is 0 for all classes: give at least one image")
+    return counts
+
+
+def label_order(counts: Sequence[int], real: Real | None) -> list[int]:
+    """The model's classes in the order of the real data's labels, then further classes that get images."""
+    named = list(range(len(counts))) if real is None else list(dict.fromkeys(real.classes.tolist()))
+    return [*named, *(cls for cls, count in enumerate(counts) if count and cls not in named)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The images of a set.
+
+    Attributes:
+        counts: images of each of the model's K classes.
+        order: the classes of an export, in the order of their labels.
+        settings: the other settings that decide the images, as JSON can hold them.
+        real_name: the name of the real images of a mixup.
+    """
+
+    model: GLEM
+    counts: list[int]
+    order: list[int]
+    settings: dict[str, Any]
+    real_name: str | None = None
+
+    @cached_property
+    def edges(self) -> list[int]:
+        """The place at which each block of a class begins, and the end of the last block of the largest class."""
+        edges = [0]
+        while edges[-1] < max(self.counts):
+            edges.append(edges[-1] + int(np.clip(edges[-1], *BLOCKS)))
+        return edges
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """(class, number) of every block, class after class in the order of their labels."""
+        return [(c, n) for c in self.order for n, first in enumerate(self.edges) if first < self.counts[c]]
+
+    def places(self, cls: int, number: int) -> range:
+        """The places of a block, without the images beyond the class's count."""
+        return range(self.edges[number], min(self.edges[number + 1], self.counts[cls]))
