@@ -131,7 +131,7 @@ class Images:
         path = self.work / f"{method} {drawn} {count} {seed}.npz"
         if not path.is_file():
             x, z, y = self.draw(method, source, options, count, seed)
-            p = self.flow(method, options.get("rank", ""), parts).posterior_from_latents(z)
+            p = self.flow(method, options.get("rank", ""), parts).latent_classes.posterior(z)
             with path.open("wb") as file:
                 np.savez(file, x=x.numpy(), y=y.numpy(), p=p.numpy())
         with np.load(path) as file:

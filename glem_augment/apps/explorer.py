@@ -152,7 +152,7 @@ class Explorer:
         shares = torch.linspace(0, 1, 41)
         line = torch.lerp(start, end, torch.cat([shares, torch.tensor([share])])[:, None].to(start))
         image = to_uint8(self.model.decode(line[-1:]))[0].cpu()
-        return image, shares, self.model.posterior_from_latents(line[:-1]).cpu()
+        return image, shares, self.model.latent_classes.posterior(line[:-1]).cpu()
 
     @cached_property
     @torch.no_grad()

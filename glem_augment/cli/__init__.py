@@ -47,7 +47,6 @@ GLEM_DEBUG=1 prints the traceback of an error. Exit codes: 0 done, 2 an error, 1
 COMMANDS = {
     "train": "train a model of your images",
     "fit": "make a model of your images in one pass, nothing is trained",
-    "adapt": "another name of fit",
     "eval": "accuracy, bits/dim, calibration and round trip, as JSON",
     "generate": "draw a synthetic data set from a model",
     "preview": "a picture of augmentations, samples, interpolations",

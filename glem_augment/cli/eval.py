@@ -40,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from glem_augment.distributed import is_primary
     from glem_augment.evaluation import metrics
     from glem_augment.images.sources import without_splits
     from glem_augment.io import finite, write_json
@@ -58,8 +57,6 @@ def run(args: argparse.Namespace) -> None:
     split = None if whole_folder else args.split or "test"
     result = {"model": args.model, "data": args.data, "split": split}
     result |= metrics.evaluate(model, data, args.batch_size, args.round_trip, progress=not args.quiet)
-    if not is_primary():
-        return
     if result.get("bits_per_dim", 0) > model.bits:
         common.note(
             f"glem: {result['bits_per_dim']:.2f} bits/dim is more than {model.bits}, the bits of a pixel as it is: "

@@ -50,7 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     latents.add_argument("--flow", metavar="MODEL", help=flow)
     channels = "1: grey, 3: colour (default: 1 if all images are grey, otherwise 3)"
     parser.add_argument("--channels", type=int, choices=(1, 3), help=channels)
-    add_options(parser)
+    common.add_image_size(parser, "without a flow (default: the common size of the images)")
+    common.add_value_range(parser)
+    common.add_out(parser, "folder for the model")
+    common.add_count(parser, "--rank", f"modes per class, or per part; {EXCLUDED}", 64)
+    parts = "Gaussians per class, one per group of similar images (default: 1; with --epsilon as many as noise allows)"
+    parser.add_argument("--parts", type=common.number(1, MAX_PARTS, int), metavar="N", help=parts)
+    pooled = f"one class for all images, with modes from all classes: for moves of any image; {EXCLUDED}"
+    parser.add_argument("--pooled", action="store_true", help=pooled)
+    common.add_count(parser, "--max-per-class", f"images of a class at most; {EXCLUDED} (default: all)")
+    parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
+    common.add_machine(parser)
     group = parser.add_argument_group("differential privacy")
     epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak; state --image-size and --channels, too"
     group.add_argument("--epsilon", type=common.number(0.01, 50), metavar="E", help=epsilon)
@@ -64,26 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--public", metavar="DATA", help=public)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `glem adapt` has, too."""
-    common.add_image_size(parser, "without a flow (default: the common size of the images)")
-    common.add_value_range(parser)
-    common.add_out(parser, "folder for the model")
-    common.add_count(parser, "--rank", f"modes per class, or per part; {EXCLUDED}", 64)
-    parts = "Gaussians per class, one per group of similar images (default: 1; with --epsilon as many as noise allows)"
-    parser.add_argument("--parts", type=common.number(1, MAX_PARTS, int), metavar="N", help=parts)
-    pooled = f"one class for all images, with modes from all classes: for moves of any image; {EXCLUDED}"
-    parser.add_argument("--pooled", action="store_true", help=pooled)
-    common.add_count(parser, "--max-per-class", f"images of a class at most; {EXCLUDED} (default: all)")
-    parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
-    common.add_machine(parser)
-
-
 def run(args: argparse.Namespace) -> None:
-    from glem_augment.distributed import is_primary
     from glem_augment.io import LEFT_OVER, remove_left_overs
     from glem_augment.model.glem import GLEM
-    from glem_augment.model.private_fit import check_arguments
     from glem_augment.model.weights import CONFIG, WEIGHTS
 
     if args.epsilon is None and (args.delta or args.images_per_person or args.images or args.public):
@@ -108,22 +101,17 @@ def run(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in names}
     if args.epsilon is not None:
         given |= private_arguments(args)
-        options = ("flow", "rank", "pooled", "max_per_class")
-        stated = {name: given[name] for name in options}
-        check_arguments(given["privacy"], args.autoencoder, args.public, **stated)  # before images are read
     began = time.monotonic()
-    data = GLEM.images_to_fit(
+    model = GLEM.fit(
         args.data,
-        args.flow,
         split=args.split,
         image_size=common.height_and_width(args.image_size),
         channels=args.channels,
         value_range=args.value_range,
+        device=device,
         progress=not args.quiet,
+        **given,
     )
-    model = GLEM.fit(data, device=device, progress=not args.quiet, **given)
-    if not is_primary():
-        return
     model.save(folder)
     if args.epsilon is not None:
         remove_left_overs(folder.glob(".*.tmp"))

@@ -40,6 +40,10 @@ class Levels(Codec):
     def decode(self, h: Tensor) -> Tensor:
         return from_levels(h, self.count)
 
+    def target(self, x: Tensor) -> Tensor:
+        """The images at their top bits."""
+        return self.decode(self.encode(x))
+
     def logdet(self) -> float:
         return -math.prod(self.shape) * math.log2(self.count) * math.log(2)
 

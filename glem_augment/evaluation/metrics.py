@@ -15,7 +15,7 @@ from tqdm import tqdm
 from glem_augment.augment.policies import Mixup, Noise, Policy
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.classes.fit import fit_temperature
-from glem_augment.distributed import Share, add_up, gather, share
+from glem_augment.distributed import Share, add_up
 from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData, LabelledImages, images_for
 from glem_augment.model.conditional_flow import psnr, summarise_errors
@@ -64,7 +64,7 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
     scores, labels = [], []
     with tqdm(total=len(images), unit="image", desc="calibrate", disable=not progress, dynamic_ncols=True) as bar:
         for x, y in images.batches(np.arange(len(images)), 256):
-            scores.append(model.class_scores(model.encode(x)[0]).cpu())
+            scores.append(model.latent_classes.log_prob(model.encode(x)[0]).cpu())
             labels.append(y)
             bar.update(len(y))
     model.latent_classes.temperature = fit_temperature(torch.cat(scores), torch.cat(labels))
@@ -114,9 +114,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure `model` as a classifier and as a density on `data`, whose targets are the model's class indices.
 
-    Predictions use the middle of the bin. The dequantisation noise of likelihoods depends on each image alone. All
-    ranks call this together, and each measures its share of the batches. A single process gives the same numbers, bit
-    for bit.
+    Predictions use the middle of the bin. The dequantisation noise of likelihoods depends on each image alone.
 
     Args:
         round_trip: how many images to encode and decode for the round trip; 0 for none.
@@ -130,17 +128,12 @@ def evaluate(
     if not len(data):
         raise DataError(f"{data.name} holds no images")
 
-    def mine(rows: np.ndarray) -> np.ndarray:  # whole batches, since the rounding of an image depends on its batch
-        first, last, _ = share(math.ceil(len(rows) / batch_size))
-        return rows[first * batch_size : last * batch_size]
-
-    rows = mine(np.arange(len(data)))
-    found = [torch.empty(0, 5, dtype=torch.float64)]
-    with tqdm(total=len(rows), unit="image", desc="eval", disable=not progress, dynamic_ncols=True) as bar:
-        for x, y in data.batches(rows, batch_size):
+    found = []
+    with tqdm(total=len(data), unit="image", desc="eval", disable=not progress, dynamic_ncols=True) as bar:
+        for x, y in data.batches(np.arange(len(data)), batch_size):
             x, y = x.to(model.device), y.to(model.device)
             z, logdet = model.encode(x)
-            scores = model.class_scores(z)
+            scores = model.latent_classes.log_prob(z)
             best = (scores / model.latent_classes.temperature).log_softmax(1).topk(min(5, model.num_classes), 1)
             hits = best.indices == y[:, None]
             # Of pixels, likelihoods have dequantisation noise.
@@ -149,20 +142,19 @@ def evaluate(
             own, any_class = density.gather(1, y[:, None])[:, 0], density.logsumexp(1) - math.log(model.num_classes)
             found.append(torch.stack([best.values[:, 0].exp(), hits[:, 0], hits.any(1), own, any_class], 1).cpu())
             bar.update(len(y))
-    confidence, right, right_top, own, any_class = torch.cat(gather(torch.cat(found))).unbind(1)
+    confidence, right, right_top, own, any_class = torch.cat(found).unbind(1)
     invertibility = None
     if count := min(round_trip, len(data)):
-        chosen = data.batches(mine(spread(len(data), count)), batch_size)
-        errors = [torch.empty(0, *model.image_shape, dtype=torch.float64)]
-        flow_errors = [torch.empty(0)]
+        chosen = data.batches(spread(len(data), count), batch_size)
+        errors, flow_errors = [], []
         for x, _ in chosen:
             errors.append(model.round_trip_error(x).cpu())
             flow_errors += [] if model.autoencoder is None else [model.flow_error(x).cpu()]
-        error = torch.cat(gather(torch.cat(errors)))
+        error = torch.cat(errors)
         invertibility = {"images": count, **summarise_errors(error)}
         if model.autoencoder is not None:
             invertibility["psnr"] = psnr(error)
-            invertibility["flow_error"] = float(torch.cat(gather(torch.cat(flow_errors))).max())
+            invertibility["flow_error"] = float(torch.cat(flow_errors).max())
     key, _, unit = model.likelihood
     return {
         "n": len(data),

@@ -41,7 +41,7 @@ class ModelClassifier(nn.Module):
         self.model, self.pixels = model, PixelAdapter(model.image_shape, pixel_range=model.pixel_range)
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = self.model.class_scores(self.model.encode(self.pixels.to_model(x))[0])
+        scores = self.model.latent_classes.log_prob(self.model.encode(self.pixels.to_model(x))[0])
         return scores / self.model.latent_classes.temperature
 
 

@@ -19,8 +19,8 @@ from glem_augment.errors import ClassMismatchError, DataError
 
 ONE_CLASS = "image"  # the name of the only class where images have no classes
 _FIX = (
-    "Give class_map as a mapping from data names to model names, or 'order' if both list the same classes in the same "
-    "order. Or adapt the model to the data (glem fit)."
+    "Give class_map (--class-map) a table from data names to model names, or 'order' if both list the same classes in "
+    "the same order; or fit the model to the data (glem fit DATA --flow MODEL)."
 )
 ClassMap: TypeAlias = Literal["order"] | Mapping[str, str] | None
 Integers: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor  # labels, or indices of images

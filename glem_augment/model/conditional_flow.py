@@ -171,11 +171,9 @@ class ConditionalFlow(nn.Module):
         Below half a step, rounding gives the pixel back exactly.
         """
         x = self._checked(x)
-        # A codec of fewer than 8 bits can give back no more than its levels.
-        exact, (low, high) = self.codec.exact, self.pixel_range.limits
-        floats = self.codec.decode(self.codec.encode(x)) if exact else self.pixel_range.to_floats(x, torch.float64)
-        back = self.decode(self.encode(x)[0], clamp=not exact)
-        return (back.double() - floats.double()).abs().mul_(255 / (high - low)).nan_to_num_(nan=math.inf)
+        low, high = self.pixel_range.limits
+        back = self.decode(self.encode(x)[0], clamp=not self.codec.exact)
+        return (back.double() - self.codec.target(x).double()).abs().mul_(255 / (high - low)).nan_to_num_(nan=math.inf)
 
     @torch.no_grad()
     def flow_error(self, x: Tensor, z: Tensor | None = None) -> Tensor:
@@ -206,20 +204,16 @@ class ConditionalFlow(nn.Module):
 
     # ---- densities and classification ----------------------------------------------------------------------------
 
-    def class_scores(self, z: Tensor) -> Tensor:
-        """log p(z | y) of latents z [B, d] under every class, [B, K] nats."""
-        return self.latent_classes.log_prob(z)
-
     def log_prob_per_class(self, x: Tensor, generator: Dequantisation = None) -> Tensor:
         """log p(x | y) of every class: [B, K] nats per image (Eq. 2)."""
         z, logdet = self.encode(x, 0 if generator is None else generator)
-        return self.class_scores(z) + logdet[:, None]
+        return self.latent_classes.log_prob(z) + logdet[:, None]
 
     def log_prob(self, x: Tensor, y: Tensor | None = None, generator: Dequantisation = None) -> Tensor:
         """log p(x | y), or log p(x) under a uniform prior over classes if `y` is None: [B] nats per image."""
         z, logdet = self.encode(x, 0 if generator is None else generator)
         if y is None:
-            return torch.logsumexp(self.class_scores(z), 1) - math.log(self.num_classes) + logdet
+            return torch.logsumexp(self.latent_classes.log_prob(z), 1) - math.log(self.num_classes) + logdet
         y = self._check_labels(y, x.shape[0])
         return self.latent_classes.log_prob_of(z, y) + logdet
 
@@ -232,17 +226,13 @@ class ConditionalFlow(nn.Module):
             )
         return -self.log_prob(x, y) / self.codec.divisor
 
-    def posterior_from_latents(self, z: Tensor, prior: Tensor | None = None) -> Tensor:
-        """p(y | z) [B, K] of latents z [B, d], see `Classes.posterior`."""
-        return self.latent_classes.posterior(z, prior)
-
     def posterior(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
-        """p(y | x) of the generative classifier, see `posterior_from_latents`: [B, K]. Deterministic."""
-        return self.posterior_from_latents(self.encode(x)[0], prior)
+        """p(y | x) of the generative classifier, see `Classes.posterior`: [B, K]. Deterministic."""
+        return self.latent_classes.posterior(self.encode(x)[0], prior)
 
     def predict(self, x: Tensor) -> Tensor:
         """argmax_y log N(f(x); mu_y, Sigma_y): int64 [B]."""
-        return self.class_scores(self.encode(x)[0]).argmax(1)
+        return self.latent_classes.log_prob(self.encode(x)[0]).argmax(1)
 
     # ---- generation ----------------------------------------------------------------------------------------------
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -265,8 +266,6 @@ class GLEM(ConditionalFlow):
             "posterior_temperature": classes.temperature,
         }
 
-    save_pretrained = save  # as users of the Hub's libraries call it
-
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload the model, its card and a picture of samples to the Hugging Face Hub; see `hub.client.push_to_hub`."""
         from glem_augment.hub.client import push_to_hub
@@ -276,16 +275,17 @@ class GLEM(ConditionalFlow):
     def __repr__(self) -> str:
         c, h, w = self.image_shape
         parameters = sum(p.numel() for p in self.flow.parameters())
+        flow = f"{parameters / 1e6:.2f} M flow parameters" if parameters else "no flow"
         modes = "no modes" if self.modes is None else f"{self.modes.in_words(self.modes.rank)} modes per class"
         return (
             f"GLEM({self.config.flow.get('preset', 'flow')}, {c}x{h}x{w} {self.numbers_are}, "
-            f"{self.num_classes} class{'es' * (self.num_classes > 1)}, {parameters / 1e6:.2f} M flow parameters, "
-            f"{modes})"
+            f"{self.num_classes} class{'es' * (self.num_classes > 1)}, {flow}, {modes})"
         )
 
     # ---- fitting to labelled images ------------------------------------------------------------------------------
 
     @classmethod
+    @torch.no_grad()
     def fit(
         cls,
         data: LabelledImages,
@@ -316,56 +316,169 @@ class GLEM(ConditionalFlow):
         Args:
             data: an `ImageData`, or anything else that `open_data` takes.
             autoencoder: model its latents, for photographs; see `create`. None: the pixels, or the flow's latents.
-            flow: a trained model, or its name: model its flow's latents. Images are converted to its size.
+            flow: a model, or its name: its codec and flow give the latents. Images are converted to its size.
             privacy: make the model differentially private, so that it and its samples can be shared; see
                 `classes.privacy` and docs/privacy.md. It has all modes, and noise without a seed.
             public: public images like `data`, for a private model's coordinates. None: the autoencoder's coordinates.
             image_size, channels: see `open_data`; by default read from the images. With privacy state them, here or
                 where `data` is opened: everybody will know them, and one image could change them.
-            value_range: see `open_data`; by default measured for int16 and float images.
-            classes, split, rank, pooled, max_per_class, seed, progress: see `adapt`.
-            parts: see `adapt`; None: 1, or with privacy as many as the noise allows.
+            value_range: see `open_data`.
+            classes: names in place of the data's. A pair (images, labels) has none: it gets the names given to `create`
+                if their number fits, or else "0", "1", ...
+            split: split to open, for data given by name.
+            rank: k modes per class, fewer if no class has so many (n images have n - 1); the variation outside them
+                is kept as a variance per dimension.
+            parts: number of groups of similar latents per class, each with its modes; for classes with hundreds of
+                images or more. None: 1, or with privacy as many as the noise allows.
+            pooled: make one class, "image", which varies as the images of a class do: for moves of images of any class.
+                With a thousand classes it takes a thousandth of the memory.
+            max_per_class: use only the first images of every class, at most this many; at least 2.
+            seed: of the dequantisation noise.
             device: where the model computes.
+            progress: show a bar on stderr.
+
+        Every class gets the mean of its latents, shrunk variances, and principal modes (`classes.fit`). A model without
+        a flow gets full covariances if there are at least eight images per dimension. The posterior's temperature is
+        fitted to latents that are left out.
+
+        Returns:
+            A new GLEM in eval mode. `config.training["adapted_from"]` names the model of the flow.
 
         Raises:
-            ValueError: both an autoencoder and a flow, an image size with a flow, or arguments that privacy excludes.
-                For other errors see `adapt` and `classes.private.private_classes`.
+            ValueError: both an autoencoder and a flow, an image size with a flow, arguments that privacy excludes, or a
+                codec that says it is exact and is not. DataError: images of another shape, a class without images, no
+                class with two, latents off any scale. TypeError: arguments that make no sense.
         """
         if flow is not None and autoencoder is not None:
             raise ValueError("give an autoencoder or a flow, not both: a flow has its codec already")
+        rank, seed = check_whole("rank", rank, 1), check_whole("seed", seed, 0)
         parts = None if parts is None else check_whole("parts", parts, 1, MAX_PARTS)
+        # The variation of a class needs two images.
+        max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
         if privacy is not None:
             stated = dict(flow=flow, max_per_class=max_per_class, pooled=pooled, rank=rank, seed=seed)
             check_arguments(privacy, autoencoder, public, **stated)
-        reading = dict(
-            split=split, image_size=image_size, channels=channels, value_range=value_range, progress=progress
-        )
-        images = cls.images_to_fit(data, flow, **reading)
-        if privacy is not None:
-            images.pixel_range.need_8_bits("a private model")
-            images = as_image_data(images, images.image_shape, classes)
-            return cls._fit_private(images, autoencoder, privacy, parts, public, device, progress)
-        if public is not None:
+        elif public is not None:
             raise ValueError("public is for private models: give privacy, too")
-        if flow is None:
+        base = None if flow is None else copy.deepcopy(as_model(flow))
+        opening = dict(image_size=image_size, channels=channels, value_range=value_range)
+        given = [name for name, value in opening.items() if value is not None]
+        if given and isinstance(data, ImageData):
+            raise ValueError(f"these images are opened already: give {' and '.join(given)} to open_data")
+        if given and base is not None:
+            raise ValueError(f"{' and '.join(given)}: the flow's model has them: leave them out")
+        images = data
+        if base is None:
+            if not isinstance(images, ImageData):
+                images = open_data(images, split=split, progress=progress, **opening)  # type: ignore[arg-type]
             shape, pixel_range = images.image_shape, images.pixel_range
-            base = cls.create("identity", shape, images.classes, autoencoder=autoencoder, pixel_range=pixel_range)
         else:
-            base = as_model(flow)
-        return (
-            base.eval()
-            .to(device)
-            .adapt(
-                images,
-                classes=classes,
-                rank=rank,
-                parts=1 if parts is None else parts,
-                pooled=pooled,
-                max_per_class=max_per_class,
-                seed=seed,
-                progress=progress,
-            )
+            shape, pixel_range = base.image_shape, base.pixel_range
+        images = as_image_data(images, shape, classes, pixel_range, split=split, progress=progress)
+        if privacy is not None:
+            pixel_range.need_8_bits("a private model")
+            return cls._fit_private(images, autoencoder, privacy, parts, public, device, progress)
+        named: GLEM | ImageData = images
+        if base is None:
+            base = cls.create("identity", shape, images.classes, autoencoder=autoencoder, pixel_range=pixel_range)
+        elif classes is None and isinstance(data, tuple) and not base.config.training:
+            named = base if base.num_classes == len(images.classes) else images  # just made, for these classes
+        base.to(device).eval()
+        if not base.codec.ready:
+            base.codec.fit(images.some(STANDARDISED_BY))
+        if base.codec.exact:
+            base.codec.check_exact(images.some(STANDARDISED_BY))
+        counts, parts = np.bincount(images.targets, minlength=len(images.classes)), parts or 1
+        statistics = base._statistics(images, rank, parts, max_per_class, seed, progress)
+        if pooled:
+            statistics = statistics.as_one_class()
+        found = base._fit_classes(statistics, rank)
+        assert found.modes is not None
+        counts = counts.clip(max=max_per_class).tolist()
+        config = replace(
+            base.config,
+            privacy=None,  # a private model's promise says nothing about these images
+            psi=found.gaussians.psi,
+            class_ids=[ONE_CLASS] if pooled else list(named.class_ids),
+            class_names=[ONE_CLASS] if pooled else list(named.classes),
+            training={
+                "data": images.name,
+                "images": sum(counts),
+                "images_per_class": [min(counts), max(counts)],
+                "adapt": dict(rank=found.modes.rank, parts=parts, max_per_class=max_per_class, seed=seed),
+                "adapted_from": dict(
+                    weights_sha256=weights_sha256(base), origin=base.origin, training=base.config.training
+                ),
+            },
         )
+        model = cls(config, base.flow, found, base.codec)
+        model.config = replace(config, **model._facts())
+        return model.to(base.device).eval().requires_grad_(False)
+
+    def adapt(self, data: LabelledImages, **options: Any) -> GLEM:
+        """A new model with this codec and flow for other images and classes; `options` as in `fit`."""
+        return GLEM.fit(data, flow=self, **{"device": self.device, **options})
+
+    @torch.no_grad()
+    def fit_modes(
+        self,
+        data: LabelledImages,
+        rank: int = 64,
+        max_per_class: int | None = None,
+        class_map: ClassMap = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> ClassModes:
+        """Estimate each class's mean and principal modes from the latents of `data` (RFCM); saved with the model.
+
+        Gaussians that were learned with the flow stay. Gaussians that `fit` took from images are fitted again. With
+        full covariances, another rank or other images then move the densities, by tens of nats per image or more.
+
+        Args:
+            data: an `ImageData` of the model's shape, or anything else that `open_data` takes, which is then resized.
+                Labels of data that name no classes are the model's indices.
+            rank, max_per_class, seed, progress: see `fit`.
+            class_map: how the data's classes map to the model's, see `match_classes`.
+
+        All ranks call this together. Each encodes its share of the images, and all get the modes.
+
+        Raises:
+            DataError: a class of the model without at least two images, or images of another shape. ValueError: `rank`
+                below 1 or `max_per_class` below 2.
+        """
+        self.refuse_if_private("fit_modes")
+        rank, seed = check_whole("rank", rank, 1), check_whole("seed", seed, 0)
+        max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
+        images, made = images_for(self, data, class_map), self.config.training.get("adapt")
+        parts = self.modes.parts if made and self.modes else 1
+        statistics = self._statistics(images, rank, parts, max_per_class, seed, progress)
+        if isinstance(made, dict):  # the Gaussians come from images, too
+            found = self._fit_classes(statistics, rank)
+            made = {**made, "rank": found.modes and found.modes.rank, "max_per_class": max_per_class, "seed": seed}
+            self.config.training = {**self.config.training, "adapt": made}
+        else:
+            found = Classes(self.gaussians, fit_modes(statistics, rank), False, self.latent_classes.temperature)
+        self.latent_classes = found.to(self.device, self.dtype)
+        self.config = replace(self.config, **self._facts())
+        assert self.modes is not None
+        return self.modes
+
+    def _statistics(
+        self, images: ImageData, rank: int, parts: int, max_per_class: int | None, seed: int, progress: bool
+    ) -> ClassStatistics:
+        """Counts, means and scatter of the latents of each class of the images."""
+        rows = images.rows_of_classes(max_per_class)
+        total = sum(len(each) for each in rows)
+        with tqdm(total=total, unit="image", desc="fit", disable=not progress, dynamic_ncols=True) as bar:
+            latents = self.latents_of_classes(images, rows, seed, bar.update)
+            return class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
+
+    def _fit_classes(self, statistics: ClassStatistics, rank: int) -> Classes:
+        # A flow leaves the dimensions of a class nearly independent. Pixels and latents of an autoencoder are not.
+        identity, images = self.config.flow["coupling"] == "identity", int(statistics.counts().sum())
+        eight = self.pixel_range.bits == 8
+        full = eight and identity and statistics.whole and images >= _IMAGES_PER_DIMENSION * self.dim
+        return fit_classes(statistics, rank, self.config.psi, full, 0.0 if eight else _LEAST_VARIANCE)
 
     @classmethod
     def _fit_private(
@@ -398,69 +511,6 @@ class GLEM(ConditionalFlow):
         record["sha256"] = private_sha256(base)
         return base
 
-    @staticmethod
-    def images_to_fit(data: LabelledImages, flow: GLEM | str | os.PathLike[str] | None, **options: Any) -> ImageData:
-        """The images that `fit` uses: `open_data` with the size of the flow's model; `options` as for `open_data`."""
-        names = ("image_size", "channels", "value_range")
-        if isinstance(data, ImageData):
-            if given := [name for name in names if options.get(name) is not None]:
-                raise ValueError(f"these images are opened already: give {' and '.join(given)} to open_data")
-            return data
-        if flow is None:
-            return open_data(data, **options)
-        if [name for name in names if options.pop(name, None) is not None]:
-            raise ValueError(
-                "image_size, channels and value_range are for models without a flow, which has them: leave them out"
-            )
-        model = as_model(flow)
-        return as_image_data(data, model.image_shape, pixel_range=model.pixel_range, **options)
-
-    @torch.no_grad()
-    def fit_modes(
-        self,
-        data: LabelledImages,
-        rank: int = 64,
-        max_per_class: int | None = None,
-        class_map: ClassMap = None,
-        seed: int = 0,
-        count: Callable[[int], object] | None = None,
-    ) -> ClassModes:
-        """Estimate each class's mean and principal modes from the latents of `data` (RFCM); saved with the model.
-
-        Args:
-            data: an `ImageData` of the model's shape, or anything else that `open_data` takes, which is then resized.
-                Labels of data that name no classes are the model's indices.
-            rank: k modes per class, fewer if no class has so many (n images have n - 1); the variation outside them
-                is kept as a variance per dimension.
-            max_per_class: use only the first images of every class, at most this many.
-            class_map: how the data's classes map to the model's, see `match_classes`.
-            seed: of the dequantisation noise.
-            count: a function of the number of encoded images, called after each batch.
-
-        All ranks call this together. Each encodes its share of the images, and all get the modes.
-
-        Raises:
-            DataError: a class of the model without at least two images, or images of another shape. ValueError: `rank`
-                or `max_per_class` below 1.
-        """
-        self.refuse_if_private("fit_modes")
-        if max_per_class is not None:
-            check_whole("max_per_class", max_per_class, 1)
-        check_whole("rank", rank, 1)
-        seed, images = check_whole("seed", seed, 0), images_for(self, data, class_map)
-        rows = images.rows_of_classes(max_per_class)
-        parts = self.modes.parts if self.adapted and self.modes else 1
-        latents = self.latents_of_classes(images, rows, seed, count)
-        statistics = class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
-        if self.adapted:  # the Gaussians come from images, too
-            found = self._fit_classes(statistics, rank)
-        else:
-            found = Classes(self.gaussians, fit_modes(statistics, rank), False, self.latent_classes.temperature)
-        self.latent_classes = found.to(self.device, self.dtype)
-        self.config = replace(self.config, **self._facts())
-        assert self.modes is not None
-        return self.modes
-
     def refuse_if_private(self, what: str) -> None:
         """ValueError: the model is private, and `what` would put facts of images into it that no promise covers."""
         if self.config.privacy is not None:
@@ -468,96 +518,6 @@ class GLEM(ConditionalFlow):
                 f"{what} would break the model's privacy, since it looks at images again: fit another model, whose "
                 "promise adds up with this one"
             )
-
-    @property
-    def adapted(self) -> bool:
-        """Whether the Gaussians were fitted to latents (`fit`, `adapt`), not trained with the flow."""
-        return isinstance(self.config.training.get("adapt"), dict)
-
-    def _fit_classes(self, statistics: ClassStatistics, rank: int) -> Classes:
-        # A flow leaves the dimensions of a class nearly independent. Pixels and latents of an autoencoder are not.
-        identity, images = self.config.flow["coupling"] == "identity", int(statistics.counts().sum())
-        eight = self.pixel_range.bits == 8
-        full = eight and identity and statistics.whole and images >= _IMAGES_PER_DIMENSION * self.dim
-        return fit_classes(statistics, rank, self.config.psi, full, 0.0 if eight else _LEAST_VARIANCE)
-
-    @torch.no_grad()
-    def adapt(
-        self,
-        data: LabelledImages,
-        *,
-        classes: Sequence[str] | None = None,
-        split: str = "train",
-        rank: int = 64,
-        parts: int = 1,
-        pooled: bool = False,
-        max_per_class: int | None = None,
-        seed: int = 0,
-        progress: bool = True,
-    ) -> GLEM:
-        """A new model with this codec and flow for other images and classes (`classes.fit`): no training.
-
-        One pass over `data` gives every class the mean of its latents, shrunk variances, and principal modes. A model
-        without a flow gets full covariances if there are at least eight images per dimension. The posterior's
-        temperature is fitted to latents that are left out. All ranks call this together.
-
-        Args:
-            data: see `fit_modes`.
-            classes: names in place of the data's. A pair (images, labels) has none: it gets the names given to `create`
-                if their number fits, or else "0", "1", ...
-            split: split to open, for data given by name.
-            rank, max_per_class, seed: see `fit_modes`.
-            parts: number of groups of similar latents per class, each with its modes; for classes with hundreds of
-                images or more.
-            pooled: make one class, "image", which varies as the images of a class do: for moves of images of any class.
-                With a thousand classes it takes a thousandth of the memory.
-            progress: show a bar on stderr.
-
-        Returns:
-            A new GLEM in eval mode. `config.training["adapted_from"]` names this model.
-
-        Raises:
-            DataError: images of another shape, a class without images, no class with two, latents off any scale.
-            TypeError, ValueError: arguments that make no sense.
-        """
-        seed, rank = check_whole("seed", seed, 0), check_whole("rank", rank, 1)
-        parts = check_whole("parts", parts, 1, MAX_PARTS)
-        # The variation of a class needs two images.
-        max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
-        images = as_image_data(data, self.image_shape, classes, self.pixel_range, split=split, progress=progress)
-        made_for = classes is None and isinstance(data, tuple) and not self.config.training
-        named = self if made_for and len(images.classes) == self.num_classes else images
-        rows = images.rows_of_classes(max_per_class)
-        if not self.codec.ready:
-            self = copy.deepcopy(self)
-            self.codec.fit(images.some(STANDARDISED_BY))
-        counts = [len(found) for found in rows]
-        with tqdm(total=sum(counts), unit="image", desc="fit", disable=not progress, dynamic_ncols=True) as bar:
-            latents = self.latents_of_classes(images, rows, seed, bar.update)
-            statistics = class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
-        if pooled:
-            statistics = statistics.as_one_class()
-        found = self._fit_classes(statistics, rank)
-        assert found.modes is not None
-        config = replace(
-            copy.deepcopy(self.config),
-            privacy=None,  # a private model's promise says nothing about these images
-            psi=found.gaussians.psi,
-            class_ids=[ONE_CLASS] if pooled else list(named.class_ids),
-            class_names=[ONE_CLASS] if pooled else list(named.classes),
-            training={
-                "data": images.name,
-                "images": sum(counts),
-                "images_per_class": [min(counts), max(counts)],
-                "adapt": dict(rank=found.modes.rank, parts=parts, max_per_class=max_per_class, seed=seed),
-                "adapted_from": dict(
-                    weights_sha256=weights_sha256(self), origin=self.origin, training=self.config.training
-                ),
-            },
-        )
-        adapted = GLEM(config, copy.deepcopy(self.flow), found, copy.deepcopy(self.codec))
-        adapted.config = replace(config, **adapted._facts())
-        return adapted.to(self.device).eval().requires_grad_(False)
 
     def checked_modes(self, modes: int | None) -> int:
         """How many modes to use: `modes` itself, or by default 64, or all if fewer are stored.

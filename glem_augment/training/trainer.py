@@ -361,8 +361,7 @@ class Trainer:
             calibrate(model, batches.data.subset(batches.split.val), self.shown)
         if config.modes_rank:
             data = batches.data.subset(batches.some_of_each_class(np.arange(len(batches.data)), model.dim))
-            with progress_bar("modes", len(data), "image", self.shown) as bar:
-                model.fit_modes(data, config.modes_rank, count=bar.update)
+            model.fit_modes(data, config.modes_rank, progress=self.shown)
         model = self.whole(model).eval().requires_grad_(False)
         if is_primary():
             model.save(self.out)

@@ -108,7 +108,7 @@ def test_a_config_file_and_flags_that_override_it(image_folder: Path, tmp_path: 
     assert used["flow_options"] == {"depth": [1, 1], "width": [8, 8]}
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "adapt"])  # another name of fit
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(command: str, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -286,7 +286,7 @@ def test_wrong_latents_labels_and_priors_are_refused() -> None:
         (ValueError, "rank must be at least 1, got 0", lambda: model.fit_modes((x, y), rank=0)),
         (DataError, "takes .1, 4, 4", lambda: model.fit_modes(ImageData.from_tensors(images(6, (1, 4, 8)), y, "abc"))),
         (DataError, r"1 of its 3 classes \(c\)", lambda: model.fit_modes((x, torch.arange(6) % 2))),
-        (ValueError, "must be at least 1", lambda: model.fit_modes((x, y), max_per_class=0)),
+        (ValueError, "max_per_class", lambda: model.fit_modes((x, y), max_per_class=1)),
     ):
         with pytest.raises(error, match=message):
             call()
