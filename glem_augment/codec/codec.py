@@ -26,8 +26,7 @@ class Codec(nn.Module):
 
     Attributes:
         levels: whether `encode` uses dequantisation noise, and likelihoods are bits/dim.
-        exact: whether `decode` undoes `encode`; `GLEM.fit` checks it. If not, a moved image is
-            x + decode(z') - decode(z).
+        exact: whether `decode` undoes `encode`; it is tried. If not, a moved image is x + decode(z') - decode(z).
         key, unit: the name of a likelihood in metrics, and its unit in words.
         most: images per pass, which bounds the memory of activations.
     """
@@ -64,18 +63,6 @@ class Codec(nn.Module):
     def target(self, x: Tensor) -> Tensor:
         """The floats that `decode(encode(x))` should give: x, unless the codec leaves out bits on purpose."""
         return self.pixel_range.to_floats(x, torch.float64)
-
-    @torch.no_grad()
-    def check_exact(self, x: Tensor) -> None:
-        """ValueError: `decode` does not give the images x [B, C, H, W] back, to half a step of 255."""
-        x = x.to(self._like.device)
-        low, high = self.pixel_range.limits
-        error = float((self.decode(self.encode(x)) - self.target(x)).abs().max()) * 255 / (high - low)
-        if not error < 0.5:
-            raise ValueError(
-                f"{type(self).__name__} says exact, but decode(encode(x)) is up to {error:.1f} of 255 steps away from "
-                "x: set exact = False"
-            )
 
     def logdet(self) -> Tensor | float:
         """log|det dh/dv| in nats, the same for all images; v are the values over which densities are stated."""

@@ -386,8 +386,7 @@ class GLEM(ConditionalFlow):
         base.to(device).eval()
         if not base.codec.ready:
             base.codec.fit(images.some(STANDARDISED_BY))
-        if base.codec.exact:
-            base.codec.check_exact(images.some(STANDARDISED_BY))
+            latent_shape(base.codec, shape)  # what it says of itself can be tried now
         counts, parts = np.bincount(images.targets, minlength=len(images.classes)), parts or 1
         statistics = base._statistics(images, rank, parts, max_per_class, seed, progress)
         if pooled:
