@@ -27,7 +27,7 @@ MEAN, STD = 0.5, 0.25  # by which `normalised` images are normalised
 def bundled_folders(root: Path, per_class: int = 100) -> Path:
     """The bundled Fashion-MNIST images (100 per class and split) as root/{train,val}/<class>/*.png."""
     for split, folder in (("train", "train"), ("test", "val")):
-        data = open_data(BUNDLED, split, progress=False)
+        data = open_data(BUNDLED, split)
         seen: dict[int, int] = {}
         for image, label in data:
             seen[label] = seen.get(label, 0) + 1

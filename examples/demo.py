@@ -116,7 +116,7 @@ def small_network(size: Size) -> str:
     for seed in range(size.seeds):
         rows = torch.cat([(y == k).nonzero()[:, 0][seed * FEW : (seed + 1) * FEW] for k in range(10)])
         few = x[rows], y[rows]
-        model = GLEM.fit(few, progress=False)
+        model = GLEM.fit(few)
         if seed == 0:
             aug = GLEMAugment(model, policy, p=1.0, seed=0)
             shown = {"real": few[0][::FEW]} | {f"moved {i}": aug(*few)[0][::FEW] for i in (1, 2, 3)}
@@ -152,9 +152,7 @@ def private_set(size: Size) -> str:
     """Samples of a private model, and networks that are trained on them or on the real images."""
     x, y = fashion("train", size.images)
     test, each = fashion("test", size.tested), len(y) // 10
-    model = GLEM.fit(
-        (x, y), "taef2", privacy=Privacy(size.epsilon, DELTA, images=len(y)), classes=CLASSES, progress=False
-    )
+    model = GLEM.fit((x, y), "taef2", privacy=Privacy(size.epsilon, DELTA, images=len(y)), classes=CLASSES)
     drawn = SyntheticDataset(model, per_class=each, seed=0)
     samples = drawn.images(range(len(drawn)))
     sets = {"private samples": (samples, torch.as_tensor(drawn.targets)), "real images": (x, y)}
@@ -190,7 +188,7 @@ shared = SyntheticDataset(model, per_class={each}, seed=0)""",
 
 def fashion(split: str, count: int, name: str = FASHION) -> tuple[Tensor, Tensor]:
     """The first images of each class, `count` in all: uint8 [N, C, H, W] in the order of the classes, and labels."""
-    data = open_data(name, split, progress=False)
+    data = open_data(name, split)
     x, y = data.tensor(), torch.as_tensor(data.targets)
     rows = torch.cat([(y == k).nonzero()[: count // 10, 0] for k in range(10)])
     return x[rows], y[rows]

@@ -140,9 +140,9 @@ def parted(images: Images, every: int) -> tuple[Images, Images]:
 
 def models_for(channels: int, autoencoder: str, flow: str | None) -> dict[str, Callable[[Images], GLEM]]:
     """For each kind of moves, a function that fits a model in one pass over images."""
-    found: dict[str, Callable[[Images], GLEM]] = {"pixels": partial(GLEM.fit, progress=False)}
+    found: dict[str, Callable[[Images], GLEM]] = {"pixels": partial(GLEM.fit)}
     if channels == 3 and autoencoder != "none":
-        found[autoencoder] = partial(GLEM.fit, autoencoder=autoencoder, progress=False)
+        found[autoencoder] = partial(GLEM.fit, autoencoder=autoencoder)
     if flow:
         model = GLEM.from_pretrained(flow)
 
@@ -150,7 +150,7 @@ def models_for(channels: int, autoencoder: str, flow: str | None) -> dict[str, C
             small = v2.functional.resize(images[0], list(model.image_shape[1:]), antialias=True)
             grey = channels == 3 and model.image_shape[0] == 1
             small = v2.functional.rgb_to_grayscale(small) if grey else small.expand(-1, model.image_shape[0], -1, -1)
-            return GLEM.fit((small, images[1]), flow=model, progress=False)
+            return GLEM.fit((small, images[1]), flow=model)
 
         found[flow] = fitted
     return found

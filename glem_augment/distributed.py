@@ -9,12 +9,13 @@ from __future__ import annotations
 import atexit
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from tqdm.auto import tqdm
 
 from glem_augment.errors import GLEMError
 
@@ -70,6 +71,18 @@ def share(total: int) -> Share:
     each, more = divmod(total, world_size())
     begin = rank() * each + min(rank(), more)
     return Share(begin, begin + each + (rank() < more), total)
+
+
+def progress_bar(
+    title: str, items: Iterable[Any] | None = None, total: int | None = None, unit: str = "image", begun: int = 0
+) -> tqdm:
+    """A bar over `items`, or one that is updated, for work of more than two seconds.
+
+    It is on rank 0's stderr, if that is a terminal, or in a notebook.
+    """
+    hidden = None if is_primary() else True  # None hides it where stderr is no terminal
+    looks: dict[str, Any] = {"delay": 2, "leave": False, "dynamic_ncols": True, "disable": hidden}
+    return tqdm(items, desc=title, total=total, unit=unit, initial=begun, **looks)
 
 
 # ---- all ranks together ----------------------------------------------------------------------------------------------

@@ -36,13 +36,13 @@ def _seeds() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def bundled_train() -> ImageData:
     """1000 real Fashion-MNIST training images, 1x28x28."""
-    return open_data("bundled:fashion-mnist", "train", progress=False)
+    return open_data("bundled:fashion-mnist", "train")
 
 
 @pytest.fixture(scope="session")
 def bundled_test() -> ImageData:
     """1000 real Fashion-MNIST test images, 1x28x28."""
-    return open_data("bundled:fashion-mnist", "test", progress=False)
+    return open_data("bundled:fashion-mnist", "test")
 
 
 @pytest.fixture

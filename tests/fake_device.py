@@ -181,7 +181,7 @@ def moves(host: GLEM, data: ImageData, device: torch.device, policies: list[dict
 def waits_once(host: GLEM, data: ImageData, device: torch.device) -> None:
     """An ordinary call waits for the device once, to have the labels on the CPU."""
     x, y = data.tensor()[:12].to(device), torch.from_numpy(data.targets[:12]).to(device)
-    parts = host.adapt(data, rank=4, parts=2, progress=False)
+    parts = host.adapt(data, rank=4, parts=2)
     moves(parts, data, device)
     soft = torch.nn.functional.one_hot(y, host.num_classes).float()
     for model, policy in product((host, parts), (Mixup(partner="any"), Mixup(labels="mix"), Noise(0.1))):
@@ -198,7 +198,7 @@ def waits_once(host: GLEM, data: ImageData, device: torch.device) -> None:
 def behind_an_autoencoder(_: GLEM, data: ImageData, device: torch.device) -> None:
     x = data.tensor().repeat(1, 3, 2, 2)
     host = GLEM.create("identity", (3, 16, 16), data.classes, autoencoder="taef2")
-    host = host.adapt((x, data.targets), classes=data.classes, rank=4, progress=False)
+    host = host.adapt((x, data.targets), classes=data.classes, rank=4)
     moves(host, ImageData.from_tensors(x, data.targets, data.classes), device, [{"policy": Adversarial()}])
 
 
@@ -231,7 +231,7 @@ def training(_: GLEM, data: ImageData, device: torch.device) -> None:
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as out:
             with patch("timm.utils.model_ema.torch", TorchWithoutGenerators()):
-                trainer = Trainer(data, config, out, device=where, progress=False)
+                trainer = Trainer(data, config, out, device=where)
             model = trainer.fit()
             assert model.device.type == torch.device(where).type
             losses.append([row["loss"] for row in trainer.log.rows if row["kind"] == "epoch"])

@@ -154,7 +154,7 @@ try:
 except SystemExit:
     pass
 assert "torch" not in sys.modules
-assert main("generate bundled:fashion-mnist --per-class Bag=1 --quiet --out".split() + [{str(tmp_path / "out")!r}]) == 0
+assert main("generate bundled:fashion-mnist --per-class Bag=1 --out".split() + [{str(tmp_path / "out")!r}]) == 0
 heavy = {{"timm", "torchmetrics", "matplotlib", "scipy", "glem_augment.evaluation", "glem_augment.training"}}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 """

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from glem_augment import distributed
 from glem_augment.augment.state import RandomState
 from glem_augment.checks import check_choice, check_number, check_whole
 from glem_augment.io import lock_folder
@@ -140,3 +141,12 @@ def test_checks_name_the_value_and_what_is_allowed() -> None:
             check_whole("rank", bad, 1)
         with pytest.raises(TypeError, match="p must"):
             check_number("p", bad, 0, 1)
+
+
+def test_bars_are_for_terminals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = distributed.tqdm
+    monkeypatch.setattr(distributed, "tqdm", lambda *args, **options: real(*args, **{**options, "delay": 0}))
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        assert list(distributed.progress_bar("work", range(3))) == [0, 1, 2]
+        assert ("work" in capsys.readouterr().err) == terminal

@@ -199,9 +199,9 @@ def _data_sets(model: GLEM, images: Path, out: Path) -> None:
 
 def _exports(model: GLEM, images: Path, out: Path) -> None:
     for _ in range(2):  # written, then found to be there
-        SyntheticDataset(model, per_class=4).export(out / "export", progress=False)
+        SyntheticDataset(model, per_class=4).export(out / "export")
     with pytest.raises(FileExistsError):
-        SyntheticDataset(model, per_class=3).export(out / "export", progress=False)
+        SyntheticDataset(model, per_class=3).export(out / "export")
 
 
 def _opened(model: GLEM, images: Path, out: Path) -> None:

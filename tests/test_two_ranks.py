@@ -55,7 +55,7 @@ def test_random_ranks_are_killed(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.frombytes("L", (8, 8), chance.randbytes(64)).save(path)
     small = "--preset glow_tiny --flow depth=[1,1] --flow width=[8,8] --modes-rank 4 --sample-every 0 --device cpu"
-    run = f"-m glem_augment train {tmp_path / 'data'} {small} --batch-size 15 --epochs 20 --augment crop --quiet --out"
+    run = f"-m glem_augment train {tmp_path / 'data'} {small} --batch-size 15 --epochs 20 --augment crop --out"
     wanted = []
     for ranks in (2, 3):
         assert torchrun(ranks, *run.split(), tmp_path / str(ranks)).wait(200) == 0

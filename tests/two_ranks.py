@@ -88,7 +88,7 @@ def classify(data: TensorDataset, flow: GLEM, epochs: range, file: Path) -> list
 def augment() -> None:
     """A resumed run goes on as the whole one, on each rank; ranks draw differently and have the same weights."""
     flow = GLEM.from_pretrained("bundled:fashion-mnist")
-    images = open_data("bundled:fashion-mnist", "train", progress=False).subset(range(7))  # which two does not divide
+    images = open_data("bundled:fashion-mnist", "train").subset(range(7))  # which two does not divide
     data = TensorDataset(images.tensor() / 255, torch.arange(7) % 4)
     whole = classify(data, flow, range(2), OUT / "a.pt")
     parts = [*classify(data, flow, range(1), OUT / "b.pt")[:-1], *classify(data, flow, range(1, 2), OUT / "b.pt")]

@@ -135,7 +135,6 @@ def train_classifier(
     num_classes: int,
     recipe: Recipe,
     device: str | torch.device = "cpu",
-    progress: bool = True,
 ) -> Classifier:
     """Train a classifier from scratch.
 
@@ -158,7 +157,7 @@ def train_classifier(
     batch = min(recipe.batch_size, len(x))
     steps = len(x) // batch
     optimizer, schedule = _optimizer(model, recipe, steps * recipe.epochs)
-    for epoch in tqdm(range(recipe.epochs), desc=recipe.arch, unit="epoch", disable=not progress, dynamic_ncols=True):
+    for epoch in tqdm(range(recipe.epochs), desc=recipe.arch, unit="epoch", disable=None, dynamic_ncols=True):
         if epoch:
             x, y = epoch_data(epoch)
         g = torch.Generator().manual_seed(int(np.random.SeedSequence([recipe.seed, epoch]).generate_state(1)[0]))

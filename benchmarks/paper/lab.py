@@ -232,7 +232,7 @@ class Lab:
         def fit(found: LatentStatistics, floor: float) -> float:
             gaussians.lowest_variance = floor
             most_likely(found, gaussians)
-            return evaluate(model, held_out, round_trip=0, progress=False)["bits_per_dim"]
+            return evaluate(model, held_out, round_trip=0)["bits_per_dim"]
 
         most = statistics(np.concatenate([split.nf, split.g]))
         floor = min(FLOORS, key=lambda value: fit(most, value))
@@ -399,7 +399,7 @@ class Lab:
             coded = fitted.codes.append_random(test.tensor(), torch.Generator().manual_seed(0))
             test = ImageData.from_tensors(coded, test.targets, test.classes, test.class_ids, test.name)
         fitted.model.latent_classes.temperature = 1.0  # methods are compared by the posteriors that they give
-        found = evaluate(fitted.model, test, round_trip=0, progress=False)
+        found = evaluate(fitted.model, test, round_trip=0)
         accuracy = found["accuracy"]
         if cell.source == "rfcm":
             rfcm = self._rfcm(fitted, cell)

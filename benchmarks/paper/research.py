@@ -324,11 +324,11 @@ class ResearchTrainer(Trainer):
 
 
 def method_trainer(
-    name: str, data: ImageData, out: str | Path, device: str | None = None, progress: bool = True, **settings: Any
+    name: str, data: ImageData, out: str | Path, device: str | None = None, **settings: Any
 ) -> ResearchTrainer:
     """A trainer of the method `name`, with `settings` of `TrainConfig` and `Research` winning over it."""
     own, research = split_settings({**METHODS[name], **settings})
-    return ResearchTrainer(data, TrainConfig(**own), out, device=device, progress=progress, research=research)
+    return ResearchTrainer(data, TrainConfig(**own), out, device=device, research=research)
 
 
 def main() -> int:

@@ -58,7 +58,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows = []
     for folder, (held, per_dimension) in DATA.items():
-        data = open_data(find_images(NAME, folder, folder), "train", image_size=32, channels=3, progress=False)
+        data = open_data(find_images(NAME, folder, folder), "train", image_size=32, channels=3)
         order = np.random.default_rng(0).permutation(len(data))
         model = GLEM.create("identity", data.image_shape, data.classes, autoencoder="taef2")
         model.codec.fit(data.some(2048))

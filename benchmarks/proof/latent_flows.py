@@ -64,7 +64,7 @@ PIXELS: dict[str, tuple[str, dict[str, Any], int | None]] = {
 def numbers(kind: str) -> tuple[Tensor, Tensor]:
     """Standardised latents, or pixels in [0, 1], and labels of the training images and 2 x `HELD` held-out images."""
     folder, side, count, channels, _ = KINDS[kind]
-    data = open_data(find_images(NAME, folder, folder), "train", channels=3, image_size=side, progress=False)
+    data = open_data(find_images(NAME, folder, folder), "train", channels=3, image_size=side)
     rows = np.random.default_rng(0).permutation(len(data))[: count + 2 * HELD]
     x, y = data.tensor()[rows], torch.from_numpy(data.targets[rows])
     if channels == 0:

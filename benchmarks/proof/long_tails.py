@@ -76,14 +76,14 @@ class LongTail:
         """The pixels or a flow, with the RFCM of the task's training images."""
         images = ImageData.from_tensors(*task.train, task.classes, name=self.setting.name)
         if source == "identity":
-            return GLEM.create("identity", images.image_shape, task.classes).adapt(images, progress=False)
+            return GLEM.create("identity", images.image_shape, task.classes).adapt(images)
         place = self.work / f"{self.setting.name}-{seed}"
         if not (place / "model.safetensors").is_file():
             config = TrainConfig(
                 preset="glow_fast", epochs=FLOW_IMAGES // len(images), batch_size=32, lr=0.005,
                 schedule="cosine", augment=("flip", "crop"), val_fraction=0.0, sample_every=0, threads=1, seed=seed,
             )  # fmt: skip
-            Trainer(images, config, place, resume=place.is_dir(), device="cpu", progress=False).fit()
+            Trainer(images, config, place, resume=place.is_dir(), device="cpu").fit()
         return GLEM.from_pretrained(place)
 
     def measure(self, source: str, fill: str, stack: str, seed: int) -> float:

@@ -144,7 +144,7 @@ def fit(data: ImageData, rank: int, pooled: bool = False) -> GLEM:
     """A model of the pixels, of images of `SIZE` pixels."""
     x = resize(data.tensor(), [SIZE, SIZE], antialias=True) if data.image_shape[1] > SIZE else data.tensor()
     classes = None if pooled else data.classes
-    return GLEM.fit((x, torch.from_numpy(data.targets)), rank=rank, pooled=pooled, classes=classes, progress=False)
+    return GLEM.fit((x, torch.from_numpy(data.targets)), rank=rank, pooled=pooled, classes=classes)
 
 
 def fit_pooled(data: ImageData, rank: int) -> GLEM:
@@ -172,9 +172,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     name, setting = args.setting, SETTINGS[args.setting]
     folder = find_images(name, "imagenette128", "imagenette128")
-    train, test = (
-        open_data(folder, split, image_size=setting.size, channels=3, progress=False) for split in ("train", "val")
-    )
+    train, test = (open_data(folder, split, image_size=setting.size, channels=3) for split in ("train", "val"))
     held, pool = few(train, HELD, TUNING)
     most = setting.per_class - 1  # all modes that there are
     models = {"pixels": partial(fit, rank=most), "pooled": partial(fit_pooled, rank=most)}

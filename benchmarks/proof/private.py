@@ -66,7 +66,7 @@ class Images:
         self.name, self.method = data, method
         self.per_class, self.epochs = (LONG_PER_CLASS, LONG_EPOCHS) if method == "long" else (PER_CLASS, EPOCHS)
         folder = find_images(NAME, data, data, FOLDERS.get(data))
-        train, test = (open_data(folder, split, progress=False) for split in ("train", "test"))
+        train, test = (open_data(folder, split) for split in ("train", "test"))
         held = np.arange(len(train)) % 10 == 9
         self.train = train.subset(np.flatnonzero(~held)) if validation else train
         self.judged = train.subset(np.flatnonzero(held)) if validation else test
@@ -77,7 +77,7 @@ class Images:
         self.unprotected: dict[int | None, GLEM] = {}  # by cells
         public = None
         if method == "pixels":
-            whole = open_data("bundled:photographs", channels=train.image_shape[0], progress=False).tensor()
+            whole = open_data("bundled:photographs", channels=train.image_shape[0]).tensor()
             tiles = whole.unfold(2, 64, 64).unfold(3, 64, 64).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
             x = F.interpolate(tiles.float(), train.image_shape[1:], mode="bilinear", antialias=True)
             public = ImageData.from_tensors(x.round().to(torch.uint8), torch.zeros(len(x)).long(), ["image"])
@@ -89,7 +89,7 @@ class Images:
         """Latents [N, d] and labels [N] of the private images, in public coordinates."""
         path = self.work / "latents.npz"
         if not path.is_file():
-            z, y = latents_alone(self.base, self.train, progress=True)
+            z, y = latents_alone(self.base, self.train)
             with path.open("wb") as file:
                 np.savez(file, z=z.numpy(), y=y.numpy())
         with np.load(path) as file:
@@ -101,7 +101,7 @@ class Images:
             return self.base, {}
         if not epsilon:
             if cells not in self.unprotected:
-                found = GLEM.fit(self.train, self.autoencoder, rank=10**4, parts=cells, progress=False)
+                found = GLEM.fit(self.train, self.autoencoder, rank=10**4, parts=cells)
                 self.unprotected[cells] = found
             return self.unprotected[cells], {}
         z, y = self.latents()
@@ -144,7 +144,7 @@ class Images:
         """The small ResNet, trained on images x uint8 with labels y."""
         augment = AUGMENT.get(self.name, ("flip", "crop"))
         recipe = Recipe(arch="resnet18_quarter_half", epochs=self.epochs, augment=augment, seed=seed)
-        return train_classifier(lambda epoch: (x, y), 10, recipe, progress=False)
+        return train_classifier(lambda epoch: (x, y), 10, recipe)
 
 
 def draw(images: Images, epsilons: list[float], delta: float, path: Path) -> None:

@@ -58,8 +58,7 @@ EPSILONS, SIZES = (0.2, 1.0, 3.0, 10.0), (20, 50, 100, 200, 500)
 def latents() -> tuple[Tensor, Tensor]:
     """Public and private numbers [n, DIM] float64: components of the public images with variance 1."""
     public, private = (
-        open_data("bundled:fashion-mnist", split, progress=False).tensor().flatten(1).double() / 255
-        for split in ("train", "test")
+        open_data("bundled:fashion-mnist", split).tensor().flatten(1).double() / 255 for split in ("train", "test")
     )
     mean = public.mean(0)
     _, values, directions = torch.linalg.svd(public - mean, full_matrices=False)

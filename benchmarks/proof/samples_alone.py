@@ -73,9 +73,7 @@ class Images:
         self.folder = find_images(NAME, data, data, FOLDERS.get(data))
         self.work.mkdir(parents=True, exist_ok=True)
         model = self.flow(FLOW)
-        self.train, self.test = (
-            images_for(model, open_data(self.folder, split, progress=False)) for split in ("train", "test")
-        )
+        self.train, self.test = (images_for(model, open_data(self.folder, split)) for split in ("train", "test"))
         val = np.arange(len(self.train)) % 10 == 9
         self.fit, self.val = (self.train.subset(np.flatnonzero(rows)) for rows in (~val, val))
 
@@ -100,7 +98,7 @@ class Images:
             if method not in (FLOW, "identity"):  # mirror images are images of the class too, as in the bundled model
                 x, y = labelled(train)
                 train = ImageData.from_tensors(torch.cat([x, x.flip(3)]), torch.cat([y, y]), train.classes)
-            model.adapt(train, rank=modes, parts=parts, progress=False).save(place)
+            model.adapt(train, rank=modes, parts=parts).save(place)
         return GLEM.from_pretrained(place)
 
     def oracle(self) -> Classifier:
@@ -117,7 +115,7 @@ class Images:
         order = torch.cat([torch.randperm(len(x), generator=g) for _ in range(-(-epochs * size // len(x)))])
         parts = order.split(size)
         recipe = Recipe(arch=arch, epochs=epochs, augment=AUGMENT.get(self.name, ("flip", "crop")), seed=seed)
-        return train_classifier(lambda epoch: (x[parts[epoch]], y[parts[epoch]]), 10, recipe, progress=False)
+        return train_classifier(lambda epoch: (x[parts[epoch]], y[parts[epoch]]), 10, recipe)
 
     def samples(self, method: str, setting: str, seed: int) -> tuple[Tensor, Tensor]:
         """Images uint8 [N, C, H, W], and labels int64 [N] or float32 [N, 10], as in the setting."""

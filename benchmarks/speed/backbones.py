@@ -66,7 +66,7 @@ def make_trainer(variant: str, data: ImageData, folder: str, seed: int, warmup: 
     flow = {**BASE, **VARIANTS[variant]}
     settings = {**RECIPE, "seed": seed, "warmup_steps": warmup, "epochs": 1, "flow_options": flow}
     own, research = split_settings(settings)
-    return ResearchTrainer(data, TrainConfig(**own), folder, device="cpu", progress=False, research=research)
+    return ResearchTrainer(data, TrainConfig(**own), folder, device="cpu", research=research)
 
 
 def step_seconds(variant: str, pool: ImageData) -> float:
@@ -93,7 +93,7 @@ def run_cell(variant: str, pool: ImageData, held_out: ImageData, seed: int, seco
         trainer = make_trainer(variant, data, folder, seed, min(WARMUP, steps // 10))
         began = time.process_time()
         try:
-            found = evaluate(trainer.fit(), held_out, round_trip=0, progress=False)
+            found = evaluate(trainer.fit(), held_out, round_trip=0)
         except TrainingError:
             found = {"bits_per_dim": None, "accuracy": None}
         spent = time.process_time() - began

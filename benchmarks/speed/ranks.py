@@ -48,7 +48,7 @@ def count_communication(name: str) -> None:
 
 def train(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
     """Images per second, and the share of communication, between the first and the last row of steps in the log."""
-    data = open_data("bundled:fashion-mnist", progress=False)
+    data = open_data("bundled:fashion-mnist")
     data = data.subset(np.tile(np.arange(len(data)), 8))  # so that the time between epochs weighs little
     marks: list[tuple[int, float, float]] = []
 
@@ -58,7 +58,7 @@ def train(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
             trainer.stop_requested = len(marks) > 1 and marks[-1][1] - marks[0][1] > args.seconds
 
     config = TrainConfig(preset=args.preset, batch_size=args.batch_size, epochs=1000, modes_rank=0, sample_every=0)
-    trainer = Trainer(data, config, folder, device="cpu", progress=False, callbacks=[mark])
+    trainer = Trainer(data, config, folder, device="cpu", callbacks=[mark])
     try:
         trainer.fit()
     except KeyboardInterrupt:
@@ -72,13 +72,13 @@ def train(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
 def generate(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
     """Images per second, and the share of communication, of an export to an ImageFolder."""
     model = GLEM.create(args.preset, (1, 28, 28), [str(i) for i in range(10)])
-    model.initialise(next(iter(open_data("bundled:fashion-mnist", progress=False).batches(range(256), 256)))[0])
+    model.initialise(next(iter(open_data("bundled:fashion-mnist").batches(range(256), 256)))[0])
     count = args.generate // 10
     SyntheticDataset(model, per_class=1).images(range(10))  # warms up
     data = SyntheticDataset(model, per_class=count)
     distributed.wait()
     began, before = time.perf_counter(), SPENT[0]
-    data.export(folder, progress=False, distributed=True)
+    data.export(folder, distributed=True)
     distributed.wait()
     seconds = time.perf_counter() - began
     return 10 * count / seconds, (SPENT[0] - before) / seconds

@@ -51,12 +51,11 @@ class Explorer:
         model: with modes, if images will be moved.
         sets: images of the model's shape, labelled by its class indices, and optionally training images. Pictures show
             the first set at full size.
-        progress: show a bar on stderr while images are measured.
     """
 
-    def __init__(self, model: GLEM, sets: Sequence[ImageData], progress: bool = True) -> None:
+    def __init__(self, model: GLEM, sets: Sequence[ImageData]) -> None:
         model.pixel_range.need_8_bits("the page")
-        self.model, self.sets, self.data, self.progress = model, sets, sets[0], progress
+        self.model, self.sets, self.data = model, sets, sets[0]
         self.shown, self.pixels = sets[0].at_own_size(), PixelAdapter(model.image_shape)
 
     def samples(self, cls: int, temperature: float, source: Any, seed: int, count: int = 32) -> Tensor:
@@ -159,7 +158,7 @@ class Explorer:
     def measured(self) -> tuple[Tensor, ...]:
         """Posteriors [N, K], likelihoods [N] and classes [N] of the data's images."""
         parts = []
-        with tqdm(total=len(self.data), unit="image", desc="measuring", disable=not self.progress) as bar:
+        with tqdm(total=len(self.data), unit="image", desc="measuring", disable=None) as bar:
             for x, y in self.data.batches(np.arange(len(self.data)), 64):
                 parts.append((self.model.posterior(x).cpu(), self._likelihood(x, y), y))
                 bar.update(len(y))

@@ -89,10 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser(argv).parse_args(argv)
         args.argv = argv
-        if args.quiet:
-            from huggingface_hub.utils import disable_progress_bars
-
-            disable_progress_bars()
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             code = args.run(args)

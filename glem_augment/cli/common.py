@@ -60,9 +60,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def describe(parser: argparse.ArgumentParser, description: str, examples: str, exit_codes: str = EXIT_CODES) -> None:
-    """Give the parser of a command its texts, and the option that all commands have."""
+    """Give the parser of a command its texts."""
     parser.description, parser.epilog = description, f"examples:\n{examples}\n{exit_codes}"
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 # ---- arguments that commands share -----------------------------------------------------------------------------------
@@ -221,7 +220,6 @@ def pick_device(args: argparse.Namespace) -> torch.device:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"device {name!r} can't be used here: {reason}") from None
     if not distributed.is_primary():
-        args.quiet = True
         warnings.simplefilter("ignore")
     return device
 
@@ -293,14 +291,14 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def moves(model: GLEM, data: ImageData, progress: bool = True) -> dict[str, Any] | None:
+def moves(model: GLEM, data: ImageData) -> dict[str, Any] | None:
     """The result of `rejected_moves`, None without modes. A note on stderr reports many rejected moves."""
     from glem_augment.augment.state import MOST_REJECTED
     from glem_augment.evaluation import rejected_moves
 
     if model.modes is None:
         return None
-    found = rejected_moves(model, data, progress)
+    found = rejected_moves(model, data)
     mixup, noise = found["mixup"], found["noise"]
     if max(mixup, *noise.values()) > MOST_REJECTED:
         parts = ", ".join(f"{100 * part:.0f} % at strength {strength:g}" for strength, part in noise.items())

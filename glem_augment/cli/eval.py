@@ -49,14 +49,14 @@ def run(args: argparse.Namespace) -> None:
     whole_folder = without_splits(args.data)
     if whole_folder and args.split is not None:
         raise ValueError(f"{args.data} has no splits, such as train/ and test/ folders: leave --split out")
-    data = common.open_for(model, args.data, args.split or "test", args.class_map, progress=not args.quiet)
+    data = common.open_for(model, args.data, args.split or "test", args.class_map)
     if whole_folder and data.name == model.config.training.get("data"):
         common.note(f"the model may have been trained on these images ({data.name}): measure it on other images")
     if args.limit is not None and args.limit < len(data):
         data = data.subset(metrics.spread(len(data), args.limit))
     split = None if whole_folder else args.split or "test"
     result = {"model": args.model, "data": args.data, "split": split}
-    result |= metrics.evaluate(model, data, args.batch_size, args.round_trip, progress=not args.quiet)
+    result |= metrics.evaluate(model, data, args.batch_size, args.round_trip)
     if result.get("bits_per_dim", 0) > model.bits:
         common.note(
             f"glem: {result['bits_per_dim']:.2f} bits/dim is more than {model.bits}, the bits of a pixel as it is: "
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         )
     if model.num_classes == 1:
         common.note("glem: the model has one class, so accuracy, top5 and ece say nothing")
-    result["rejected_moves"] = common.moves(model, data, progress=not args.quiet)
+    result["rejected_moves"] = common.moves(model, data)
     if args.out is not None:  # first, since printing to a closed pipe ends the command
         write_json(args.out, finite(result))
     common.print_json(result)

@@ -43,6 +43,6 @@ def run(args: argparse.Namespace) -> None:
         sets = [] if real else [drawn(model, args.limit)]
         splits = [split] if split == "train" or without_splits(name) else [split, "train"]
         for each in splits if real else []:
-            data = common.open_for(model, name, each, args.class_map, progress=not args.quiet)
+            data = common.open_for(model, name, each, args.class_map)
             sets.append(data.subset(spread(len(data), min(args.limit, len(data)))))
-        serve(gr, Explorer(model, sets, progress=not args.quiet), real, common.note)
+        serve(gr, Explorer(model, sets), real, common.note)

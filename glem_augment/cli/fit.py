@@ -109,7 +109,6 @@ def run(args: argparse.Namespace) -> None:
         channels=args.channels,
         value_range=args.value_range,
         device=device,
-        progress=not args.quiet,
         **given,
     )
     model.save(folder)

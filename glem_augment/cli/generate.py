@@ -93,16 +93,16 @@ def run(args: argparse.Namespace) -> None:
     model = common.load_model(args)
     if args.per_class == "balance" or args.source == "mixup":
         model.refuse_if_private("real=")  # before images are read
-    progress, real = not args.quiet, None
+    real = None
     if args.real is not None:
-        real = common.open_resized(model, args.real, args.split or "train", progress=progress)
+        real = common.open_resized(model, args.real, args.split or "train")
     given = ("temperature", "modes", "alpha")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     options |= {} if real is None else {"real": real, "class_map": args.class_map}
     dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, **options)
     began = time.monotonic()
     command = shlex.join(["glem", *args.argv])
-    writing: dict[str, Any] = {"progress": progress, "distributed": True, "command": f"run: {command}"}
+    writing: dict[str, Any] = {"distributed": True, "command": f"run: {command}"}
     try:
         out_of_range = export_set(dataset.plan, dataset.draw, args.out, args.format, args.license, **writing)
     except KeyboardInterrupt:

@@ -43,11 +43,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--out must name a .png file, got {args.out}")
     model = common.load_model(args)
     common.uncovered(args, model, args.out)
-    progress = not args.quiet
-    reading = {"progress": progress, "cache_bytes": 0}  # it shows few of the images
+    reading = {"cache_bytes": 0}  # it shows few of the images
     data = common.open_for(model, args.data, args.split, args.class_map, **reading).at_own_size()
     policies = POLICIES if args.policy == "all" else (args.policy,)
-    shown = [model, data, args.rows, policies, args.modes, args.seed, progress, args.model, args.channels]
+    shown = [model, data, args.rows, policies, args.modes, args.seed, args.model, args.channels]
     picture = preview(*shown)
     save_png(picture, args.out)
     common.note(f"wrote {args.out} ({picture.width}x{picture.height})")

@@ -162,9 +162,8 @@ def run(args: argparse.Namespace) -> None:
     config = TrainConfig(**settings)  # checked before the data is opened
     # The folder is locked before the images are decoded, which may take minutes. The first rank locks it for all ranks.
     with lock_folder(out) if is_primary() else nullcontext():
-        progress = not args.quiet
-        data = open_data(args.data, args.split, size, args.channels, progress=progress, unlabelled=args.unlabelled)
-        trainer = Trainer(data, config, out, args.resume, init_model, device, progress, ready=_header)
+        data = open_data(args.data, args.split, size, args.channels, unlabelled=args.unlabelled)
+        trainer = Trainer(data, config, out, args.resume, init_model, device, ready=_header)
         if args.resume:
             common.say(summary(trainer))
         model = trainer.fit()

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from glem_augment.codec.published import open_autoencoder
 from glem_augment.codec.resize import resized
+from glem_augment.distributed import progress_bar
 from glem_augment.tensors import evaluating
 
 __all__ = ["AUTOENCODER", "COMPONENTS", "features_and_logits", "latent_features"]
@@ -45,7 +45,7 @@ def features_and_logits(
 
 
 @torch.no_grad()
-def latent_features(real: Tensor, *sets: Tensor, progress: bool = False) -> list[Tensor]:
+def latent_features(real: Tensor, *sets: Tensor) -> list[Tensor]:
     """Features of colour images from the latents of TAEF2, an autoencoder of photographs that ships with the package.
 
     Latents have mean 0 and variance 1 per channel over the real images. Features are a latent's means over positions
@@ -63,7 +63,7 @@ def latent_features(real: Tensor, *sets: Tensor, progress: bool = False) -> list
     size = [8 * max(1, round(side * shrink / 8)) for side in real.shape[2:]]
 
     def encoded(images: Tensor) -> Tensor:
-        bar = tqdm(images.split(32), desc="features", delay=2, disable=not progress)
+        bar = progress_bar("features", images.split(32), unit="batch")
         return torch.cat([module.encode(resized(part.float() / 255, size)) for part in bar])
 
     def features(h: Tensor) -> Tensor:

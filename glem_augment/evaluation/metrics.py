@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from glem_augment.augment.policies import Mixup, Noise, Policy
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.classes.fit import fit_temperature
-from glem_augment.distributed import Share, add_up
+from glem_augment.distributed import Share, add_up, progress_bar
 from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData, LabelledImages, images_for
 from glem_augment.model.conditional_flow import psnr, summarise_errors
@@ -48,7 +47,7 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
 
 
 @torch.no_grad()
-def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float:
+def calibrate(model: GLEM, data: LabelledImages) -> float:
     """Fit the temperature of the model's posterior to images that it was not trained on, see `fit_temperature`.
 
     The trainer calls this. Accuracy and densities stay as they are; `model.save` keeps the result.
@@ -62,7 +61,7 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
     model.refuse_if_private("calibrate")
     images = images_for(model, data)
     scores, labels = [], []
-    with tqdm(total=len(images), unit="image", desc="calibrate", disable=not progress, dynamic_ncols=True) as bar:
+    with progress_bar("calibrate", total=len(images)) as bar:
         for x, y in images.batches(np.arange(len(images)), 256):
             scores.append(model.latent_classes.log_prob(model.encode(x)[0]).cpu())
             labels.append(y)
@@ -72,7 +71,7 @@ def calibrate(model: GLEM, data: LabelledImages, progress: bool = True) -> float
 
 
 @torch.no_grad()
-def rejected_moves(model: GLEM, data: ImageData, progress: bool = False) -> dict[str, Any]:
+def rejected_moves(model: GLEM, data: ImageData) -> dict[str, Any]:
     """How many of the moves of `GLEMAugment` are rejected, from 0 to 1.
 
     A move is rejected if its result is not finite or leaves [0, 1] by more than 1, or if the model does not give the
@@ -81,7 +80,6 @@ def rejected_moves(model: GLEM, data: ImageData, progress: bool = False) -> dict
     Args:
         data: images of the model's shape, labelled by its class indices. 128 evenly spread images are moved; 8 with an
             autoencoder, which is slow for large images.
-        progress: show a bar on stderr when it takes longer than two seconds.
 
     Returns:
         `mixup`: by Mixup(); `noise`: by Noise at each of four strengths; `images`: the number of moved images.
@@ -100,18 +98,14 @@ def rejected_moves(model: GLEM, data: ImageData, progress: bool = False) -> dict
         bar.update()
         return aug.stats["rejected"] / count
 
-    with tqdm(
-        total=len(STRENGTHS) + 1, desc="rejected moves", delay=2, disable=not progress, dynamic_ncols=True
-    ) as bar:
+    with progress_bar("rejected moves", total=len(STRENGTHS) + 1, unit="policy") as bar:
         noise = {strength: rejected(Noise(strength)) for strength in STRENGTHS}
         mixup = rejected(Mixup())
     return {"images": count, "mixup": mixup, "noise": noise}
 
 
 @torch.no_grad()
-def evaluate(
-    model: GLEM, data: ImageData, batch_size: int = 256, round_trip: int = 1000, progress: bool = True
-) -> dict[str, Any]:
+def evaluate(model: GLEM, data: ImageData, batch_size: int = 256, round_trip: int = 1000) -> dict[str, Any]:
     """Measure `model` as a classifier and as a density on `data`, whose targets are the model's class indices.
 
     Predictions use the middle of the bin. The dequantisation noise of likelihoods depends on each image alone.
@@ -129,7 +123,7 @@ def evaluate(
         raise DataError(f"{data.name} holds no images")
 
     found = []
-    with tqdm(total=len(data), unit="image", desc="eval", disable=not progress, dynamic_ncols=True) as bar:
+    with progress_bar("eval", total=len(data)) as bar:
         for x, y in data.batches(np.arange(len(data)), batch_size):
             x, y = x.to(model.device), y.to(model.device)
             z, logdet = model.encode(x)

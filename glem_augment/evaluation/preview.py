@@ -15,6 +15,7 @@ from glem_augment.augment.policies import AugmentParams, Mixup, Noise, Policy
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import POLICIES, PolicyName
 from glem_augment.codec.resize import PixelAdapter
+from glem_augment.distributed import progress_bar
 from glem_augment.errors import DataError
 from glem_augment.evaluation.pictures import Section, compose, short, unit
 from glem_augment.images.dataset import ImageData
@@ -53,7 +54,6 @@ def preview(
     policies: Sequence[PolicyName] = POLICIES,
     modes: int | None = None,
     seed: int = 0,
-    progress: bool = False,
     name: str = "",
     channels: Sequence[int] | None = None,
 ) -> Image.Image:
@@ -65,7 +65,6 @@ def preview(
         rows: real images to augment, of as many classes as possible.
         modes: principal modes to move along, by default all stored modes.
         seed: the same call gives the same picture.
-        progress: show a bar on stderr when it takes longer than two seconds.
         name: of the model, for the title.
         channels: three channels to show as red, green and blue, or one. None: the first three, or the first of two.
 
@@ -81,7 +80,7 @@ def preview(
     sections = []
     if model.modes is not None:
         used = model.modes.rank if modes is None else modes
-        sections += [_augmentations(model, data, rows, policy, used, seed, progress) for policy in policies]
+        sections += [_augmentations(model, data, rows, policy, used, seed) for policy in policies]
     sections += [class_samples(model, seed), *_interpolations(model, data, seed)]
     for section in sections:
         section.cells = section.cells[:, :, shown]
@@ -94,9 +93,7 @@ def preview(
 # ---- the sections ------------------------------------------------------------------------------------------------
 
 
-def _augmentations(
-    model: GLEM, data: ImageData, rows: int, policy: PolicyName, modes: int, seed: int, progress: bool = False
-) -> Section:
+def _augmentations(model: GLEM, data: ImageData, rows: int, policy: PolicyName, modes: int, seed: int) -> Section:
     """Real images and their moves by GLEMAugment at rising strength, with one draw per row.
 
     Adversarial moves attack the model's posterior. Images are floats, so that only an image whose move was rejected
@@ -114,7 +111,7 @@ def _augmentations(
     pairs = np.stack(_pairs(data, rows, seed), 1)
     found: list[tuple[Tensor, Tensor]] = []
     names: list[str] = []
-    with tqdm(unit="image", desc=policy, delay=2, disable=not progress) as bar:
+    with progress_bar(policy) as bar:
         for part in np.array_split(pairs, -(-rows // _ROWS)):
             columns, cells, marked = _moved(aug, data, part[:, 0], part[:, 1], bar)
             found.append((cells, marked))

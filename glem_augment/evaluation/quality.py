@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from glem_augment.distributed import progress_bar
 from glem_augment.errors import DataError
 
 __all__ = ["coverage", "feature_fid", "label_reliability", "memorisation_ratio", "nearest"]
@@ -69,7 +69,7 @@ def coverage(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
     return {"coverage": covered / len(real), "density": inside / (k * len(generated))}
 
 
-def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor, progress: bool = False) -> dict[str, float]:
+def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str, float]:
     """How much nearer samples lie to training images than to held-out images.
 
     The larger real set is thinned to the size of the smaller set: the nearest of more images is nearer. Without
@@ -84,8 +84,8 @@ def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor, progres
     """
     count = min(len(train), len(held_out))
     g = torch.Generator().manual_seed(0)
-    to_train = nearest(samples, train[torch.randperm(len(train), generator=g)[:count]], progress)[0]
-    to_held_out = nearest(samples, held_out[torch.randperm(len(held_out), generator=g)[:count]], progress)[0]
+    to_train = nearest(samples, train[torch.randperm(len(train), generator=g)[:count]])[0]
+    to_held_out = nearest(samples, held_out[torch.randperm(len(held_out), generator=g)[:count]])[0]
     tiny = torch.finfo(torch.float64).tiny
     tie = torch.isclose(to_train, to_held_out, rtol=1e-9, atol=0)
     nearer = torch.where(tie, 0.5, (to_train < to_held_out).double())
@@ -95,10 +95,10 @@ def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor, progres
     }
 
 
-def nearest(x: Tensor, others: Tensor, progress: bool = False) -> tuple[Tensor, Tensor]:
+def nearest(x: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Distance of every row of `x` [N, m] to the nearest row of `others` [M, m], float64 [N], and its index [N]."""
     x, others = _check_features(x, others)
-    bar = tqdm(x.split(_CHUNK), desc="nearest images", delay=2, disable=not progress)
+    bar = progress_bar("nearest images", x.split(_CHUNK), unit="chunk")
     found = [_squared_distances(part, others).min(1) for part in bar]
     return torch.cat([part.values for part in found]).sqrt(), torch.cat([part.indices for part in found])
 

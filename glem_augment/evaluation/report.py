@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
-from tqdm import tqdm
 
+from glem_augment.distributed import progress_bar
 from glem_augment.errors import DataError
 from glem_augment.evaluation.classifier import MEAN, NETWORK, STD, random_batches, train_network
 from glem_augment.evaluation.features import AUTOENCODER, COMPONENTS, features_and_logits, latent_features
@@ -42,7 +42,6 @@ def quality_report(
     mean: Tensor | float = MEAN,
     std: Tensor | float = STD,
     max_images: int = 5000,
-    progress: bool = True,
     class_map: ClassMap = None,
 ) -> dict[str, Any]:
     """Compare a synthetic set with its real images: are they alike, are the labels right, are they copies?
@@ -73,30 +72,30 @@ def quality_report(
     Raises:
         DataError: fewer than six images in a set. ClassMismatchError: classes of `real` that `synthetic` does not name.
     """
-    made = _some(synthetic, max_images, progress)
+    made = _some(synthetic, max_images)
     made.pixel_range.need_8_bits("a quality report")
-    trained = images_for(made, _some(real, max_images, progress, made.image_shape), class_map)
+    trained = images_for(made, _some(real, max_images, made.image_shape), class_map)
     if held_out is None:
         fifth = np.arange(len(trained)) % 5 == 4
         trained, unseen = (trained.subset(np.flatnonzero(rows)) for rows in (~fifth, fifth))
     else:
-        some = _some(held_out, max_images, progress, made.image_shape, "test")
+        some = _some(held_out, max_images, made.image_shape, "test")
         unseen = images_for(made, some, class_map)
     counts = {"synthetic": len(made), "real": len(trained), "held_out": len(unseen)}
     if min(counts.values()) <= NEIGHBOURS:
         raise DataError(f"there are too few images, {counts}: at least {NEIGHBOURS + 1} of each are needed")
     judge, in_latents = "the classifier that was given", network is None and made.image_shape[0] == 3
     if network is None:
-        bar = tqdm(random_batches(trained), total=JUDGE_STEPS, desc="classifier", delay=2, disable=not progress)
+        bar = progress_bar("classifier", random_batches(trained), JUDGE_STEPS, "step")
         network = train_network(bar, JUDGE_STEPS, made.image_shape[0], len(made.classes))
         judge = f"timm's {NETWORK}, trained on {len(trained)} of the real images for {JUDGE_STEPS} steps"
-    sets = tqdm((made, unseen), desc="classes", delay=2, disable=not progress)
+    sets = progress_bar("classes", (made, unseen), unit="set")
     (x, logits), (reference, judged) = (features_and_logits(network, data.tensor(), mean, std) for data in sets)
     reliable = label_reliability(logits, torch.from_numpy(made.targets))
     accuracy = label_reliability(judged, torch.from_numpy(unseen.targets))
     features = f"{judge}, right about {100 * accuracy:.0f} % of the real held-out images"
     if in_latents:
-        x, reference = latent_features(trained.some(FITTED), made.tensor(), unseen.tensor(), progress=progress)
+        x, reference = latent_features(trained.some(FITTED), made.tensor(), unseen.tensor())
         features = f"the latents of {AUTOENCODER}: means and {COMPONENTS} principal components"
     pixels, seen, others = (data.tensor().flatten(1).float() / 255 for data in (made, trained, unseen))
     warning = _warning(accuracy, len(made.classes), in_latents)
@@ -109,14 +108,14 @@ def quality_report(
         "label_reliability": reliable,
         "judge_accuracy": accuracy,
         "warning": warning,
-        "memorisation": None if held_out is None else memorisation_ratio(pixels, seen, others, progress=progress),
+        "memorisation": None if held_out is None else memorisation_ratio(pixels, seen, others),
     }
     if out is not None:
         folder = expand(out)
         folder.mkdir(parents=True, exist_ok=True)
         text = f"the judge gives {reliable:.2f} of the synthetic images their class"
         note = warning or f"{text}, and {accuracy:.2f} of the real held-out images"
-        save_png(_nearest_pairs(made, trained, *nearest(pixels, seen, progress), note), folder / "report.png")
+        save_png(_nearest_pairs(made, trained, *nearest(pixels, seen), note), folder / "report.png")
         write_json(folder / "report.json", numbers)
     return numbers
 
@@ -146,7 +145,7 @@ def _nearest_pairs(made: ImageData, real: ImageData, distance: Tensor, twin: Ten
 
 
 def _some(
-    data: LabelledImages, count: int, progress: bool, shape: tuple[int, int, int] | None = None, split: str = "train"
+    data: LabelledImages, count: int, shape: tuple[int, int, int] | None = None, split: str = "train"
 ) -> ImageData:
     """At most `count` images, evenly spread, resized to `shape` if given. Only these images are decoded."""
     data = data if isinstance(data, ImageData) else open_source(data, split)
@@ -154,4 +153,4 @@ def _some(
     if isinstance(data, ImageData):
         return data.subset(rows)
     channels, size = (None, None) if shape is None else (shape[0], shape[1:])
-    return open_data(Subset(data, rows.tolist()), split, size, channels, progress=progress)
+    return open_data(Subset(data, rows.tolist()), split, size, channels)

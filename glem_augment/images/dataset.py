@@ -100,7 +100,7 @@ class ImageData(Dataset):
     def tensor(self) -> torch.Tensor:
         """All images as [N,C,H,W], in order, decoded if they are not in memory. Do not write to them."""
         if self._pixels is None:
-            pixels = _decode(self._source, self._rows, self.image_shape, self.pixel_range.torch_dtype, progress=False)
+            pixels = _decode(self._source, self._rows, self.image_shape, self.pixel_range.torch_dtype)
             return _clipped(pixels, self.pixel_range, self.name)
         whole = len(self._pixels) == len(self) and bool((self._rows == np.arange(len(self))).all())
         return self._pixels if whole else self._pixels[torch.from_numpy(self._rows)]
@@ -214,7 +214,6 @@ def open_data(
     image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     cache_bytes: int = CACHE_BYTES,
-    progress: bool = True,
     unlabelled: bool = False,
     value_range: Limits | None = None,
 ) -> ImageData:
@@ -246,7 +245,6 @@ def open_data(
             keep their channels. As in torchvision and timm, transparency and EXIF orientation are ignored, and
             animations give their first frame.
         cache_bytes: keep all decoded images in memory if they take no more than this.
-        progress: show a bar on stderr when decoding takes longer than two seconds.
         unlabelled: give all images one class, called "image". A folder may then nest its images in any way (folders
             named train, test, ... are splits), and a tensor [N,C,H,W] needs no labels.
         value_range: (low, high), the values of black and white, or the `pixel_range` of a model or of training images,
@@ -276,13 +274,13 @@ def open_data(
     shape: tuple[int, int, int] | None = None if size is None or channels is None else (channels, *size)
     dtype: torch.dtype = getattr(torch, source.header(int(rows[0]))[3])
     if shape is None or len(rows) * math.prod(shape) * dtype.itemsize > cache_bytes:
-        found = _look_at_headers(source, rows, size is None, sizes, progress)
+        found = _look_at_headers(source, rows, size is None, sizes)
         shape = (channels or found[0], *(size or found[1:]))
     pixels = None
     if isinstance(source, TensorSource) and source.images.shape[1:] == shape:
         pixels = source.images.contiguous()
     elif len(rows) * math.prod(shape) * dtype.itemsize <= cache_bytes:
-        pixels = _decode(source, rows, shape, dtype, progress, sizes)
+        pixels = _decode(source, rows, shape, dtype, sizes)
 
     def ends() -> tuple[float, float]:
         if pixels is not None:
@@ -292,7 +290,7 @@ def open_data(
         def one(index: int) -> None:
             found.append(_ends(_read(source, int(rows[index]), shape, dtype)))
 
-        in_threads(one, len(rows), f"measuring {source.name}", progress, source.threads)
+        in_threads(one, len(rows), f"measuring {source.name}", source.threads)
         return min(low for low, _ in found), max(high for _, high in found)
 
     pixel_range = _range_of(dtype, source.name, value_range, ends)
@@ -402,9 +400,7 @@ def images_for(model: Any, data: LabelledImages, class_map: ClassMap = None, **o
     return images.with_targets(targets, model.classes, model.class_ids)
 
 
-def _look_at_headers(
-    source: Source, rows: np.ndarray, same_size: bool, sizes: np.ndarray, progress: bool
-) -> tuple[int, int, int]:
+def _look_at_headers(source: Source, rows: np.ndarray, same_size: bool, sizes: np.ndarray) -> tuple[int, int, int]:
     """(C, H, W) of the first image; C = 1 of a grey one only if no image is RGB. `sizes` [N, 2] gets all sizes.
 
     BadImageError: a file that is no image. DataError: different sizes, with `same_size`.
@@ -425,7 +421,7 @@ def _look_at_headers(
                 f"{first[0]}x{first[1]}, {source.where(row)} is {size[0]}x{size[1]}; give image_size=(height, width)"
             )
 
-    in_threads(one, len(rows), f"looking at {source.name}", progress, source.threads)
+    in_threads(one, len(rows), f"looking at {source.name}", source.threads)
     return int(counts[0] if counts[0] not in (1, 3) else max(counts[0], 3 * (counts == 3).any())), first[0], first[1]
 
 
@@ -451,7 +447,6 @@ def _decode(
     rows: np.ndarray,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
-    progress: bool,
     sizes: np.ndarray | None = None,
 ) -> torch.Tensor:
     """The images at `rows` of a source as [N,C,H,W]. `sizes` [N, 2] gets their stored sizes."""
@@ -460,7 +455,7 @@ def _decode(
     def one(index: int) -> None:
         out[index] = _read(source, int(rows[index]), shape, dtype, None if sizes is None else sizes[index])
 
-    in_threads(one, len(rows), f"decoding {source.name}", progress, source.threads)
+    in_threads(one, len(rows), f"decoding {source.name}", source.threads)
     return out
 
 

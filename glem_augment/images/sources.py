@@ -22,9 +22,9 @@ from PIL import Image
 from torch.utils.data import IterableDataset, Subset
 from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-from tqdm import tqdm
 
 from glem_augment.codec.pixel_range import DTYPES, dtype_name
+from glem_augment.distributed import progress_bar
 from glem_augment.errors import DataError
 from glem_augment.images.arrays import EXTENSIONS, MOST_CHANNELS
 from glem_augment.images.matching import (
@@ -330,7 +330,7 @@ def _data_set_source(data: Any, name: str | None = None) -> Source:
         data.transform = data.target_transform = data.transforms = None
     labels = getattr(data, "targets", getattr(data, "labels", None))
     if labels is None:
-        rows = tqdm(range(len(data)), desc="looking for labels", unit="img", delay=2, leave=False)
+        rows = progress_bar("looking for labels", range(len(data)))
         try:
             labels = [int(data[row][1]) for row in rows]
         except (TypeError, ValueError, LookupError, RuntimeError) as error:

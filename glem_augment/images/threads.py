@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from tqdm import tqdm
+from glem_augment.distributed import progress_bar
 
 _BLOCK = 32  # images per task of the decoding threads
 
@@ -16,10 +16,10 @@ def usable_cpus() -> int:
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def in_threads(task: Callable[[int], None], count: int, title: str, progress: bool, threads: int = 8) -> None:
+def in_threads(task: Callable[[int], None], count: int, title: str, threads: int = 8) -> None:
     """Run `task(i)` for i < count on up to `threads` threads; the first error, in the order of i, stops the rest.
 
-    PIL and torch release the GIL while they decode. With `progress` a bar appears on stderr after two seconds.
+    PIL and torch release the GIL while they decode.
     """
 
     def block(start: int) -> int:
@@ -28,7 +28,7 @@ def in_threads(task: Callable[[int], None], count: int, title: str, progress: bo
             task(i)
         return stop - start
 
-    bar = tqdm(total=count, desc=title, unit="img", delay=2, disable=not progress, leave=False)
+    bar = progress_bar(title, total=count)
     with bar, ThreadPoolExecutor(min(threads, usable_cpus())) as pool:
         for done in pool.map(block, range(0, count, _BLOCK)):
             bar.update(done)

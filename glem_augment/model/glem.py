@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from glem_augment.checks import DEFAULT_MODES, MAX_PARTS, Preset, check_whole
 from glem_augment.classes.classes import Classes
@@ -27,6 +26,7 @@ from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
 from glem_augment.codec.codec import Codec
 from glem_augment.codec.levels import Levels, Values
 from glem_augment.codec.pixel_range import UINT8, PixelRange
+from glem_augment.distributed import progress_bar
 from glem_augment.errors import ModelFileError
 from glem_augment.flows import Flow, build_flow, check_flow, resolve_preset
 from glem_augment.images.dataset import ImageData, LabelledImages, Limits, as_image_data, images_for, open_data
@@ -305,11 +305,10 @@ class GLEM(ConditionalFlow):
         max_per_class: int | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
-        progress: bool = True,
     ) -> GLEM:
         """A model of labelled images in one pass; nothing is trained.
 
-        >>> model = GLEM.fit("bundled:fashion-mnist", autoencoder="taef2", max_per_class=10, progress=False)
+        >>> model = GLEM.fit("bundled:fashion-mnist", autoencoder="taef2", max_per_class=10)
         >>> model.classes[:2], model.modes.rank
         (['T-shirt/top', 'Trouser'], 9)
 
@@ -335,7 +334,6 @@ class GLEM(ConditionalFlow):
             max_per_class: use only the first images of every class, at most this many; at least 2.
             seed: of the dequantisation noise.
             device: where the model computes.
-            progress: show a bar on stderr.
 
         Every class gets the mean of its latents, shrunk variances, and principal modes (`classes.fit`). A model without
         a flow gets full covariances if there are at least eight images per dimension. The posterior's temperature is
@@ -370,14 +368,14 @@ class GLEM(ConditionalFlow):
         images = data
         if base is None:
             if not isinstance(images, ImageData):
-                images = open_data(images, split=split, progress=progress, **opening)  # type: ignore[arg-type]
+                images = open_data(images, split=split, **opening)  # type: ignore[arg-type]
             shape, pixel_range = images.image_shape, images.pixel_range
         else:
             shape, pixel_range = base.image_shape, base.pixel_range
-        images = as_image_data(images, shape, classes, pixel_range, split=split, progress=progress)
+        images = as_image_data(images, shape, classes, pixel_range, split=split)
         if privacy is not None:
             pixel_range.need_8_bits("a private model")
-            return cls._fit_private(images, autoencoder, privacy, parts, public, device, progress)
+            return cls._fit_private(images, autoencoder, privacy, parts, public, device)
         named: GLEM | ImageData = images
         if base is None:
             base = cls.create("identity", shape, images.classes, autoencoder=autoencoder, pixel_range=pixel_range)
@@ -388,7 +386,7 @@ class GLEM(ConditionalFlow):
             base.codec.fit(images.some(STANDARDISED_BY))
             latent_shape(base.codec, shape)  # what it says of itself can be tried now
         counts, parts = np.bincount(images.targets, minlength=len(images.classes)), parts or 1
-        statistics = base._statistics(images, rank, parts, max_per_class, seed, progress)
+        statistics = base._statistics(images, rank, parts, max_per_class, seed)
         if pooled:
             statistics = statistics.as_one_class()
         found = base._fit_classes(statistics, rank)
@@ -426,7 +424,6 @@ class GLEM(ConditionalFlow):
         max_per_class: int | None = None,
         class_map: ClassMap = None,
         seed: int = 0,
-        progress: bool = False,
     ) -> ClassModes:
         """Estimate each class's mean and principal modes from the latents of `data` (RFCM); saved with the model.
 
@@ -450,7 +447,7 @@ class GLEM(ConditionalFlow):
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
         images, made = images_for(self, data, class_map), self.config.training.get("adapt")
         parts = self.modes.parts if made and self.modes else 1
-        statistics = self._statistics(images, rank, parts, max_per_class, seed, progress)
+        statistics = self._statistics(images, rank, parts, max_per_class, seed)
         if isinstance(made, dict):  # the Gaussians come from images, too
             found = self._fit_classes(statistics, rank)
             made = {**made, "rank": found.modes and found.modes.rank, "max_per_class": max_per_class, "seed": seed}
@@ -463,12 +460,12 @@ class GLEM(ConditionalFlow):
         return self.modes
 
     def _statistics(
-        self, images: ImageData, rank: int, parts: int, max_per_class: int | None, seed: int, progress: bool
+        self, images: ImageData, rank: int, parts: int, max_per_class: int | None, seed: int
     ) -> ClassStatistics:
         """Counts, means and scatter of the latents of each class of the images."""
         rows = images.rows_of_classes(max_per_class)
         total = sum(len(each) for each in rows)
-        with tqdm(total=total, unit="image", desc="fit", disable=not progress, dynamic_ncols=True) as bar:
+        with progress_bar("fit", total=total) as bar:
             latents = self.latents_of_classes(images, rows, seed, bar.update)
             return class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
 
@@ -488,14 +485,13 @@ class GLEM(ConditionalFlow):
         parts: int | None,
         public: LabelledImages,
         device: str | torch.device,
-        progress: bool,
     ) -> GLEM:
         shape = images.image_shape
         base = cls.create("stationary", shape, images.classes, images.class_ids, autoencoder=autoencoder)
         base = base.eval().requires_grad_(False).to(device)
         if public is not None:
-            public = as_image_data(public, shape, progress=progress, unlabelled=True)
-        found = fit_private(base, images, privacy, parts, public, progress)
+            public = as_image_data(public, shape, unlabelled=True)
+        found = fit_private(base, images, privacy, parts, public)
         expect = {
             "images": [round(count) for count in found.counts.tolist()],
             "modes": found.modes.tolist(),

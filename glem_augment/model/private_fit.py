@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.private import PrivateClasses, private_classes
 from glem_augment.codec.published import coordinates_file
-from glem_augment.distributed import gather, share, world_size
+from glem_augment.distributed import gather, progress_bar, share, world_size
 from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData
 
@@ -43,16 +42,15 @@ def fit_private(
     privacy: Privacy,
     parts: int | None,
     public: ImageData | None,
-    progress: bool,
 ) -> PrivateClasses:
     """Give `model`, with a flow of public coordinates, the classes of private images; see `GLEM.fit`.
 
     All ranks call this together. DataError: images that were chosen by comparison, are there twice, or are public, too.
     ValueError: an autoencoder gives an image several latents.
     """
-    check_images(images, public, progress)
+    check_images(images, public)
     prior, clip = set_coordinates(model, public)
-    z, y = latents_alone(model, images, progress)
+    z, y = latents_alone(model, images)
     found = private_classes(z, y, model.num_classes, prior, clip, privacy, parts)
     if (total := float(found.counts.sum())) * privacy.delta > 1:
         warnings.warn(
@@ -88,14 +86,14 @@ def stored_coordinates(name: str) -> Path:
     return path
 
 
-def check_images(images: ImageData, public: ImageData | None, progress: bool) -> None:
+def check_images(images: ImageData, public: ImageData | None) -> None:
     """Refuse images of which one has influence beyond its latent, and warn of public facts that were read from them."""
     if images.repeated:
         raise DataError("an image is in this private set several times: give it once")
     if public is not None and public.image_shape == images.image_shape:
         # An image of one colour may be in both.
         known = {hash(x.numpy().tobytes()) for x in public.some(_PUBLIC_IMAGES) if x.min() < x.max()}
-        rows = tqdm(range(len(images)), unit="image", desc="compare", disable=not progress, delay=2)
+        rows = progress_bar("compare", range(len(images)))
         if any(hash(images[row][0].numpy().tobytes()) in known for row in rows):
             raise DataError("a private image is among the public images (public=, --public): give other images there")
     if images.unstated:
@@ -141,12 +139,12 @@ def clip_ratio(flow: Any, h: Tensor) -> float:
     return float(torch.quantile(norms, _CLIP_SHARE) / flow.prior().sum().sqrt())
 
 
-def latents_alone(model: ConditionalFlow, images: ImageData, progress: bool) -> tuple[Tensor, Tensor]:
+def latents_alone(model: ConditionalFlow, images: ImageData) -> tuple[Tensor, Tensor]:
     """Latents [n, d] and labels of this rank's images; each latent is a function of its image alone."""
     own = torch.arange(len(images)).numpy()[share(len(images)).rows]
     size = BATCH if rows_are_independent(model) else 1
     z, labels = [], []
-    with tqdm(total=len(images), unit="image", desc="encode", disable=not progress, dynamic_ncols=True) as bar:
+    with progress_bar("encode", total=len(images)) as bar:
         for x, y in images.batches(own, size):
             # The last pass is filled up: operations may depend on the number of rows.
             full = torch.cat([x, x.new_zeros(size - len(x), *x.shape[1:])])

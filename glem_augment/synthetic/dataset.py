@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from glem_augment.checks import FORMATS, DrawSource, Format, check_choice, check_whole
+from glem_augment.distributed import progress_bar
 from glem_augment.images.dataset import check_indices
 from glem_augment.images.matching import ClassMap
 from glem_augment.images.readers import as_pil
@@ -155,10 +155,10 @@ class SyntheticDataset(Dataset):
             out[rows] = self.draw(*block).latents[places]
         return out
 
-    def preload(self, progress: bool = True) -> None:
+    def preload(self) -> None:
         """Decode all images now and keep them in memory. DataLoader workers that start later share it."""
         out = torch.empty(len(self), *self.image_shape, dtype=self.pixel_range.torch_dtype)
-        for block in tqdm(self.plan.blocks(), unit="block", desc="preload", disable=not progress):
+        for block in progress_bar("preload", self.plan.blocks(), unit="block"):
             rows = self._rows(*block)
             out[rows.start : rows.stop] = self.draw(*block).images
         self._preloaded = out
@@ -178,7 +178,6 @@ class SyntheticDataset(Dataset):
         self,
         folder: str | os.PathLike[str],
         format: Format = "imagefolder",  # noqa: A002  (the word users expect)
-        progress: bool = True,
         license: str | None = None,  # noqa: A002  (the Hub's word)
         distributed: bool = False,
     ) -> Path:
@@ -207,7 +206,7 @@ class SyntheticDataset(Dataset):
         """
         check_choice("format", format, FORMATS)
         self._check_model()
-        export_set(self.plan, self.draw, folder, format, license, progress=progress, distributed=distributed)
+        export_set(self.plan, self.draw, folder, format, license, distributed=distributed)
         return expand(folder)
 
     def _check_model(self) -> None:

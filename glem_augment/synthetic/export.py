@@ -22,13 +22,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision.io import encode_png
-from tqdm import tqdm
 
 from glem_augment import __version__
 from glem_augment.augment.state import MOST_REJECTED
 from glem_augment.checks import Format
 from glem_augment.classes.privacy import promise
-from glem_augment.distributed import gather, rank, world_size
+from glem_augment.distributed import gather, progress_bar, rank, world_size
 from glem_augment.images.sources import CLASS_FILE, PROVENANCE
 from glem_augment.io import atomic_write, expand, file_sha256, remove_left_overs, write_json
 from glem_augment.model.config import data_name, data_names, licence_id
@@ -70,7 +69,6 @@ def export_set(
     form: Format,
     license: str | None = None,  # noqa: A002  (the Hub's word)
     *,
-    progress: bool = True,
     distributed: bool = False,
     command: str | None = None,
 ) -> int:
@@ -102,7 +100,7 @@ def export_set(
     if many:
         gather(None, group)  # the record comes before any image
     write = _write_images if form == "imagefolder" else _write_shards
-    out_of_range = write(plan, draw, folder, manifest, slice(this, None, ranks), progress and this == 0)
+    out_of_range = write(plan, draw, folder, manifest, slice(this, None, ranks))
     out_of_range = sum(gather(out_of_range, group)) if many else out_of_range
     if this == 0:
         remove_left_overs(folder.rglob(".*.tmp"))
@@ -243,7 +241,7 @@ def _is_there(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def _write_images(plan: Plan, draw: Draw, root: Path, manifest: dict[str, Any], part: slice, progress: bool) -> int:
+def _write_images(plan: Plan, draw: Draw, root: Path, manifest: dict[str, Any], part: slice) -> int:
     """Write root/<class>/NNNNNN.png, or .npy, of this rank's blocks. Returns how many draws are out of range."""
     channels, dtype = plan.model.image_shape[0], plan.model.pixel_range.dtype
     ending = "png" if (channels, dtype) in _IN_PNG else "npy"
@@ -251,7 +249,7 @@ def _write_images(plan: Plan, draw: Draw, root: Path, manifest: dict[str, Any], 
     blocks = sorted(plan.blocks(), key=lambda block: -block[1])[part]  # so ranks get as many large blocks
     out_of_range = 0
     with ThreadPoolExecutor(8) as pool:
-        for cls, number in tqdm(blocks, unit="block", desc="export", disable=not progress):
+        for cls, number in progress_bar("export", blocks, unit="block"):
             paths = [folders[cls] / f"{place:06d}.{ending}" for place in plan.places(cls, number)]
             if not all(map(_is_there, paths)):
                 drawn = draw(cls, number)
@@ -271,7 +269,7 @@ def _write_image(path: Path, image: torch.Tensor) -> None:
             Image.fromarray(image[0].numpy()).save(file, "PNG")
 
 
-def _write_shards(plan: Plan, draw: Draw, root: Path, manifest: dict[str, Any], part: slice, progress: bool) -> int:
+def _write_shards(plan: Plan, draw: Draw, root: Path, manifest: dict[str, Any], part: slice) -> int:
     """Write this rank's shards data/train-*.tar of blocks in random order, and timm's description of all shards."""
     try:
         from webdataset import TarWriter
@@ -283,7 +281,7 @@ def _write_shards(plan: Plan, draw: Draw, root: Path, manifest: dict[str, Any], 
     names = [f"train-{number:05d}-of-{total:05d}.tar" for number in range(total)]
     labels = {cls: label for label, cls in enumerate(plan.order)}
     starts = np.cumsum([0] + [plan.counts[cls] for cls in plan.order]).tolist()  # the first image of each label
-    for number in tqdm(range(total)[part], unit="shard", desc="export", disable=not progress):
+    for number in progress_bar("export", range(total)[part], unit="shard"):
         if _is_there(root / "data" / names[number]):
             continue
         # Without times, so that the same images give the same shards.

@@ -81,7 +81,7 @@ class Batches:
     """The images of a run, or the latents that replace them.
 
     Args:
-        shown: whether long passes show a bar. augment: replaces the augmentation of the settings.
+        augment: replaces the augmentation of the settings.
 
     Attributes:
         data: the images, or their latents. views: the data of the steps; with an autoencoder, several latents of each
@@ -89,9 +89,9 @@ class Batches:
     """
 
     def __init__(
-        self, data: ImageData, config: TrainConfig, device: torch.device, shown: bool, augment: Augment | None = None
+        self, data: ImageData, config: TrainConfig, device: torch.device, augment: Augment | None = None
     ) -> None:
-        self.data, self.views, self.config, self.device, self.shown = data, data, config, device, shown
+        self.data, self.views, self.config, self.device = data, data, config, device
         self.augment = augment or (lambda x, generator, part: augment_batch(x, config.augment, generator, part))
         self.split = stratified_split(data.targets, len(data.classes), config.val_fraction, config.seed)
 

@@ -17,7 +17,6 @@ from glem_augment.model.config import GLEMConfig
 from glem_augment.model.glem import GLEM
 from glem_augment.training.batches import EVAL_BATCH, LEAST_IMAGES, MOST_NUMBERS, Batches, seeded
 from glem_augment.training.config import TrainConfig
-from glem_augment.training.log import progress_bar
 from glem_augment.training.moments import LatentStatistics
 from glem_augment.training.objective import Objective
 from glem_augment.training.steps import latent_pass
@@ -62,9 +61,7 @@ def initialise(model: GLEM, batches: Batches, objective: Objective, init_model: 
             return numbers_of_class(model, batches, y)
 
         whiten.fit(*pooled_covariance(numbers, model.num_classes, len(whiten.gain), model.dim))
-    with progress_bar("start: ActNorm", 1, "pass", batches.shown) as bar:
-        model.initialise(x, seeded(config.seed, 1))
-        bar.update()
+    model.initialise(x, seeded(config.seed, 1))
 
     def statistics() -> LatentStatistics:
         return latent_pass(model, batches, objective, batches.split.g, -1, "start: latents")

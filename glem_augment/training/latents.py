@@ -12,20 +12,17 @@ from torch import Tensor
 
 from glem_augment.codec.autoencoder import Latents
 from glem_augment.codec.codec import Codec
-from glem_augment.distributed import Share
+from glem_augment.distributed import Share, progress_bar
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.glem import GLEM
 from glem_augment.training.augmentation import augment_batch
-from glem_augment.training.log import progress_bar
 
 VIEWS = 4  # latents of every image, with an augmentation that has more than two outcomes
 _PIXELS = 2**19  # images of so many pixels in all are encoded at a time
 
 
 @torch.no_grad()
-def latent_views(
-    codec: Codec, data: ImageData, augment: Sequence[str], seed: int, device: torch.device, shown: bool
-) -> Tensor:
+def latent_views(codec: Codec, data: ImageData, augment: Sequence[str], seed: int, device: torch.device) -> Tensor:
     """Standardised latents of every image and of augmented copies of it, float16 [N, V, C, h, w] on the CPU.
 
     The first view is the image. Without augmentation there is no other view. With flips alone the second view is the
@@ -34,7 +31,7 @@ def latent_views(
     count = 1 if not augment else 2 if tuple(augment) == ("flip",) else VIEWS
     batch = max(1, min(256, _PIXELS // math.prod(data.image_shape[1:])))
     generator, parts = torch.Generator().manual_seed(seed), []
-    with progress_bar("encoding", len(data), "image", shown) as bar:
+    with progress_bar("encoding", total=len(data)) as bar:
         for x, _ in data.batches(np.arange(len(data)), batch):
             others = [x.flip(3)] if count == 2 else [augment_batch(x, augment, generator) for _ in range(count - 1)]
             views = [codec.encode(v.to(device)).half() for v in (x, *others)]

@@ -1,4 +1,4 @@
-"""The log of a run: `metrics.jsonl`, its callbacks, and progress bars."""
+"""The log of a run: `metrics.jsonl`, and callbacks that get its rows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from glem_augment.distributed import is_primary
 from glem_augment.io import atomic_write, finite
@@ -51,8 +49,3 @@ def _keep(line: str, step: int) -> bool:
         return row["kind"] != "final" and row.get("step", math.inf) <= step
     except (ValueError, TypeError, KeyError):
         return False
-
-
-def progress_bar(title: str, total: int, unit: str, shown: bool, begun: int = 0) -> tqdm:
-    """A bar on stderr, if it is `shown`."""
-    return tqdm(total=total, initial=begun, desc=title, unit=unit, disable=not shown, dynamic_ncols=True)

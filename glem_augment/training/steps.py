@@ -22,13 +22,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from glem_augment.classes.gaussians import ClassGaussians
-from glem_augment.distributed import Share, add_up, world_size
+from glem_augment.distributed import Share, add_up, progress_bar, world_size
 from glem_augment.errors import TrainingError
 from glem_augment.flows import Flow
 from glem_augment.model.glem import GLEM
 from glem_augment.training.batches import EVAL_BATCH, Batches, seeded
 from glem_augment.training.config import TrainConfig
-from glem_augment.training.log import progress_bar
 from glem_augment.training.moments import LatentStatistics
 from glem_augment.training.objective import Objective, Progress
 
@@ -184,15 +183,12 @@ class MStep:
 
 @torch.no_grad()
 def latent_pass(
-    model: GLEM, batches: Batches, objective: Objective, rows: np.ndarray, number: int, title: str = ""
+    model: GLEM, batches: Batches, objective: Objective, rows: np.ndarray, number: int, title: str = "M-step"
 ) -> LatentStatistics:
-    """Statistics of the latents of the images `rows`, with the noise of M-step `number`; -1 for the start of a run.
-
-    With a title the pass has a bar.
-    """
+    """Statistics of the latents of the images `rows`, with the noise of M-step `number`; -1 for the start of a run."""
     statistics = objective.statistics(model.num_classes, model.dim, model.device)
     generator = seeded(batches.config.seed, 3, number + 1)
-    with progress_bar(title, len(rows), "image", bool(title) and batches.shown) as bar:
+    with progress_bar(title, total=len(rows)) as bar:
         for x, y, share in batches.read(rows, EVAL_BATCH, batches.views):
             z, logdet = objective.encode(model, batches.augmented(x, generator, share), generator, share)
             statistics.add(z, y, -(model.gaussians.log_prob_of(z, y) + logdet))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glem_augment.distributed import add_up, is_primary, wait
+from glem_augment.distributed import add_up, is_primary, progress_bar, wait
 from glem_augment.errors import TrainingError
 from glem_augment.evaluation.metrics import calibrate, held_out
 from glem_augment.evaluation.pictures import compose
@@ -36,7 +36,7 @@ from glem_augment.training.checkpoint import (
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.initialisation import INIT_IMAGES, initialise, new_model
 from glem_augment.training.latents import latent_views, model_of_images, model_of_latents
-from glem_augment.training.log import Callback, MetricsLog, progress_bar
+from glem_augment.training.log import Callback, MetricsLog
 from glem_augment.training.objective import Objective, Progress, objective_of
 from glem_augment.training.steps import EStep, GaussianSteps, MStep, lacks_bf16, training_mode
 
@@ -81,13 +81,12 @@ class Trainer:
         resume: bool = False,
         init_model: GLEM | None = None,
         device: str | torch.device | None = None,
-        progress: bool = True,
         callbacks: Sequence[Callback] = (),
         ready: Callable[[Any], object] | None = None,
         objective: Objective | None = None,
         augment: Augment | None = None,
     ) -> None:
-        self.config, self.out, self.shown = config, expand(out), progress and is_primary()
+        self.config, self.out = config, expand(out)
         self.objective = objective or objective_of(config)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.step = self.bad_steps = self.away = 0
@@ -108,7 +107,7 @@ class Trainer:
         wait()  # all ranks read the folder before rank 0 writes
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.batches = Batches(data, config, self.device, self.shown, augment)
+        self.batches = Batches(data, config, self.device, augment)
         # With an autoencoder, the run is one on latents, and `whole` makes a model of images.
         self._original = new_model(data, config, self.objective, init_model).to(self.device)
         self.model = self._original if self._original.codec.levels else self._take_latents(data)
@@ -130,7 +129,7 @@ class Trainer:
         """Replace the run's images by their latents, so that they are encoded only once; the model of latents."""
         config, model = self.config, self._original
         model.codec.fit(data.some(INIT_IMAGES))
-        views = latent_views(model.codec, data, config.augment, config.seed, self.device, self.shown)
+        views = latent_views(model.codec, data, config.augment, config.seed, self.device)
         self.batches.data, self.batches.views = data.with_numbers(views[:, 0]), data.with_numbers(views)
         return model_of_latents(model)
 
@@ -166,7 +165,7 @@ class Trainer:
                     "this CPU has neither AVX512-BF16 nor AMX, so steps in bf16 take several times as long as in "
                     "float32: leave out precision='bf16' (--precision bf16)", stacklevel=2,
                 )  # fmt: skip
-            self.bar = progress_bar("train", self.total_steps, "step", self.shown, self.step)
+            self.bar = progress_bar("train", total=self.total_steps, unit="step", begun=self.step)
             with closing(self.bar), _stop_between_steps(self):
                 metrics = self._train()
             return self._finish(metrics)
@@ -280,7 +279,7 @@ class Trainer:
             "lr": self.e_step.optimizer.param_groups[0]["lr"], "images_per_second": images_per_second,
             "seconds": self.seconds(), "bad_steps": self.bad_steps, **self.objective.weights(self.so_far), **metrics,
         })  # fmt: skip
-        if self.shown:
+        if is_primary():
             key, unit, independent = self._reported(self.independent)
             likelihood, numbers = metrics[f"val_{key}"], "pixels" if self.model.codec.levels else "latents"
             which = "held-out images" if len(self.batches.split.val) else "training images"
@@ -358,10 +357,10 @@ class Trainer:
         model.config.training = self._record(self.measure() if metrics is None else metrics)
         model.eval().requires_grad_(False)
         if len(batches.split.val):
-            calibrate(model, batches.data.subset(batches.split.val), self.shown)
+            calibrate(model, batches.data.subset(batches.split.val))
         if config.modes_rank:
             data = batches.data.subset(batches.some_of_each_class(np.arange(len(batches.data)), model.dim))
-            model.fit_modes(data, config.modes_rank, progress=self.shown)
+            model.fit_modes(data, config.modes_rank)
         model = self.whole(model).eval().requires_grad_(False)
         if is_primary():
             model.save(self.out)

@@ -51,7 +51,7 @@ def visited(argv: list[str], visit: Visit, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(gradio.Blocks, "block_thread", wait)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    assert main(["explore", *argv, "--quiet"]) == 0
+    assert main(["explore", *argv]) == 0
     assert not Path(os.environ["GRADIO_TEMP_DIR"]).exists()
     assert not list((tmp_path / "empty").iterdir())
 

@@ -22,8 +22,8 @@ def explorer() -> Explorer:
     x = (means + torch.randint(-40, 40, (36, 3, 8, 8))).to(torch.uint8)
     data = ImageData.from_tensors(x, torch.arange(3).repeat_interleave(12), ["red", "green", "blue"])
     train, held_out = data.subset(range(0, 36, 2)), data.subset(range(1, 36, 2))
-    model = GLEM.create("identity", (3, 8, 8), data.classes).adapt(train, rank=4, progress=False)
-    return Explorer(model, [held_out, train], progress=False)
+    model = GLEM.create("identity", (3, 8, 8), data.classes).adapt(train, rank=4)
+    return Explorer(model, [held_out, train])
 
 
 def test_samples_are_those_of_a_data_set_and_neighbours_are_the_nearest(explorer: Explorer) -> None:
@@ -74,7 +74,7 @@ def test_lines_run_from_the_first_image_to_the_second(explorer: Explorer) -> Non
 
 def test_a_data_set_is_measured_as_eval_does(explorer: Explorer) -> None:
     posterior, bits, y = explorer.measured
-    wanted = evaluate(explorer.model, explorer.data, round_trip=0, progress=False)
+    wanted = evaluate(explorer.model, explorer.data, round_trip=0)
     confidence, best = posterior.max(1)
     assert wanted["accuracy"] == (best == y).double().mean()
     assert wanted["ece"] == pytest.approx(calibration_error(confidence, best == y))
@@ -107,8 +107,8 @@ def test_uploads_are_reduced_and_hostile_ones_refused(explorer: Explorer, tmp_pa
 
 def test_a_model_of_an_autoencoders_latents_is_explored() -> None:
     x, y = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 2
-    model = GLEM.create("identity", (3, 16, 16), ["image"], autoencoder="taef2").adapt((x, y), rank=2, progress=False)
-    explorer = Explorer(model, [images_for(model, (x, y))], progress=False)
+    model = GLEM.create("identity", (3, 16, 16), ["image"], autoencoder="taef2").adapt((x, y), rank=2)
+    explorer = Explorer(model, [images_for(model, (x, y))])
     posterior, likelihood, _ = explorer.measured
     assert posterior.shape == (8, 2) and likelihood.isfinite().all()
     assert explorer.move(x[0], 0, "noise", 0.1).likelihood.shape == (2,)

@@ -155,7 +155,7 @@ def test_normalisation_must_be_the_loaders(model: GLEM, image_folder: Path) -> N
 
 def test_every_way_in_checks_the_names_of_the_classes(image_folder: Path) -> None:
     folder = ImageFolder(str(image_folder), v2.PILToTensor())
-    own = open_data(image_folder, progress=False)
+    own = open_data(image_folder)
     ways = (
         lambda aug, data: aug.wrap(DataLoader(data)),
         lambda aug, data: aug.as_mixup_fn(data=data),

@@ -78,7 +78,7 @@ def test_the_basis_is_of_the_part_that_is_nearest() -> None:
     """Two classes of two parts each, dark and bright images: all modes bring each image to the mean of its part."""
     bright = torch.arange(80) % 2
     x, y = images(80) // 4 + 150 * bright[:, None, None, None].to(torch.uint8), torch.arange(80) // 40
-    parts = GLEM.create("identity", (1, 8, 8), ["a", "b"]).adapt((x, y), rank=64, parts=2, progress=False)
+    parts = GLEM.create("identity", (1, 8, 8), ["a", "b"]).adapt((x, y), rank=64, parts=2)
     out, _ = GLEMAugment(parts, ToTheMean(), p=1.0, modes=19)(x, y)
     for group in range(4):
         rows = (2 * y + bright) == group

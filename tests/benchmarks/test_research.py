@@ -206,7 +206,7 @@ def small_trainer(out: Path, name: str, resume: bool = False, **changes: Any) ->
         warmup_steps=3, lr=5e-3, modes_rank=0, sample_every=0, seed=1,
     )  # fmt: skip
     own, research = split_settings({**METHODS[name], **settings, **changes})
-    return ResearchTrainer(images(), TrainConfig(**own), out, resume, device="cpu", progress=False, research=research)
+    return ResearchTrainer(images(), TrainConfig(**own), out, resume, device="cpu", research=research)
 
 
 # The means and the variances; other methods learn both.

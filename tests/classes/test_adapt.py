@@ -104,7 +104,7 @@ def images(*counts: int) -> tuple[Tensor, Tensor]:
 
 def test_a_model_gets_the_means_and_variances_of_its_latents() -> None:
     model, (x, y) = tiny_model(shape=(1, 8, 8), classes=("a", "b")), images(9, 1)
-    adapted = model.adapt((x, y), rank=3, progress=False)
+    adapted = model.adapt((x, y), rank=3)
     # The noise is a function of the seed and the class.
     z = [model.encode(x[y == c], torch.Generator().manual_seed(c))[0] for c in (0, 1)]
     torch.testing.assert_close(adapted.gaussians.mu[0], z[0].mean(0))
@@ -114,7 +114,7 @@ def test_a_model_gets_the_means_and_variances_of_its_latents() -> None:
     assert torch.equal(adapted.modes.directions[1], adapted.modes.shared_directions)
     changed = GLEMAugment(adapted, Noise(), p=1.0, modes=3, seed=0)(x, y)[0]
     assert (changed != x).flatten(1).any(1).all()
-    few = model.adapt((x, y), max_per_class=4, rank=2, progress=False)
+    few = model.adapt((x, y), max_per_class=4, rank=2)
     first = model.encode(x[(y == 0).nonzero()[:4, 0]], torch.Generator().manual_seed(0))[0]
     torch.testing.assert_close(few.gaussians.mu[0], first.mean(0))
 
@@ -124,7 +124,7 @@ def test_the_flow_stays_as_it_is_and_the_file_says_where_the_classes_came_from(t
     base = GLEM.from_pretrained(tmp_path / "base")
     before = {name: value.clone() for name, value in base.state_dict().items()}
     x, y = images(6, 7, 8)
-    adapted = base.adapt((x, y), classes=["x", "y", "z"], rank=3, progress=False)
+    adapted = base.adapt((x, y), classes=["x", "y", "z"], rank=3)
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     for old, new in zip(base.flow.parameters(), adapted.flow.parameters(), strict=True):
         assert torch.equal(old, new) and old.data_ptr() != new.data_ptr()
@@ -136,7 +136,7 @@ def test_the_flow_stays_as_it_is_and_the_file_says_where_the_classes_came_from(t
     digest = hashlib.sha256((tmp_path / "base" / "model.safetensors").read_bytes()).hexdigest()
     assert record["adapted_from"]["weights_sha256"] == digest
     assert (record["images"], record["images_per_class"]) == (21, [6, 8])
-    named = base.adapt(ImageData.from_tensors(x, y, ["n1", "n2", "n3"]), classes=["x", "y", "z"], progress=False)
+    named = base.adapt(ImageData.from_tensors(x, y, ["n1", "n2", "n3"]), classes=["x", "y", "z"])
     assert (named.class_ids, named.classes) == (["n1", "n2", "n3"], ["x", "y", "z"])
 
 
@@ -147,15 +147,15 @@ def test_bad_input_is_one_clear_error_before_any_work(image_folder: Path) -> Non
     with pytest.raises(DataError, match="no class has two images"):
         model.adapt((x[:2], torch.tensor([0, 1])))
     with pytest.raises(DataError, match="the model takes .1, 8, 8."):
-        model.adapt(open_data(image_folder, progress=False))
+        model.adapt(open_data(image_folder))
     for bad in ({"parts": 0}, {"rank": 0}, {"max_per_class": 0}, {"max_per_class": 1}, {"max_per_class": 2.5}):
         with pytest.raises((TypeError, ValueError), match=next(iter(bad))):
             model.adapt((x, y), **bad)
     with pytest.raises(TypeError, match="ImageData"):
         model.adapt(x)
     # A folder by name is resized and converted; numbers of NumPy and classes that are numbers are taken.
-    assert model.adapt(image_folder, rank=np.int64(2), progress=False).classes == ["bird", "cat", "dog"]
-    assert model.adapt((x, y), classes=range(2), seed=2 * 10**13, progress=False).classes == ["0", "1"]
+    assert model.adapt(image_folder, rank=np.int64(2)).classes == ["bird", "cat", "dog"]
+    assert model.adapt((x, y), classes=range(2), seed=2 * 10**13).classes == ["0", "1"]
 
 
 def test_the_bundled_flow_serves_some_classes_in_another_order(
@@ -169,7 +169,7 @@ def test_the_bundled_flow_serves_some_classes_in_another_order(
         return data.subset(rows).with_targets(np.repeat(np.arange(4), images), [f"kind {c}" for c in kept])
 
     test = some(bundled_test, 25)
-    adapted = GLEM.from_pretrained("bundled:fashion-mnist").adapt(some(bundled_train, 20), rank=8, progress=False)
+    adapted = GLEM.from_pretrained("bundled:fashion-mnist").adapt(some(bundled_train, 20), rank=8)
     assert adapted.classes == ["kind 9", "kind 0", "kind 3", "kind 8"]
     assert float((adapted.predict(test.tensor()) == torch.from_numpy(test.targets)).float().mean()) > 0.85
     y = torch.arange(4).repeat(5)
@@ -271,6 +271,6 @@ def test_parts_of_a_class_are_drawn_as_often_as_they_have_images() -> None:
 
 def test_a_pair_gets_the_names_that_the_model_was_made_with() -> None:
     pair = (torch.randint(0, 256, (20, 1, 4, 4), dtype=torch.uint8), torch.arange(20) % 2)
-    first = GLEM.create("identity", (1, 4, 4), ["cat", "dog"]).adapt(pair, rank=2, progress=False)
+    first = GLEM.create("identity", (1, 4, 4), ["cat", "dog"]).adapt(pair, rank=2)
     assert first.classes == ["cat", "dog"]
-    assert first.adapt(pair, rank=2, progress=False).classes == ["0", "1"]  # perhaps other classes
+    assert first.adapt(pair, rank=2).classes == ["0", "1"]  # perhaps other classes

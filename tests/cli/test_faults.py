@@ -38,7 +38,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_argv(images: Path, out: Path) -> list[str]:
     """14 steps; --resume starts where there is nothing to resume."""
-    argv = ["train", str(images), "--out", str(out), "--resume", "--quiet", "--epochs", "2", "--batch-size", "4", *TINY]
+    argv = ["train", str(images), "--out", str(out), "--resume", "--epochs", "2", "--batch-size", "4", *TINY]
     argv += ["--warmup-steps", "5", "--objective", "glem", "--modes-rank", "2"]
     return [*argv, "--flow", "blocks=[1,1]", "--sample-every", "2"]
 

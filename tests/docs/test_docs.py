@@ -82,7 +82,7 @@ SMALLER: dict[str, dict[str, str]] = {
     "docs/train.md": {'"train")': '"train").subset(range(0, 1000, 40))', "epochs=20": 'epochs=1, preset="identity"'},
 }
 OPTIONS = {
-    "train": [*TINY, "--epochs", "1", "--quiet"],
+    "train": [*TINY, "--epochs", "1"],
     "eval": ["--limit", "9", "--round-trip", "3"],
     "preview": ["--rows", "1", "--policy", "noise"],
 }
@@ -168,7 +168,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
     """As `make docs` does, with warnings as errors; nothing in it is loaded from elsewhere."""
     for module in ("material", "mkdocstrings_handlers.python", "latex2mathml"):
         pytest.importorskip(module, reason=f"the extra [docs] is not installed: no {module}")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     pages = {path.relative_to(tmp_path / "site"): path.read_text() for path in (tmp_path / "site").rglob("*.html")}

@@ -34,7 +34,7 @@ def toy() -> tuple[GLEM, ImageData]:
 def test_the_numbers_are_those_of_the_model(toy: tuple[GLEM, ImageData]) -> None:
     model, data = toy
     x, y = data.tensor(), torch.from_numpy(data.targets)
-    found = evaluate(model, data, batch_size=64, round_trip=20, progress=False)
+    found = evaluate(model, data, batch_size=64, round_trip=20)
     posterior = model.posterior(x).double()
     ranked = posterior.argsort(1, descending=True)
     assert found["n"] == 150 and found["bits"] == 8
@@ -47,12 +47,12 @@ def test_the_numbers_are_those_of_the_model(toy: tuple[GLEM, ImageData]) -> None
     marginal = -(scores.logsumexp(1) - math.log(7)).mean() / (16 * math.log(2))
     assert found["bits_per_dim"] == pytest.approx(float(bits), abs=0.01)
     assert found["bits_per_dim_marginal"] == pytest.approx(float(marginal), abs=0.01)
-    assert found["bits_per_dim"] == evaluate(model, data, batch_size=64, progress=False)["bits_per_dim"]
+    assert found["bits_per_dim"] == evaluate(model, data, batch_size=64)["bits_per_dim"]
     own, right = posterior.max(1).values, ranked[:, 0] == y
     assert found["ece"] == pytest.approx(calibration_error(own, right), abs=1e-6)
     assert found["round_trip"] == {"images": 20, **model.check_invertibility(x[spread(150, 20)])}
     assert found["round_trip"]["within_half_step"] == 1.0
-    assert evaluate(model, data, round_trip=0, progress=False)["round_trip"] is None
+    assert evaluate(model, data, round_trip=0)["round_trip"] is None
     with pytest.raises(DataError, match="no images"):
         evaluate(model, data.subset([]))
 
@@ -72,25 +72,23 @@ def test_adapting_and_calibrating_make_the_posterior_honest(
     bundled_train: ImageData, bundled_test: ImageData, tmp_path: Path
 ) -> None:
     """784 pixels as if they were independent are far too sure of a class."""
-    GLEM.create("identity", (1, 28, 28), ["image"], psi=None).adapt(
-        bundled_train, max_per_class=20, progress=False
-    ).save(tmp_path)
+    GLEM.create("identity", (1, 28, 28), ["image"], psi=None).adapt(bundled_train, max_per_class=20).save(tmp_path)
     model, test = GLEM.from_pretrained(tmp_path), bundled_test.subset(range(0, 1000, 4))
     fitted, x = model.latent_classes.temperature, test.tensor()
-    honest, densities = evaluate(model, test, round_trip=0, progress=False), model.log_prob_per_class(x)
+    honest, densities = evaluate(model, test, round_trip=0), model.log_prob_per_class(x)
     prior, z = torch.arange(10.0), model.encode(x)[0]
     wanted = (model.gaussians.log_prob(z) / fitted + prior.log()).softmax(1)
     torch.testing.assert_close(model.posterior(x, prior), wanted)
     model.latent_classes.temperature = 1.0
-    sure = evaluate(model, test, round_trip=0, progress=False)
+    sure = evaluate(model, test, round_trip=0)
     assert honest["ece"] < 0.15 < 0.25 < sure["ece"]
     same = ("accuracy", "top5", "bits_per_dim", "bits_per_dim_marginal")
     assert all(honest[name] == sure[name] for name in same)
     assert torch.equal(model.log_prob_per_class(x), densities)
     # Images that were held out say the same, nearly, as those left out one by one.
-    again = calibrate(model, test, progress=False)
+    again = calibrate(model, test)
     assert again == model.latent_classes.temperature == pytest.approx(fitted, rel=0.5)
-    assert evaluate(model, test, round_trip=0, progress=False)["ece"] < 0.15
+    assert evaluate(model, test, round_trip=0)["ece"] < 0.15
 
 
 def test_rejected_moves_are_counted_as_in_the_transform() -> None:

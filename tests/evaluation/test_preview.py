@@ -90,7 +90,7 @@ def test_a_preview_moves_no_partners_and_is_titled_by_the_model(monkeypatch: pyt
     x, y = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8), torch.arange(16) % 8
     latents = GLEM.create("identity", (3, 16, 16), list("abcdefgh"), autoencoder="taef2")
     own = ImageData.from_tensors(x, y, list("abcdefgh"))
-    latents = latents.adapt(own, rank=1, progress=False)
+    latents = latents.adapt(own, rank=1)
     preview(latents, own, rows=2)
     assert len(moved) == 3 + 2 + 2 and preview_module.class_samples(latents, 0).cells.shape[0] == 6
 
@@ -117,7 +117,7 @@ def test_images_are_moved_at_their_own_size(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).rename(tmp_path / "photos" / name)
     command = ["preview", str(tmp_path / "flow"), str(tmp_path / "photos"), "--out", str(tmp_path / "p.png")]
-    assert main([*command, "--rows", "1", "--policy", "noise", "--quiet"]) == 0
+    assert main([*command, "--rows", "1", "--policy", "noise"]) == 0
     photos = open_data(str(tmp_path / "photos"), image_size=8)
     wanted = preview(model, photos.at_own_size(), 1, ("noise",), name=str(tmp_path / "flow"))
     assert (pixels(Image.open(tmp_path / "p.png")) == pixels(wanted)).all()
@@ -140,7 +140,7 @@ def test_adversarial_moves_lower_the_posterior_and_rejected_ones_are_framed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, data = small((1, 2, 2), count=40)
-    model = model.adapt(data, rank=4, progress=False)  # classes of their own
+    model = model.adapt(data, rank=4)  # classes of their own
     monkeypatch.setattr(preview_module, "NOISE_STRENGTHS", (0.3, 100.0))
     y = torch.tensor([model.classes.index(f"class {i}") for i in (0, 0, 1, 2)])
     confidence = {}

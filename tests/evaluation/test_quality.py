@@ -73,7 +73,7 @@ def test_features_that_cannot_be_used_are_named() -> None:
 def test_too_few_images_are_named_before_a_network_is_trained(bundled_test: ImageData, real: int) -> None:
     made, some = bundled_test.subset(range(30)), bundled_test.subset(range(real))
     with pytest.raises(DataError, match=f"'held_out': {real // 5}}}: at least 6"):
-        quality_report(made, some, progress=False)
+        quality_report(made, some)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vit_tiny_patch16_224"])
@@ -123,7 +123,7 @@ def test_the_report_tells_copies_and_wrong_labels_from_new_images(
     flow = GLEM.from_pretrained("bundled:fashion-mnist")
     new = SyntheticDataset(flow, per_class=15, source="rfcm")
     found = {
-        name: quality_report(data, *real, tmp_path / name, network, progress=False)
+        name: quality_report(data, *real, tmp_path / name, network)
         for name, data in (("copies", copies), ("wrong", wrong), ("new", new))
     }
     assert torch.equal(before, torch.get_rng_state())
@@ -136,7 +136,7 @@ def test_the_report_tells_copies_and_wrong_labels_from_new_images(
     assert right[0] > 0.5 and right[1] > 0.5 and right[2] < 0.25 and found["new"]["judge_accuracy"] > 0.5
     assert found["copies"]["fid"] < found["new"]["fid"] and 0 < found["new"]["coverage"] < found["copies"]["coverage"]
     assert json.loads((tmp_path / "new" / "report.json").read_text()) == found["new"]
-    few = quality_report(new, *real, network=network, mean=0.4, max_images=60, progress=False)
+    few = quality_report(new, *real, network=network, mean=0.4, max_images=60)
     assert few["images"] == {"synthetic": 60, "real": 60, "held_out": 60}
     # In the picture of copies every image stands beside itself.
     pixels = np.asarray(Image.open(tmp_path / "copies" / "report.png")).astype(int)
@@ -171,7 +171,7 @@ def test_a_weak_judge_is_named(tmp_path: Path) -> None:
     data = ImageData.from_tensors(x, [0, 1, 2] * 20, ["a", "b", "c"])
     parts = [data.subset(range(start, 60, 2)) for start in (0, 1)]
     network = classifier.train_network([], 1, 1, 3)
-    found = quality_report(parts[0], parts[0], parts[1], tmp_path, network, progress=False)
+    found = quality_report(parts[0], parts[0], parts[1], tmp_path, network)
     accuracy = found["judge_accuracy"]
     assert accuracy < 0.6 and f"right about {100 * accuracy:.0f} %" in found["warning"]
     assert "coverage" in found["warning"] and f"{100 * accuracy:.0f} %" in found["features"]

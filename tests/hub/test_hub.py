@@ -112,7 +112,7 @@ def test_an_autoencoder_is_pinned_and_pulled_with_the_model(server: HubServer, t
     model = GLEM.create("identity", (3, 16, 16), ["cat", "dog"], autoencoder="hub:org/taesd")
     assert model.config.autoencoder is not None and model.config.autoencoder["name"] == f"hub:org/taesd@{first}"
     x = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
-    model = model.adapt((x, torch.arange(12) % 2), rank=2, progress=False)
+    model = model.adapt((x, torch.arange(12) % 2), rank=2)
     model.save(tmp_path / "photos")
     server.put("org/taesd", autoencoder(1))  # the model keeps the weights that it was made with
     assert torch.equal(GLEM.from_pretrained(tmp_path / "photos").log_prob(x), model.log_prob(x))

@@ -175,7 +175,7 @@ def test_names_of_data_can_be_shown_and_saved(tmp_path: Path) -> None:
     data = open_data(tmp_path / odd)
     assert data.name.endswith(r"caf\udce9\r") and r"caf\udce9\r" in data.where(0)
     json.dumps([data.name, data.where(0)], ensure_ascii=False).encode()
-    adapted = GLEM.create("identity", data.image_shape, ["x"]).eval().adapt(data, rank=1, progress=False)
+    adapted = GLEM.create("identity", data.image_shape, ["x"]).eval().adapt(data, rank=1)
     adapted.save(tmp_path / "model")
     assert GLEM.from_pretrained(tmp_path / "model").config.training["data"] == data.name
 

@@ -35,7 +35,7 @@ def photos() -> tuple[Tensor, Tensor]:
 @pytest.fixture(scope="module")
 def model(photos: tuple[Tensor, Tensor]) -> GLEM:
     created = GLEM.create("identity", (3, 16, 16), ["a", "b"], autoencoder="taef2")
-    return created.adapt(photos, rank=8, progress=False)
+    return created.adapt(photos, rank=8)
 
 
 def test_its_facts_and_its_likelihoods(model: GLEM, photos: tuple[Tensor, Tensor]) -> None:
@@ -83,7 +83,7 @@ def test_its_file_names_the_autoencoder_and_does_not_hold_it(
 
 
 def test_an_autoencoder_of_the_users_is_asked_for(photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
-    own = GLEM.create("identity", (3, 16, 16), ["a", "b"], autoencoder=Blocks()).adapt(photos, rank=4, progress=False)
+    own = GLEM.create("identity", (3, 16, 16), ["a", "b"], autoencoder=Blocks()).adapt(photos, rank=4)
     own.save(tmp_path)
     with pytest.raises(ModelFileError, match="autoencoder="):
         GLEM.from_pretrained(tmp_path)
@@ -96,7 +96,7 @@ def test_grey_images_and_other_sizes_are_extended_and_cropped(shape: tuple[int, 
     g = torch.Generator().manual_seed(0)
     x = F.interpolate(torch.rand(12, shape[0], 3, 3, generator=g), shape[1:], mode="bilinear")
     model = GLEM.create("identity", shape, ["a", "b"], autoencoder="taef2")
-    model = model.adapt(((255 * x).to(torch.uint8), torch.arange(12) % 2), rank=4, progress=False)
+    model = model.adapt(((255 * x).to(torch.uint8), torch.arange(12) % 2), rank=4)
     height, width = (-(-side // 8) * 8 for side in shape[1:])
     high, wide = height - shape[1], width - shape[2]
     edges = (wide // 2, wide - wide // 2, high // 2, high - high // 2)
@@ -119,7 +119,7 @@ def test_many_images_give_full_covariances_and_parts(photos: tuple[Tensor, Tenso
     g = torch.Generator().manual_seed(1)
     many = (x.repeat(8, 1, 1, 1).float() + 12 * torch.randn(320, 3, 8, 8, generator=g)).clamp(0, 255)
     full = GLEM.create("identity", (3, 8, 8), ["a", "b"], autoencoder="taef2")
-    full = full.adapt((many.to(torch.uint8), y.repeat(8)), rank=16, parts=2, progress=False)
+    full = full.adapt((many.to(torch.uint8), y.repeat(8)), rank=16, parts=2)
     assert full.config.covariance == "full" and full.modes is not None
     assert (full.modes.rank, full.modes.parts, full.modes.num_classes) == (16, 2, 2)
     assert torch.equal(full.log_prob(x, y), full.log_prob_per_class(x).gather(1, y[:, None])[:, 0])
@@ -163,7 +163,7 @@ def test_augmentation_adds_the_change_and_leaves_the_rest(
 def test_pooled_modes_move_images_of_any_class(photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
     x, y = photos
     one = GLEM.create("identity", (3, 16, 16), ["a", "b"], autoencoder="taef2")
-    one = one.adapt(photos, rank=3, pooled=True, progress=False)
+    one = one.adapt(photos, rank=3, pooled=True)
     assert one.classes == ["image"] and one.modes is not None and one.modes.rank == 3
     z, _ = one.encode(x)
     within = torch.cat([z[y == k] - z[y == k].mean(0) for k in range(2)])

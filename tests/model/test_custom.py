@@ -73,7 +73,7 @@ def test_a_users_flow_is_adapted_and_augments(make: Callable[[], Flow], tmp_path
     model = GLEM.from_bijection(make(), SHAPE)
     assert model.classes == ["image"] and model.check_invertibility(images)["within_half_step"] == 1.0
 
-    adapted = model.adapt((images, labels.numpy()), rank=4, progress=False)
+    adapted = model.adapt((images, labels.numpy()), rank=4)
     adapted.save(tmp_path)
     with pytest.raises(ModelFileError, match="pass an instance as module=$"):
         GLEM.from_pretrained(tmp_path)

@@ -30,10 +30,8 @@ def images(n: int = 40, shape: tuple[int, int, int] = (3, 16, 16)) -> ImageData:
 def test_adapt_is_fit_with_a_flow() -> None:
     data = images()
     for name in (None, "taef2"):
-        found = GLEM.fit(data, name, rank=5, progress=False)
-        wanted = GLEM.create("identity", (3, 16, 16), data.classes, autoencoder=name).adapt(
-            data, rank=5, progress=False
-        )
+        found = GLEM.fit(data, name, rank=5)
+        wanted = GLEM.create("identity", (3, 16, 16), data.classes, autoencoder=name).adapt(data, rank=5)
         assert found.classes == ["dark", "light"] and found.config == wanted.config and "no flow" in repr(found)
         assert torch.equal(found.log_prob(data.tensor()), wanted.log_prob(data.tensor()))
 
@@ -57,7 +55,7 @@ def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
 def test_modes_fitted_again_replace_the_classes_as_a_whole() -> None:
     """Full covariances, parts and temperature belong together: accuracy does not fall."""
     data = open_data("bundled:fashion-mnist", image_size=8)
-    model = GLEM.fit(data, parts=2, progress=False)
+    model = GLEM.fit(data, parts=2)
     before, temperature = accuracy(model, data), model.latent_classes.temperature
     assert model.latent_classes.full
     model.fit_modes(data, rank=16)
@@ -92,7 +90,7 @@ class Halves(Codec):
 
 def test_a_codec_of_the_users_is_one_class(tmp_path: Path) -> None:
     data = images()
-    model = GLEM.fit(data, Halves((3, 16, 16)), rank=4, progress=False)
+    model = GLEM.fit(data, Halves((3, 16, 16)), rank=4)
     x, y = data.tensor(), torch.from_numpy(data.targets)
     assert model.dim == 3 * 64 and accuracy(model, data) > 0.9
     assert torch.allclose(model.decode(model.encode(x)[0]), Halves((3, 16, 16)).decode(model.numbers(x)), atol=1e-5)
@@ -119,9 +117,9 @@ def test_a_codec_that_contradicts_its_shapes_is_an_error() -> None:
         (Halves((3, 32, 32)), r"is for images \[3, 32, 32\], and these are \[3, 16, 16\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            GLEM.fit(data, codec, progress=False)
+            GLEM.fit(data, codec)
     with pytest.raises(TypeError, match="the class Halves: give an object of it"):
-        GLEM.fit(data, Halves, progress=False)  # type: ignore[arg-type]
+        GLEM.fit(data, Halves)  # type: ignore[arg-type]
 
 
 def test_a_codec_that_says_exact_and_is_not_is_refused() -> None:
@@ -134,14 +132,14 @@ def test_a_codec_that_says_exact_and_is_not_is_refused() -> None:
     for codec in (Exact((3, 16, 16)), Later((3, 16, 16))):
         codec.fit = lambda x, codec=codec: setattr(type(codec), "ready", True)  # type: ignore[method-assign]
         with pytest.raises(ValueError, match="exact"):
-            GLEM.fit(images(), codec, progress=False)
+            GLEM.fit(images(), codec)
     Later.ready = False
     lossy = GLEM.create("identity", (3, 16, 16), ["a", "b"], autoencoder=Later((3, 16, 16)))
     assert lossy.check_invertibility(images().tensor())["max_error"] > 1
 
 
 def test_the_command(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = ["--image-size", "16", "--rank", "3", "--quiet"]
+    base = ["--image-size", "16", "--rank", "3"]
     argv = ["fit", str(image_folder), "--autoencoder", "taef2", *base]
     passed, moves = files_passed(lambda: main([*argv, "--out", str(tmp_path / "a")]), leave_out=("flows/", "classes/"))
     assert json.loads(capsys.readouterr().out)["classes"] == ["bird", "cat", "dog"]

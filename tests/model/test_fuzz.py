@@ -39,7 +39,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
     bottleneck = tiny_model("mef_tiny", subnet="bottleneck", depth=[1], blocks=[1], width=[16])
     models = [tiny_model(**small), tiny_model("glow_tiny", psi=None, **small), tiny_model("identity"), bottleneck]
     # full covariances, and a whitened flow of an autoencoder's latents
-    full = tiny_model("identity").adapt((images(150), torch.arange(150) % 3), rank=3, progress=False)
+    full = tiny_model("identity").adapt((images(150), torch.arange(150) % 3), rank=3)
     assert full.config.covariance == "full"
     latent = tiny_model("latent", (3, 16, 16), autoencoder="taef2", whiten=4, **small)
     models += [full, latent]

@@ -26,13 +26,11 @@ Change = Callable[[Tensor], Tensor]
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models with full covariances, with a whitened flow of latents, and with a user's autoencoder."""
     folder = tmp_path_factory.mktemp("hostile")
-    full = tiny_model("identity").adapt((images(150), torch.arange(150) % 3), rank=3, progress=False)
+    full = tiny_model("identity").adapt((images(150), torch.arange(150) % 3), rank=3)
     full.save(folder / "full")
     small = dict(depth=[1, 1], blocks=[1, 1], width=[4, 4])
     tiny_model("latent", (3, 16, 16), autoencoder="taef2", whiten=4, **small).save(folder / "latent")
-    GLEM.create("identity", (3, 16, 16), ["a"], autoencoder=Blocks()).adapt(photos(20), progress=False).save(
-        folder / "own"
-    )
+    GLEM.create("identity", (3, 16, 16), ["a"], autoencoder=Blocks()).adapt(photos(20)).save(folder / "own")
     return folder
 
 

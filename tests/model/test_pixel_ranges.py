@@ -77,14 +77,14 @@ def opened(root: Path, kind: str) -> ImageData:
 def test_from_files_to_moves_samples_and_files(root: Path, kind: str, tmp_path: Path) -> None:
     data = opened(root, kind)
     x, y = data.tensor(), torch.from_numpy(data.targets)
-    GLEM.fit(data, rank=8, progress=False).save(tmp_path / "model")
+    GLEM.fit(data, rank=8).save(tmp_path / "model")
     model = GLEM.from_pretrained(tmp_path / "model")
     assert model.pixel_range == data.pixel_range and f"{len(x[0])}x{SIDE}x{SIDE}" in repr(model)
     # An image comes back: levels exactly, floats up to their rounding.
     back = model.pixel_range.from_floats(model.decode(model.encode(x)[0]))
     assert back.dtype == x.dtype
     assert torch.equal(back, x) or (kind == "float12" and torch.allclose(back, x, atol=1e-3, rtol=0))
-    found = evaluate(model, data, progress=False, round_trip=8)
+    found = evaluate(model, data, round_trip=8)
     assert found["accuracy"] > 0.9 and found["round_trip"]["max_error"] < 1e-3 and found["bits"] == 8 * x.itemsize
     # Moves keep dtype, layout and range, and images that are not selected.
     aug = GLEMAugment(model, "noise", p=0.5, seed=0)
@@ -105,9 +105,9 @@ def test_from_files_to_moves_samples_and_files(root: Path, kind: str, tmp_path: 
     made = SyntheticDataset(model, per_class=3, seed=1)
     drawn = made.images(range(9))
     assert drawn.dtype == x.dtype and torch.equal(made[4][0], drawn[4]) and made[4][1] == 1
-    made.preload(progress=False)
+    made.preload()
     assert torch.equal(made.images([8, 0]), drawn[[8, 0]])
-    made.export(tmp_path / "made", progress=False)
+    made.export(tmp_path / "made")
     assert {path.suffix for path in (tmp_path / "made").glob("*/*")} == {".png" if kind == "grey16" else ".npy"}
     again = open_data(tmp_path / "made", value_range=model.pixel_range)
     assert torch.equal(again.tensor(), drawn) and again.pixel_range == model.pixel_range
@@ -116,7 +116,7 @@ def test_from_files_to_moves_samples_and_files(root: Path, kind: str, tmp_path: 
             both = RealAndSynthetic(real, synthetic, ratio=0.1)
             assert torch.equal(both[len(x)][0], drawn[0]) and torch.equal(torch.as_tensor(both[1][0]), x[1])
     with pytest.raises(DataError, match=rf"webdataset needs 8-bit grey or RGB.*{data.pixel_range.dtype}"):
-        made.export(tmp_path / "shards", "webdataset", progress=False)
+        made.export(tmp_path / "shards", "webdataset")
     mixed = SyntheticDataset(model, 2, source="mixup", real=data)
     assert mixed.images([0]).dtype == x.dtype
     picture = preview(model, data, rows=3, policies=["noise"], channels=[len(x[0]) - 1])
@@ -133,7 +133,7 @@ def test_a_flow_on_such_images_is_a_bijection_with_exact_densities(root: Path, k
         model = GLEM.create(preset, data.image_shape, data.classes, pixel_range=data.pixel_range, **TINY).eval()
         model.initialise(x)
         error = model.round_trip_error(x)
-        assert float(error.max()) < 0.02 and model.adapt(data, progress=False).modes is not None
+        assert float(error.max()) < 0.02 and model.adapt(data).modes is not None
     # log p(x) = log p(h) + log |dh/dx|, with dh/dx one over the number of levels, or over the width of the range.
     h, (z, logdet) = model.numbers(x), model.encode(x)
     width = 65536 if kind == "grey16" else 2000
@@ -167,7 +167,7 @@ def test_noise_stays_within_its_level_of_16_bits() -> None:
 
 def test_other_images_are_refused_with_the_fix(root: Path) -> None:
     data = opened(root, "float12")
-    model, x, y = GLEM.fit(data, rank=4, progress=False), data.tensor(), torch.from_numpy(data.targets)
+    model, x, y = GLEM.fit(data, rank=4), data.tensor(), torch.from_numpy(data.targets)
     aug = GLEMAugment(model, "noise")
     for call, message in (
         (lambda: model.encode((x * 255).to(torch.uint8)), "images must be floating point; got torch.uint8"),
@@ -188,7 +188,7 @@ def test_other_images_are_refused_with_the_fix(root: Path) -> None:
     tens = ImageData.from_tensors(
         x[:, :2].abs().clamp(100, 190).to(torch.int16), y, data.classes, value_range=(100, 190)
     )
-    few, eleven = GLEM.fit(tens, rank=4, progress=False), tens.tensor() + 1
+    few, eleven = GLEM.fit(tens, rank=4), tens.tensor() + 1
     for call in (lambda: few.encode(eleven), lambda: GLEMAugment(few)(eleven, y)):
         with pytest.raises(
             ValueError, match=r"^images must (be|lie) in \[100, ?190\], got values from 101 to 191; clip"
@@ -213,7 +213,7 @@ def test_other_images_are_refused_with_the_fix(root: Path) -> None:
     ],
 )
 def test_hostile_ranges_are_refused(root: Path, tmp_path: Path, given: Any, message: str) -> None:
-    model = GLEM.fit(opened(root, "grey16"), rank=2, progress=False)
+    model = GLEM.fit(opened(root, "grey16"), rank=2)
     model.save(tmp_path)
     values = json.loads((tmp_path / CONFIG).read_text())
     assert values["pixel_range"] == {"dtype": "uint16", "low": 0, "high": 65535}
@@ -232,15 +232,15 @@ def test_8_bit_models_have_no_range_in_their_file() -> None:
 
 def test_the_commands(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, made = str(tmp_path / "model"), str(tmp_path / "made")
-    assert main(["fit", str(root / "float12"), "--out", model, "--value-range", "-1000", "1000", "--quiet"]) == 0
+    assert main(["fit", str(root / "float12"), "--out", model, "--value-range", "-1000", "1000"]) == 0
     assert main(["info", model, "--json"]) == 0
     assert '"pixel_range": "float32 from -1000 to 1000"' in capsys.readouterr().out
-    assert main(["eval", model, str(root / "float12"), "--round-trip", "3", "--quiet"]) == 0
+    assert main(["eval", model, str(root / "float12"), "--round-trip", "3"]) == 0
     assert "nats_per_number" in capsys.readouterr().out
     picture = ["--rows", "2", "--policy", "noise", "--channels", "0", "11", "5", "--out", str(tmp_path / "p.png")]
-    assert main(["preview", model, str(root / "float12"), *picture, "--quiet"]) == 0
-    assert main(["generate", model, "--per-class", "2", "--out", made, "--quiet"]) == 0
-    assert main(["generate", model, "--per-class", "2", "--out", made, "--quiet"]) == 0  # nothing is missing
+    assert main(["preview", model, str(root / "float12"), *picture]) == 0
+    assert main(["generate", model, "--per-class", "2", "--out", made]) == 0
+    assert main(["generate", model, "--per-class", "2", "--out", made]) == 0  # nothing is missing
     assert len(list(Path(made).glob("*/*.npy"))) == 6
     assert main(["generate", model, "--per-class", "2", "--format", "webdataset", "--out", made + "2"]) == 2
     assert "webdataset needs 8-bit" in capsys.readouterr().err

@@ -47,7 +47,7 @@ def data() -> ImageData:
 
 @pytest.fixture(scope="module")
 def model(data: ImageData) -> GLEM:
-    return GLEM.fit(data, "taef2", privacy=Privacy(10), progress=False)
+    return GLEM.fit(data, "taef2", privacy=Privacy(10))
 
 
 def test_samples_look_like_their_class_and_the_files_have_the_promise(
@@ -73,7 +73,7 @@ def test_samples_look_like_their_class_and_the_files_have_the_promise(
 
 def test_the_same_call_twice_gives_different_models(model: GLEM, data: ImageData) -> None:
     torch.manual_seed(0)
-    other = GLEM.fit(data, "taef2", privacy=Privacy(10), progress=False, seed=0)
+    other = GLEM.fit(data, "taef2", privacy=Privacy(10), seed=0)
     assert not torch.equal(other.gaussians.mu, model.gaussians.mu)
     assert other.config.privacy is not None and model.config.privacy is not None
     assert other.config.privacy["expect"]["images"] != model.config.privacy["expect"]["images"]
@@ -98,13 +98,13 @@ def test_nothing_but_the_releases_depends_on_the_images(
     monkeypatch.setattr(private_module, "noisy_histogram", replayed(private_module.noisy_histogram))
     shifted = ImageData.from_tensors(255 - data.tensor()[:-20], data.targets[:-20], data.classes)
     for name, images in (("a", data), ("b", shifted)):
-        GLEM.fit(images, "taef2", privacy=Privacy(10), progress=False).save(tmp_path / name)
+        GLEM.fit(images, "taef2", privacy=Privacy(10)).save(tmp_path / name)
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 def test_parts_of_a_class_share_its_covariance(data: ImageData, tmp_path: Path) -> None:
-    model = GLEM.fit(data, "taef2", privacy=Privacy(50), parts=2, progress=False)
+    model = GLEM.fit(data, "taef2", privacy=Privacy(50), parts=2)
     assert model.modes is not None and model.modes.tied and model.modes.parts == 2
     y = torch.zeros(30, dtype=torch.int64)
     assert model.sample(y, 1.0, torch.Generator().manual_seed(0), "rfcm").isfinite().all()
@@ -119,7 +119,7 @@ def test_many_dimensions_have_second_moments_of_the_leading_ones(monkeypatch: py
     """As on a grid of 8 by 8 latents, in small."""
     monkeypatch.setattr(private_module, "LEADING", 48)
     monkeypatch.setattr("glem_augment.classes.statistics.WHOLE_DIM", 64)
-    model = GLEM.fit(images(), "taef2", privacy=Privacy(20), progress=False)
+    model = GLEM.fit(images(), "taef2", privacy=Privacy(20))
     assert model.modes is not None and (model.dim, model.modes.rank) == (128, 48)
     assert not model.latent_classes.full and bool((model.modes.rest[:, 48:] > 0).all())
     assert model.sample(torch.arange(3), 1.0, source="rfcm").isfinite().all()
@@ -129,15 +129,15 @@ def test_classes_too_many_for_whole_covariances_lose_no_budget(
     data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("glem_augment.classes.statistics._MOST_WHOLE", 100)
-    GLEM.fit(data, "taef2", privacy=Privacy(10), progress=False).save(tmp_path)
+    GLEM.fit(data, "taef2", privacy=Privacy(10)).save(tmp_path)
     found = GLEM.from_pretrained(tmp_path)
     assert found.config.covariance == "diagonal" and found.sample(torch.arange(3), source="rfcm").isfinite().all()
 
 
 def test_a_latent_depends_on_its_image_alone(model: GLEM, data: ImageData) -> None:
     assert rows_are_independent(model)
-    z, y = latents_alone(model, data, progress=False)
-    fewer, _ = latents_alone(model, data.subset(range(5, len(data) - 3)), progress=False)
+    z, y = latents_alone(model, data)
+    fewer, _ = latents_alone(model, data.subset(range(5, len(data) - 3)))
     assert torch.equal(z[5:-3], fewer) and torch.equal(y, torch.from_numpy(data.targets))
 
 
@@ -146,7 +146,7 @@ def test_coordinates_come_from_public_images(data: ImageData) -> None:
     model = GLEM.create("stationary", SIZE, data.classes)
     with pytest.raises(ValueError, match="public"):
         set_coordinates(model, None)
-    fitted = GLEM.fit(data, privacy=Privacy(10), public=public, progress=False)  # of the pixels
+    fitted = GLEM.fit(data, privacy=Privacy(10), public=public)  # of the pixels
     assert fitted.config.privacy is not None and fitted.config.privacy["coordinates"] == "public images"
     assert fitted.dim == 256
 
@@ -157,14 +157,14 @@ def test_what_a_private_model_refuses(model: GLEM, data: ImageData) -> None:
     with pytest.raises(ValueError, match="privacy"):
         model.fit_modes(data)
     with pytest.raises(ValueError, match="privacy"):
-        calibrate(model, data, progress=False)
+        calibrate(model, data)
     with pytest.raises(ValueError, match="privac"):
         SyntheticDataset(model, 3, source="mixup", real=data)
     with pytest.raises(ValueError, match="privac"):
         SyntheticDataset(model, "balance", real=data)
     with pytest.raises(ValueError, match="real= would break the model's privacy"):
         SyntheticDataset(model, 3, real=data)  # the order of its classes would be the order of the labels
-    assert model.adapt(images(20), progress=False).config.privacy is None  # no promise covers these images
+    assert model.adapt(images(20)).config.privacy is None  # no promise covers these images
 
 
 def test_samples_of_a_private_model_are_drawn_at_temperature_1(model: GLEM) -> None:
@@ -174,14 +174,14 @@ def test_samples_of_a_private_model_are_drawn_at_temperature_1(model: GLEM) -> N
 
 def test_too_few_images_and_wrong_arguments_are_one_clear_error(data: ImageData) -> None:
     with pytest.raises(DataError, match="spent epsilon="):
-        GLEM.fit(images(per_class=10), "taef2", privacy=Privacy(0.5), progress=False)
+        GLEM.fit(images(per_class=10), "taef2", privacy=Privacy(0.5))
     for unused in (dict(rank=8), dict(seed=1), dict(pooled=True)):
         with pytest.raises(ValueError, match=f"a private model takes no {min(unused)}: "):
-            GLEM.fit(data, "taef2", privacy=Privacy(10), progress=False, **unused)
+            GLEM.fit(data, "taef2", privacy=Privacy(10), **unused)
     with pytest.raises(TypeError, match="must be Privacy"):
-        GLEM.fit(data, "taef2", privacy=10, progress=False)
+        GLEM.fit(data, "taef2", privacy=10)
     few = ImageData.from_tensors(data.tensor()[:302], data.targets[:302], data.classes)  # two of the last class
-    found = GLEM.fit(few, "taef2", privacy=Privacy(10), progress=False)
+    found = GLEM.fit(few, "taef2", privacy=Privacy(10))
     assert found.config.privacy is not None and found.config.privacy["expect"]["drowned"] == ["class 2"]
 
 
@@ -190,7 +190,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     data = images(60)
     write_folder(data, folder)
     size = str(data.image_shape[1])
-    argv = ["fit", str(folder), "--autoencoder", "taef2", "--epsilon", "40", "--quiet"]
+    argv = ["fit", str(folder), "--autoencoder", "taef2", "--epsilon", "40"]
     argv += ["--delta", "1e-3", "--images", "1000"]
     assert main([*argv, "--out", str(tmp_path / "unstated")]) == 0
     told = "glem: everybody will know the image_size and channels of the private model"  # a line, as errors are
@@ -224,7 +224,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_what_one_image_could_change_is_refused_or_told(model: GLEM, data: ImageData, tmp_path: Path) -> None:
-    promise = dict(privacy=Privacy(10), progress=False)
+    promise = dict(privacy=Privacy(10))
     with pytest.raises(DataError, match="several times"):
         GLEM.fit(data.subset([*range(len(data)), 0]), "taef2", **promise)
     with pytest.raises(DataError, match="among the public images"):
@@ -243,11 +243,11 @@ def test_what_one_image_could_change_is_refused_or_told(model: GLEM, data: Image
     links = tmp_path / "links"
     for repeated in (twice, Subset(twice, [0, 1]), Subset(data.subset([0, 0, 1]), [0, 1, 2]), folder, links):
         with pytest.raises(DataError, match="several times"):
-            check_images(open_data(repeated, image_size=16, channels=1), None, progress=False)
+            check_images(open_data(repeated, image_size=16, channels=1), None)
     inside = open_data(Subset(open_data(tmp_path / "good", image_size=16), range(9)), image_size=16, channels=1)
     assert inside.unstated == ("channels",)
     same = [ImageData.from_tensors(torch.zeros(2, 1, 16, 16, dtype=torch.uint8), [0, 0], ["a"]) for _ in range(2)]
-    check_images(same[0], same[1], progress=False)  # images of one colour
+    check_images(same[0], same[1])  # images of one colour
     linked = open_data(links, image_size=16, channels=1)
     assert linked.repeated and not linked.subset(range(len(linked) - 20, len(linked))).repeated
     with pytest.raises(ValueError, match="parts must be at most 256"):
@@ -270,19 +270,19 @@ def test_classes_that_are_read_from_labels_are_told(tmp_path: Path) -> None:
         named = found.with_targets(found.targets, [f"named {k}" for k in range(len(found.classes))])
         for each in (found, named):
             with pytest.warns(UserWarning, match="will know the classes of the private model"):
-                check_images(each, None, progress=False)
-    check_images(open_data(tmp_path / "folder", image_size=16, channels=1), None, progress=False)
+                check_images(each, None)
+    check_images(open_data(tmp_path / "folder", image_size=16, channels=1), None)
 
 
 def test_a_private_export_says_its_promise(model: GLEM, tmp_path: Path) -> None:
     for form in ("imagefolder", "webdataset"):
-        SyntheticDataset(model, 1).export(tmp_path / form, form, progress=False)  # type: ignore[arg-type]
+        SyntheticDataset(model, 1).export(tmp_path / form, form)  # type: ignore[arg-type]
         assert "-differentially private" in (tmp_path / form / "README.md").read_text()
 
 
 def test_a_codec_of_the_user_is_fitted_to_public_images(data: ImageData) -> None:
     codec, public = Centred(data.image_shape, data.image_shape), images(seed=1)
-    private = GLEM.fit(data, codec, privacy=Privacy(10), public=public, progress=False)
+    private = GLEM.fit(data, codec, privacy=Privacy(10), public=public)
     assert float(private.codec.middle) == pytest.approx(float(public.tensor().float().mean() / 255), abs=0.01)
 
 
@@ -323,7 +323,7 @@ def test_machines_that_compute_other_latents_are_refused(
 
 def test_a_promise_belongs_to_the_files_of_its_fit(model: GLEM, data: ImageData, tmp_path: Path) -> None:
     changed = copy.deepcopy(model)
-    changed.latent_classes = GLEM.fit(data, "taef2", progress=False).latent_classes
+    changed.latent_classes = GLEM.fit(data, "taef2").latent_classes
     with pytest.raises(ModelFileError):
         changed.save(tmp_path)
     with pytest.raises(ModelFileError):
@@ -353,8 +353,8 @@ def test_a_promise_belongs_to_the_files_of_its_fit(model: GLEM, data: ImageData,
 
 
 def test_a_fitted_codec_gives_its_numbers_to_no_private_model(data: ImageData) -> None:
-    fitted = GLEM.fit(data, "taef2", progress=False)
-    private = GLEM.fit(data, fitted.codec, privacy=Privacy(10), public=images(seed=1), progress=False)
+    fitted = GLEM.fit(data, "taef2")
+    private = GLEM.fit(data, fitted.codec, privacy=Privacy(10), public=images(seed=1))
     assert not private.codec.mean.any() and bool((private.codec.std == 1).all()) and bool(fitted.codec.mean.any())
 
 
@@ -370,7 +370,7 @@ class Restless(torch.nn.Module):
 
 def test_an_encoder_that_draws_random_numbers_is_refused(data: ImageData) -> None:
     with pytest.raises(ValueError, match="another latent each time"):
-        GLEM.fit(data, Restless(), privacy=Privacy(10), public=images(seed=1), progress=False)
+        GLEM.fit(data, Restless(), privacy=Privacy(10), public=images(seed=1))
 
 
 def test_the_cell_of_an_image_is_the_same_in_any_company() -> None:

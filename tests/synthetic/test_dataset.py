@@ -108,7 +108,7 @@ def test_images_are_decoded_latents_the_same_in_any_order(model: GLEM) -> None:
     assert whole.dtype == torch.uint8 and whole.shape == (60, 1, 8, 8)
     assert (model.decode(data.latents(range(60))) * 255 - whole).abs().max() <= 0.5 + 1e-3
     order, kept = torch.randperm(60).tolist(), SyntheticDataset(model, per_class=20, cache_bytes=0)
-    kept.preload(progress=False)
+    kept.preload()
     for other in (data, SyntheticDataset(model, 20, cache_bytes=0), pickle.loads(pickle.dumps(data)), kept):
         assert torch.equal(other.images(order), whole[order])
         assert torch.equal(other.images(torch.tensor([3, 3, -1])), whole[[3, 3, 59]])
@@ -116,7 +116,7 @@ def test_images_are_decoded_latents_the_same_in_any_order(model: GLEM) -> None:
     data.transform = np.asarray
     for preload in (False, True):
         if preload:
-            data.preload(progress=False)
+            data.preload()
         images, labels = zip(*DataLoader(data, 7, sampler=order, num_workers=2), strict=True)
         assert torch.equal(torch.cat(images), whole[order, 0])
         assert torch.cat(labels).tolist() == [i // 20 for i in order]
@@ -125,7 +125,7 @@ def test_images_are_decoded_latents_the_same_in_any_order(model: GLEM) -> None:
 def test_an_image_does_not_depend_on_how_many_there_are() -> None:
     """In a batch of one, TAEF2's convolutions have other last bits, which change an image by a grey level."""
     x, y = pixels(24, (3, 32, 32)), torch.arange(24) % 2
-    model = GLEM.fit((x, y), autoencoder="taef2", rank=4, progress=False)
+    model = GLEM.fit((x, y), autoencoder="taef2", rank=4)
     calls: list[int] = []
     decode = model.decode
     model.decode = lambda z, **options: calls.append(len(z)) or decode(z, **options)  # type: ignore[method-assign]

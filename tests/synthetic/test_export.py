@@ -69,7 +69,7 @@ def test_an_export_is_an_image_folder_with_a_record(tmp_path: Path) -> None:
     model = make_model()
     model.save(tmp_path / "model")
     data = make(model, transform=np.asarray, temperature=0.3)
-    folder = data.export(tmp_path / "out", progress=False, license="mit")
+    folder = data.export(tmp_path / "out", license="mit")
     manifest, readme = manifest_of(folder), (folder / "README.md").read_text()
     assert manifest["synthetic"] is True and manifest["complete"] is True and manifest["count"] == 30
     assert manifest["settings"] == data.plan.settings and manifest["settings"]["seed"] == 1
@@ -88,7 +88,7 @@ def test_an_export_is_an_image_folder_with_a_record(tmp_path: Path) -> None:
 
 
 def test_the_same_export_again_writes_what_is_missing(tmp_path: Path) -> None:
-    folder = make().export(tmp_path / "out", progress=False, license="mit")
+    folder = make().export(tmp_path / "out", license="mit")
     whole = files(folder)
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.png")}
     for missing, drawn in (
@@ -99,10 +99,10 @@ def test_the_same_export_again_writes_what_is_missing(tmp_path: Path) -> None:
             (folder / name).unlink()
         data = make()
         blocks = counting(data)
-        data.export(folder, progress=False)
+        data.export(folder)
         assert sorted(blocks) == drawn and files(folder) == whole  # with the licence that was stated once
     (folder / "Bag/000005.png").write_bytes(b"")  # as a power cut may leave it
-    assert files(make().export(folder, progress=False)) == whole
+    assert files(make().export(folder)) == whole
     kept = [path for path, time in times.items() if path.stat().st_mtime_ns == time]
     assert len(kept) == 20  # the blocks that had no gap
 
@@ -110,24 +110,24 @@ def test_the_same_export_again_writes_what_is_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_export_that_did_not_finish_is_refused(tmp_path: Path, form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("glem_augment.synthetic.export.SHARD_BLOCKS", 2)
-    whole, data = make().export(tmp_path / "whole", form, progress=False), make()
+    whole, data = make().export(tmp_path / "whole", form), make()
     counting(data, stop=4)
     with pytest.raises(KeyboardInterrupt):
-        data.export(tmp_path / "out", form, progress=False)
+        data.export(tmp_path / "out", form)
     real = ImageData.from_tensors(make().images(range(30)), data.targets, NAMES)
     for use in (open_data, lambda folder: RealAndSynthetic(real, folder), lambda f: open_data(f, unlabelled=True)):
         with pytest.raises(DataError, match=str(tmp_path / "out")):
             use(tmp_path / "out")
     again = make()
     blocks = counting(again)
-    again.export(tmp_path / "out", form, progress=False)
+    again.export(tmp_path / "out", form)
     assert len(blocks) == 2 and files(tmp_path / "out") == files(whole)
 
 
 def test_any_number_of_ranks_writes_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """30 images in 6 blocks, and in 3 shards; a rank is killed, and another number of ranks goes on."""
     monkeypatch.setattr("glem_augment.synthetic.export.SHARD_BLOCKS", 2)
-    whole = {form: files(make().export(tmp_path / "alone" / form, form, progress=False)) for form in FORMATS}
+    whole = {form: files(make().export(tmp_path / "alone" / form, form)) for form in FORMATS}
 
     def export(form: Any, blocks: int = 9) -> int:
         data, drawn = make(), itertools.count()
@@ -139,7 +139,7 @@ def test_any_number_of_ranks_writes_the_same_files(tmp_path: Path, monkeypatch: 
             return draw(cls, number)
 
         data.draw = counted  # type: ignore[method-assign]
-        data.export(tmp_path / form, form, progress=False, distributed=True)
+        data.export(tmp_path / form, form, distributed=True)
         return next(drawn)
 
     assert on_ranks(2, lambda: export("webdataset")) == [4, 2]
@@ -151,7 +151,7 @@ def test_any_number_of_ranks_writes_the_same_files(tmp_path: Path, monkeypatch: 
 
 
 def test_another_set_in_the_same_folder_is_one_error(tmp_path: Path) -> None:
-    folder = make().export(tmp_path / "out", progress=False)
+    folder = make().export(tmp_path / "out")
     before = files(folder)
     for options, named in (
         ({"seed": 2}, r"seed 1 \(not 2\)"),
@@ -159,11 +159,11 @@ def test_another_set_in_the_same_folder_is_one_error(tmp_path: Path) -> None:
         ({"model": make_model(1)}, "weights"),
     ):
         with pytest.raises(FileExistsError, match=named):
-            make(**options).export(folder, progress=False)
+            make(**options).export(folder)
         assert files(folder) == before
     (folder / PROVENANCE).write_text(json.dumps(manifest_of(folder) | {"generator": "glem-augment 0.0"}))
     with pytest.raises(FileExistsError, match="generator"):
-        make().export(folder, progress=False)
+        make().export(folder)
 
 
 def test_folders_that_are_no_export(tmp_path: Path) -> None:
@@ -172,11 +172,11 @@ def test_folders_that_are_no_export(tmp_path: Path) -> None:
     own.write_bytes(b"the user's own")
     for target in (tmp_path / "out", own):
         with pytest.raises(FileExistsError, match=str(target)):
-            make().export(target, progress=False)
+            make().export(target)
     for text in ("[" * 100_000, "[]", '{"settings": 1}', "null"):
         (tmp_path / "out" / PROVENANCE).write_text(text)
         with pytest.raises(FileExistsError):
-            make().export(tmp_path / "out", progress=False)
+            make().export(tmp_path / "out")
     with pytest.raises(ValueError, match="'wds'"):
         make().export(tmp_path / "new", format="wds")  # type: ignore[arg-type]
     assert own.read_bytes() == b"the user's own" and not (tmp_path / "new").exists()
@@ -187,7 +187,7 @@ def test_shards_need_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ImportError, match="pip install"):
         make().export(tmp_path / "out", "webdataset")
     monkeypatch.undo()
-    folder = make().export(tmp_path / "out", "webdataset", progress=False)
+    folder = make().export(tmp_path / "out", "webdataset")
     with pytest.raises(DataError, match="shards"):
         open_data(folder)
 
@@ -195,7 +195,7 @@ def test_shards_need_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_many_images_out_of_range_give_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = GLEM.create("identity", (1, 8, 8), NAMES).eval().requires_grad_(False)
     model.gaussians.mu.copy_(torch.tensor([0.0, 3e38, 0.0])[:, None])
-    make(model, temperature=0.1).export(tmp_path / "out", progress=False)
+    make(model, temperature=0.1).export(tmp_path / "out")
     assert "10 of 30 images" in caplog.text
 
 
@@ -204,7 +204,7 @@ def test_the_record_of_mixtures_identifies_their_real_images(tmp_path: Path) -> 
     real = ImageData.from_tensors(x, y, NAMES, name="somewhere/photos")
     model.fit_modes(real, rank=1)
     options: dict[str, Any] = {"alpha": np.float32(0.5), "modes": np.int64(1), "per_class": 2, "source": "mixup"}
-    folder = make(model, real=real, **options).export(tmp_path / "out", progress=False)
+    folder = make(model, real=real, **options).export(tmp_path / "out")
     settings = manifest_of(folder)["settings"]
     assert (
         settings["modes"] == 1
@@ -224,7 +224,7 @@ def test_glem_generate_passes_few_files(tmp_path: Path) -> None:
         folder = tmp_path / "real" / str(data.targets[row])
         folder.mkdir(parents=True, exist_ok=True)
         to_pil_image(data[row][0]).save(folder / f"{row}.png")
-    generate = f"generate bundled:fashion-mnist --per-class balance --source mixup --real {tmp_path / 'real'} --quiet"
+    generate = f"generate bundled:fashion-mnist --per-class balance --source mixup --real {tmp_path / 'real'}"
     argv = [*generate.split(), "--out", str(tmp_path / "out")]
     passed, _ = files_passed(lambda: main(argv), leave_out=("flows/", "classes/"))
     assert len(set(passed)) <= 24 and len(returns(passed)) <= 36, (set(passed), returns(passed))

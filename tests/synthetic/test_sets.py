@@ -151,7 +151,7 @@ def test_an_export_has_the_real_labels_where_a_class_needs_no_images(
         (image_folder / f"{name}.png").unlink()
     real = ImageFolder(image_folder)  # bird: 4, cat: 3, dog: 2; the flow has them the other way round
     drawn = SyntheticDataset(model, per_class="balance", real=real)
-    folder = drawn.export(tmp_path / "fill", progress=False)
+    folder = drawn.export(tmp_path / "fill")
     assert "no folder for 1 of 3 classes" in caplog.text and "open_data" in caplog.text
     assert json.loads((folder / "classes.json").read_text()) == {"bird": 0, "cat": 1, "dog": 2}
     assert ImageFolder(folder).targets == [0, 1, 1]  # torchvision's numbers are not the real ones
@@ -201,14 +201,14 @@ def test_class_maps(model: GLEM, tail: ImageData) -> None:
 
 
 def test_one_class_for_all_gives_no_labels_and_one_folder(tail: ImageData, tmp_path: Path) -> None:
-    pooled = GLEM.fit(tail, pooled=True, progress=False)
+    pooled = GLEM.fit(tail, pooled=True)
     drawn = SyntheticDataset(pooled, 6)
     with pytest.raises(DataError, match="stands for several real classes"):
         RealAndSynthetic(tail, drawn, ratio=None)
     with pytest.raises(ClassMismatchError, match=r"the data has 3 classes, the model 1; give class_map=\[0\] \* K"):
         GLEMAugment(pooled).check_data(tail)
-    SyntheticDataset(pooled, 6, real=tail, source="mixup").export(tmp_path / "out", progress=False)
-    found = open_data(tmp_path / "out", progress=False)
+    SyntheticDataset(pooled, 6, real=tail, source="mixup").export(tmp_path / "out")
+    found = open_data(tmp_path / "out")
     assert found.classes == ["image"] and len(found) == 6
     with pytest.raises(ValueError, match="class_map has no effect without real="):
         SyntheticDataset(pooled, 6, class_map={"image": "dog"})

@@ -42,8 +42,8 @@ def test_other_classes_of_a_trained_flow_start_at_shrunk_maximum_likelihood(tmp_
     first = tiny_trainer(tmp_path / "first", epochs=1, objective="hybrid").fit()
     data, config = toy_data(90, k=3, seed=4), tiny_config(epochs=1)
     with pytest.raises(DataError, match=r"\(1, 8, 8\)"):
-        Trainer(toy_data(shape=(1, 4, 8)), config, tmp_path / "second", init_model=first, progress=False)
-    trainer = Trainer(data, config, tmp_path / "second", init_model=first, device="cpu", progress=False)
+        Trainer(toy_data(shape=(1, 4, 8)), config, tmp_path / "second", init_model=first)
+    trainer = Trainer(data, config, tmp_path / "second", init_model=first, device="cpu")
     flow = trainer.model.flow.state_dict()
     assert all(torch.equal(value, flow[name]) for name, value in first.flow.state_dict().items())
     z, y = (part.double() if part.is_floating_point() else part for part in latents(trainer))
@@ -125,7 +125,7 @@ def test_a_run_takes_the_users_objective_and_augmentation(tmp_path: Path) -> Non
         seen.append(share.total)
         return 255 - x
 
-    options: dict[str, Any] = dict(device="cpu", progress=False, augment=augment)
+    options: dict[str, Any] = dict(device="cpu", augment=augment)
     data, config = toy_data(), tiny_config(objective="mle", epochs=1, modes_rank=0)
     trainer = Trainer(data, config, tmp_path / "run", objective=Scaled(), **options)
     loss, bits = trainer.e_step.take(*next(iter(trainer.batches.read(trainer.batches.split.nf, 24))), trainer.so_far)
@@ -144,6 +144,6 @@ def test_a_run_keeps_the_variances_function_of_its_start_model(tmp_path: Path) -
     first = tiny_trainer(tmp_path / "first", data, epochs=1).fit()
     assert first.config.psi == (0.5, 0.2, 0.05)
     config = tiny_config(epochs=1, objective="hybrid")
-    trainer = Trainer(data, config, tmp_path / "second", init_model=first, device="cpu", progress=False)
+    trainer = Trainer(data, config, tmp_path / "second", init_model=first, device="cpu")
     assert torch.equal(trainer.model.gaussians.s, first.gaussians.s)
     assert trainer.fit().config.psi == first.config.psi

@@ -28,12 +28,12 @@ def test_views_are_the_image_its_flip_and_crops(photos: ImageData) -> None:
     codec = StandardisedAutoencoder(open_autoencoder("taef2", lambda name: (Path(), name))[0], photos.image_shape)
     codec.fit(photos.tensor())
     device = torch.device("cpu")
-    both = latent_views(codec, photos, ("flip",), 0, device, False)
+    both = latent_views(codec, photos, ("flip",), 0, device)
     assert both.shape == (60, 2, 32, 2, 2) and both.dtype == torch.float16
     x = photos.tensor().float() / 255
     assert torch.allclose(both[:, 0].float(), codec.encode(x), atol=5e-3)
     assert torch.allclose(both[:, 1].float(), codec.encode(x.flip(3)), atol=5e-3)
-    several = latent_views(codec, photos, ("flip", "crop"), 0, device, False)
+    several = latent_views(codec, photos, ("flip", "crop"), 0, device)
     assert several.shape[1] == 4 and torch.equal(several[:, 0], both[:, 0])
     chosen = choose_views(several, torch.Generator().manual_seed(1), Share(0, 60, 60))
     part = choose_views(several[20:40], torch.Generator().manual_seed(1), Share(20, 40, 60))
@@ -45,12 +45,12 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_model_of_images(
     photos: ImageData, tmp_path: Path, objective: str
 ) -> None:
     config = TrainConfig(objective=objective, epochs=4, **OPTIONS)  # type: ignore[arg-type]
-    whole = Trainer(photos, config, tmp_path / "whole", progress=False).fit()
-    stopped = Trainer(photos, config, tmp_path / "parts", progress=False)
+    whole = Trainer(photos, config, tmp_path / "whole").fit()
+    stopped = Trainer(photos, config, tmp_path / "parts")
     stopped.log.callbacks.append(lambda row: setattr(stopped, "stop_requested", True))
     with pytest.raises(KeyboardInterrupt):
         stopped.fit()
-    resumed = Trainer(photos, config, tmp_path / "parts", resume=True, progress=False).fit()
+    resumed = Trainer(photos, config, tmp_path / "parts", resume=True).fit()
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert whole.image_shape == (3, 16, 16) and whole.config.autoencoder["name"] == "taef2"  # type: ignore[index]
@@ -66,7 +66,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_model_of_images(
 
 def test_a_flow_starts_from_whitened_latents(photos: ImageData, tmp_path: Path) -> None:
     config = TrainConfig(epochs=1, **OPTIONS)  # type: ignore[arg-type]
-    trainer = Trainer(photos, config, tmp_path, progress=False)
+    trainer = Trainer(photos, config, tmp_path)
     assert bool(trainer.model.flow.whiten.initialised)  # type: ignore[union-attr]
 
 

@@ -184,7 +184,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, dies:
 def mistaken(ranks: tuple[int, ...]) -> tuple[int, str]:
     """The exit code and the words of a command that these ranks can't find the images of."""
     data = "/nowhere" if torch.distributed.get_rank() in ranks else "bundled:fashion-mnist"
-    options = ["--limit", "4", "--round-trip", "0", "--device", "cpu", "--quiet"]
+    options = ["--limit", "4", "--round-trip", "0", "--device", "cpu"]
     with redirect_stderr(io.StringIO()) as told:
         return main(["eval", "bundled:fashion-mnist", data, *options]), told.getvalue()
 
@@ -205,10 +205,10 @@ def measured(n: int, k: int) -> tuple[dict[str, Any], dict[str, Tensor], dict[st
     model = GLEM.create("glow_tiny", (1, 8, 8), images.classes, depth=[1, 1], blocks=[1, 1], width=[6, 6])
     model.initialise(images.tensor())
     torch.nn.init.normal_(model.gaussians.mu, std=0.3)
-    adapted = model.eval().requires_grad_(False).adapt(images, rank=3, progress=False)
+    adapted = model.eval().requires_grad_(False).adapt(images, rank=3)
     model.fit_modes(images, rank=3, max_per_class=6)
     blurred = ImageData.from_tensors(images.tensor() // 4 + 90, images.targets, images.classes)
-    found = evaluate(model, blurred, batch_size=8, round_trip=10, progress=False)
+    found = evaluate(model, blurred, batch_size=8, round_trip=10)
     return found, adapted.state_dict(), model.state_dict()
 
 

@@ -62,7 +62,7 @@ def images(name: str, split: str, size: int, channels: int) -> tuple[Tensor, Ten
     """
     folder, otherwise, test = PLACES[name]
     found = otherwise if folder is None else find_images("augmentation", name, folder, otherwise)
-    data = open_data(found, test if split == "test" else split, image_size=size, channels=channels, progress=False)
+    data = open_data(found, test if split == "test" else split, image_size=size, channels=channels)
     return data.tensor(), torch.from_numpy(data.targets), data.classes
 
 
@@ -196,7 +196,7 @@ class Flows:
             task.train if base.image_shape[1] == setting.size else make_task(setting, seed, base.image_shape[1]).train
         )
         classes = None if pooled else task.classes
-        return base.adapt((x, y), classes=classes, rank=min(64, base.dim), pooled=pooled, progress=False)
+        return base.adapt((x, y), classes=classes, rank=min(64, base.dim), pooled=pooled)
 
     def _train_own(self, out: Path, setting: Setting, task: Task) -> None:
         data = ImageData.from_tensors(*task.train, task.classes, name=setting.name)
