@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from scipy import stats
+from torch import Tensor, nn
 
 from glem_augment import __version__
 from glem_augment.io import atomic_write, write_json
@@ -138,6 +141,28 @@ def seconds(task: Callable[[], Any]) -> float:
     return clock() - began
 
 
+def descend(
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    after: Callable[[int], object] = lambda step: None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Train a classifier by cross-entropy, a step for each batch of inputs and labels (hard or soft).
+
+    `after`: called with the number of steps so far, for a schedule. Returns the losses of the steps.
+    """
+    losses = []
+    for step, (x, y) in enumerate(batches, 1):
+        loss = F.cross_entropy(network(x).float(), y, label_smoothing=label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        after(step)
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
 def balanced_orders(n: int) -> Iterator[list[int]]:
     """Endless orders of `range(n)`. Over n rounds (2n for odd n), each number follows each other number equally often
     (Williams 1949)."""
@@ -174,13 +199,53 @@ def write_results(
     """
     script = Path(sys.argv[0]).resolve()
     shown = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
-    whole = {"title": title, "command": command(shown, *sys.argv[1:]), "machine": machine()}
+    whole = {"title": title, "command": "python " + shlex.join([shown, *sys.argv[1:]]), "machine": machine()}
     publish(folder, name, {**whole, **facts, "rows": rows, **(tables or {})}, record, show)
 
 
-def command(script: str, *words: object) -> str:
-    """The line that runs a script of this repository."""
-    return "python " + shlex.join([script, *map(str, words)])
+def usage(description: str) -> str:
+    """The commands in a script's docstring, one a line."""
+    lines = [line.strip().removeprefix("GLEM_DATA=... ") for line in description.splitlines()]
+    return "\n".join(line for line in lines if line.startswith("python "))
+
+
+class Rows:
+    """The rows of a result. A stored row is not measured again, and other processes may add rows meanwhile.
+
+    Args:
+        path: of the JSON. part: where the rows stand in it; "" for a list of rows.
+    """
+
+    def __init__(self, path: Path, part: str = "") -> None:
+        self.path, self.part = path, part
+
+    def all(self) -> list[dict[str, Any]]:
+        found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {self.part: []}
+        return found[self.part] if isinstance(found, dict) else found
+
+    def row(self, known: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row with the columns `known`, measured and stored unless it is there."""
+        for row in self.all():
+            if known.items() <= row.items():
+                return row
+        row = known | measure() | {"processor": machine()["processor"]}
+        rows = [*self.all(), row]
+        write_json(self.path, {self.part: rows} if self.part else rows)
+        print(*row.values(), flush=True)
+        return row
+
+
+def over_seeds(rows: list[dict[str, Any]], *columns: str, value: str = "accuracy") -> list[dict[str, Any]]:
+    """A line for every combination of these columns: the number of seeds, and mean and half interval of `value`."""
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in columns), []).append(row[value])
+    lines = []
+    for key, values in found.items():
+        mean = interval(values)
+        half = mean.half if mean.seeds > 1 else None
+        lines.append(dict(zip(columns, key, strict=True)) | {"seeds": mean.seeds, value: mean.mean, "+/-": half})
+    return lines
 
 
 def processors(rows: list[dict[str, Any]]) -> str:

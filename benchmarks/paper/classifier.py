@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from benchmarks.common import descend
 from glem_augment.errors import TrainingError
 from glem_augment.evaluation import features_and_logits, label_reliability
 from glem_augment.io import atomic_write
@@ -161,17 +161,10 @@ def train_classifier(
         if epoch:
             x, y = epoch_data(epoch)
         g = torch.Generator().manual_seed(int(np.random.SeedSequence([recipe.seed, epoch]).generate_state(1)[0]))
-        total = torch.zeros((), device=device)
-        for rows in torch.randperm(len(x), generator=g)[: steps * batch].split(batch):
-            images = augment_batch(x[rows].to(device), recipe.augment, g)
-            with torch.autocast(total.device.type, torch.bfloat16, enabled=recipe.bf16):
-                logits = model(images)
-            loss = F.cross_entropy(logits.float(), y[rows].to(device), label_smoothing=recipe.label_smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.detach()
+        rows = torch.randperm(len(x), generator=g)[: steps * batch].split(batch)
+        batches = ((augment_batch(x[own].to(device), recipe.augment, g), y[own].to(device)) for own in rows)
+        with torch.autocast(model.mean.device.type, torch.bfloat16, enabled=recipe.bf16, cache_enabled=False):
+            total = descend(model, batches, optimizer, lambda _: schedule.step(), recipe.label_smoothing).sum()
         if not math.isfinite(float(total)):
             raise TrainingError(f"{recipe.arch} diverged in epoch {epoch}: lower the learning rate {recipe.lr}")
     model.facts = {"recipe": asdict(recipe), "images_per_epoch": len(x)}

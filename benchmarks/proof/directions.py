@@ -1,7 +1,6 @@
 """Do the directions of noise matter? A class's modes, pooled modes and smooth noise, each as strong, in four settings.
 
     GLEM_DATA=... python benchmarks/proof/directions.py
-    GLEM_DATA=... python benchmarks/proof/directions.py --settings fashion-10 --seeds 0 1 2
 
 Images of the settings and seeds of `augmentation/run.py`, and the networks, steps and controls of `photographs.py`,
 which has a fifth setting: crop + flip alone; with noise 0.5 along the modes of the class, along pooled modes, and with
@@ -12,9 +11,8 @@ seed draws other training images; all test images are judged. Stored rows are no
 from __future__ import annotations
 
 import itertools
-import json
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import Interval, Named, interval, machine, parser, processors, publish, table
-from benchmarks.common import command as line_of
+from benchmarks.common import Interval, Named, Rows, interval, parser, processors, publish, table, usage
 from benchmarks.proof.augmentation.data import make_task
 from benchmarks.proof.augmentation.named import bold
 from benchmarks.proof.augmentation.settings import SETTINGS
-from benchmarks.proof.comparison import PLAIN, Comparison
-from benchmarks.proof.photographs import COPIES, JITTERED, POOLED, SMOOTH, STEPS, TUNING, accuracy, fit, fit_pooled, on
+from benchmarks.proof.comparison import PLAIN, Comparison, Stack
+from benchmarks.proof.photographs import COPIES, JITTERED, POOLED, SMOOTH, STEPS, TUNING, fit, fit_pooled, on
 from glem_augment import ImageData, Noise
-from glem_augment.io import write_json
 
 NAME = "directions"
 NAMES = ("fashion-10", "fashion-50", "cifar10-50", "imagenette32-20")
@@ -60,14 +56,9 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def page(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The page of the rows, with the commands that measure them; gains are of class noise."""
+    """The page of the rows; gains are of class noise."""
     title = "Noise of one strength along the modes of the class, along pooled modes, and smooth"
-    asked: dict[tuple[int, ...], list[str]] = {}
-    for name in dict.fromkeys(row["setting"] for row in rows):
-        asked.setdefault(tuple(sorted({row["seed"] for row in rows if row["setting"] == name})), []).append(name)
-    script = f"benchmarks/proof/{NAME}.py"
-    lines = [line_of(script, "--settings", *names, "--seeds", *seeds) for seeds, names in asked.items()]
-    return {"title": title, "command": "\n".join(lines), "measured on": processors(rows), "rows": summary(rows)}
+    return {"title": title, "command": usage(__doc__), "measured on": processors(rows), "rows": summary(rows)}
 
 
 def numbers(rows: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Named:
@@ -87,6 +78,14 @@ def numbers(rows: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Named:
     yield "directions", table(f"setting | {head} | over pooled modes | over smooth | over ColorJitter | seeds", lines)
 
 
+@lru_cache(1)
+def images_of(name: str, seed: int) -> tuple[ImageData, ImageData]:
+    """The training images of a seed, and all test images."""
+    task = make_task(SETTINGS[name], seed)
+    train, test = (ImageData.from_tensors(*part, task.classes) for part in (task.train, task.test))
+    return train, test
+
+
 def main() -> None:
     args = parser(__doc__)
     args.set_defaults(threads=1)
@@ -94,24 +93,18 @@ def main() -> None:
     args.add_argument("--seeds", nargs="+", type=int, default=[*range(10)], help="at least two (0 to 9)")
     args = args.parse_args()
     torch.set_num_threads(args.threads)
-    path = args.out / f"{NAME}.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    rows = Rows(args.out / f"{NAME}.json")
     for name, seed in itertools.product(args.settings, args.seeds):
-        measured = {(row["setting"], row["seed"], row["what"]) for row in rows}
-        if not (left := [what for what in STACKS if (name, seed, what) not in measured]):
-            continue
-        setting, task = SETTINGS[name], make_task(SETTINGS[name], seed)
-        train, test = (ImageData.from_tensors(*part, task.classes) for part in (task.train, task.test))
-        most = setting.per_class - 1  # all modes that there are
+        most = SETTINGS[name].per_class - 1  # all modes that there are
         models = {"pixels": partial(fit, rank=most), "pooled": partial(fit_pooled, rank=most)}
         comparison = Comparison(models, STEPS, copies=COPIES)
-        for what in left:
-            value = accuracy(comparison, STACKS[what], train, test, seed)
-            row = {"setting": name, "what": what, "seed": seed, "accuracy": value}
-            rows.append(row | {"processor": machine()["processor"]})
-            write_json(path, rows)
-            print(*row.values(), flush=True)
-    publish(args.out, NAME, page(rows), rows)
+        for what, stack in STACKS.items():
+
+            def measure(what: Stack = stack, name: str = name, at: int = seed, by: Comparison = comparison) -> Any:
+                return {"accuracy": by.accuracy(what, *images_of(name, at), at)}
+
+            rows.row({"setting": name, "what": what, "seed": seed}, measure)
+    publish(args.out, NAME, page(rows.all()), rows.all())
 
 
 if __name__ == "__main__":

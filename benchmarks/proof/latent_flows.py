@@ -11,10 +11,10 @@ learning rates (two up to 8x8, one above), 500 held-out images choose the better
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,10 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import find_images, parser, write_results
+from benchmarks.common import Rows, find_images, parser, write_results
 from glem_augment import GLEM, open_data
 from glem_augment.classes.statistics import pooled_covariance
 from glem_augment.flows.presets import create_flow
-from glem_augment.io import write_json
 
 NAME, CLASSES, NOISE, HELD = "latent_flows", 10, 0.1, 500
 # Name: (images, side, training images, kept channels or 0 for pixels, learning rates).
@@ -141,28 +140,20 @@ def main() -> None:
     args.add_argument("--steps", type=int, default=200, help="of each training (%(default)s)")
     args = args.parse_args()
     torch.set_num_threads(args.threads)
-    path = args.out / f"{NAME}.json"
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"trials": []}
-    trials: list[dict[str, Any]] = stored["trials"]
+    trials = Rows(args.out / f"{NAME}.json", "trials")
     for kind in args.kinds:
-        cells = [
-            {"numbers": kind, "flow": name, "rate": rate, "steps": args.steps}
-            for name in (FLOWS if KINDS[kind][3] else PIXELS)
-            for rate in KINDS[kind][4][: 1 if name == "whitening alone" else None]
-        ]
-        missing = [cell for cell in cells if not any(cell.items() <= row.items() for row in trials)]
-        x, y = numbers(kind) if missing else (torch.empty(0), torch.empty(0))
-        for cell in missing:
-            trials.append(measure(kind, cell["flow"], cell["rate"], args.steps, x, y))
-            write_json(path, {"trials": trials})
-            print(*trials[-1].values(), flush=True)
+        data = cache(partial(numbers, kind))
+        for name in FLOWS if KINDS[kind][3] else PIXELS:
+            for rate in KINDS[kind][4][: 1 if name == "whitening alone" else None]:
+                known = {"numbers": kind, "flow": name, "rate": rate, "steps": args.steps}
+                trials.row(known, lambda: measure(kind, name, rate, args.steps, *data()))  # noqa: B023
     best: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in trials:
+    for row in trials.all():
         key = row["numbers"], row["flow"]
         best[key] = min(best.get(key, row), row, key=lambda r: r["chosen by"])
-    rows = [{k: v for k, v in row.items() if k != "chosen by"} for row in best.values()]
+    rows = [{k: v for k, v in row.items() if k not in ("chosen by", "processor")} for row in best.values()]
     write_results(
-        args.out, NAME, "Flows of an autoencoder's latents: nats per number, held out", rows, {"trials": trials}
+        args.out, NAME, "Flows of an autoencoder's latents: nats per number, held out", rows, {"trials": trials.all()}
     )
 
 

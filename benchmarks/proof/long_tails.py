@@ -1,6 +1,6 @@
 """Long tails: is it better to fill up rare classes with samples of a flow, or to draw them more often?
 
-    GLEM_DATA=... python benchmarks/proof/long_tails.py [--data cifar10] [--imbalance 100 10] [--seeds 0 1 2 3 4]
+    GLEM_DATA=... python benchmarks/proof/long_tails.py
 
 The largest class has 500 labelled images. Other classes have geometrically fewer, down to a hundredth or a tenth. A
 flow is trained on these images alone. A small CNN is trained for the same number of steps
@@ -17,7 +17,7 @@ rows and flows are not made again.
 
 from __future__ import annotations
 
-import json
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,24 +26,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import (
-    ROOT,
-    Named,
-    by_seed,
-    command,
-    interval,
-    machine,
-    parser,
-    processors,
-    publish,
-    table,
-)
+from benchmarks.common import ROOT, Named, Rows, by_seed, interval, parser, processors, publish, table, usage
 from benchmarks.proof.augmentation.data import Task, make_task
 from benchmarks.proof.augmentation.ops import Component
 from benchmarks.proof.augmentation.settings import Setting
 from benchmarks.proof.augmentation.train import accuracy, train
 from glem_augment import GLEM, ImageData, SyntheticDataset
-from glem_augment.io import write_json
 from glem_augment.training import TrainConfig, Trainer
 
 NAME, LARGEST, TUNING_SEED = "long_tails", 500, 1000
@@ -143,13 +131,10 @@ def numbers(rows: list[dict[str, Any]]) -> Named:
 
 
 def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The page of the rows, with the command that measures them."""
-    data, imbalance = zip(*(row["setting"].split("-long-tail-") for row in rows), strict=True)
-    seeds = sorted({row["seed"] for row in rows} - {TUNING_SEED})
-    words = ["--data", *dict.fromkeys(data), "--imbalance", *dict.fromkeys(imbalance), "--seeds", *seeds]
+    """The page of the rows."""
     return {
         "title": "Long tails, filled up or re-sampled",
-        "command": command(f"benchmarks/proof/{NAME}.py", *words),
+        "command": usage(__doc__),
         "measured on": processors(rows),
         "rows": summary(rows),
         "Choices, on validation images": [row for row in rows if row["seed"] == TUNING_SEED],
@@ -165,33 +150,21 @@ def main() -> None:
     args.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder for flows (%(default)s)")
     args = args.parse_args()
     torch.set_num_threads(args.threads)
-    path = args.out / f"{NAME}.json"
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    for data in args.data:
-        for imbalance in args.imbalance:
-            task = LongTail(data, imbalance, args.work)
+    rows = Rows(args.out / f"{NAME}.json")
+    for data, imbalance in itertools.product(args.data, args.imbalance):
+        task = LongTail(data, imbalance, args.work)
 
-            def value(source: str, fill: str, stack: str, seed: int, task: LongTail = task) -> float:
-                known = {"setting": task.setting.name, "source": source, "fill": fill, "stack": stack}
-                known["seed"] = seed
-                found = next((row for row in rows if known.items() <= row.items()), None)
-                if found is None:
-                    found = known | {"value": task.measure(source, fill, stack, seed)}
-                    found["processor"] = machine()["processor"]
-                    rows.append(found)
-                    print(*found.values(), flush=True)
-                    write_json(path, rows)
-                return found["value"]
+        def value(source: str, fill: str, stack: str, seed: int, task: LongTail = task) -> float:
+            known = {"setting": task.setting.name, "source": source, "fill": fill, "stack": stack, "seed": seed}
+            return rows.row(known, lambda: {"value": task.measure(source, fill, stack, seed)})["value"]
 
-            best = max(STACKS, key=lambda stack: value("re-sampled", "", stack, TUNING_SEED))
-            fills = {"re-sampled": ""}
-            for source in SOURCES:
-                fills[source] = max(FILLS, key=lambda fill: value(source, fill, PLAIN, TUNING_SEED))
-            for seed in args.seeds:
-                for source, fill in fills.items():
-                    for stack in dict.fromkeys((PLAIN, best)):
-                        value(source, fill, stack, seed)
-    publish(args.out, NAME, report(rows), rows)
+        best = max(STACKS, key=lambda stack: value("re-sampled", "", stack, TUNING_SEED))  # noqa: B023
+        fills = {"re-sampled": ""}
+        for source in SOURCES:
+            fills[source] = max(FILLS, key=lambda fill: value(source, fill, PLAIN, TUNING_SEED))  # noqa: B023
+        for seed, (source, fill), stack in itertools.product(args.seeds, fills.items(), dict.fromkeys((PLAIN, best))):
+            value(source, fill, stack, seed)
+    publish(args.out, NAME, report(rows.all()), rows.all())
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import interval, machine, parser, write_results
+from benchmarks.common import machine, over_seeds, parser, write_results
 from benchmarks.proof.augmentation.data import images_of, split_rows, train_rows
 from benchmarks.proof.augmentation.settings import FINAL_SEEDS, SETTINGS, TUNING_SEEDS, Setting
 
@@ -182,16 +182,8 @@ def run(setting: Setting, seeds: list[int]) -> list[dict[str, Any]]:
 
 def store(rows: list[dict[str, Any]], out: Path, show: bool) -> None:
     """Write the rows and their table."""
-    summary = []
-    for setting, method in dict.fromkeys((row["setting"], row["method"]) for row in rows):
-        own = [row for row in rows if (row["setting"], row["method"]) == (setting, method)]
-        accuracy = [100 * row["accuracy"] for row in own]
-        summary.append(
-            {"setting": setting, "method": method, "tuned": str(own[0]["params"]),
-             "test accuracy %": str(interval(accuracy)), "seeds": len(own),
-             "CPU seconds per seed": statistics.median(row["seconds"] for row in own)}
-        )  # fmt: skip
-    write_results(out, "no_network", "Few labels without a network", summary, {"measured": rows}, show=show)
+    lines = over_seeds([row | {"tuned": str(row["params"])} for row in rows], "setting", "method", "tuned")
+    write_results(out, "no_network", "Few labels without a network", lines, {"measured": rows}, show=show)
 
 
 def main() -> None:

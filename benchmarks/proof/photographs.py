@@ -22,7 +22,6 @@ pixels, as the documentation advises.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -36,10 +35,9 @@ from torchvision.transforms.v2.functional import resize
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import Interval, find_images, interval, machine, parser, write_results
+from benchmarks.common import Interval, Rows, find_images, interval, parser, write_results
 from benchmarks.proof.comparison import NETWORK, PLAIN, Comparison, Stack, moves
 from glem_augment import GLEM, Adversarial, ImageData, Mixup, Noise, Policy, open_data
-from glem_augment.io import write_json
 
 NAME, SIZE, HELD, STEPS = "photographs", 64, 100, 300
 TUNING = 100  # the seed of the choice
@@ -135,11 +133,6 @@ def few(data: ImageData, per_class: int, seed: int) -> tuple[ImageData, ImageDat
     return data.subset(np.flatnonzero(drawn)), data.subset(np.flatnonzero(~drawn))
 
 
-def stored(path: Path) -> list[dict[str, Any]]:
-    """The cells of a setting that are measured already."""
-    return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
-
-
 def fit(data: ImageData, rank: int, pooled: bool = False) -> GLEM:
     """A model of the pixels, of images of `SIZE` pixels."""
     x = resize(data.tensor(), [SIZE, SIZE], antialias=True) if data.image_shape[1] > SIZE else data.tensor()
@@ -152,15 +145,6 @@ def fit_pooled(data: ImageData, rank: int) -> GLEM:
     model = fit(data, rank)
     model.pooled = fit(data, rank * len(data.classes), pooled=True).modes
     return model
-
-
-def accuracy(comparison: Comparison, stack: Stack, train: ImageData, judged: ImageData, seed: int) -> float:
-    """Percent of the judged images that the network recognises, trained in bfloat16 on images moved in float32."""
-    if stack.policy and not stack.adversarial:
-        comparison.moved(stack, train)
-    # A cache of the weights in bfloat16 would last for the whole block, and hide all steps.
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        return comparison.accuracy(stack, train, judged, seed)
 
 
 def main() -> None:
@@ -176,34 +160,23 @@ def main() -> None:
     held, pool = few(train, HELD, TUNING)
     most = setting.per_class - 1  # all modes that there are
     models = {"pixels": partial(fit, rank=most), "pooled": partial(fit_pooled, rank=most)}
-    path, processor = args.out / f"{name}.json", machine()["processor"]
-    cells = stored(path)
+    cells, chosen = (Rows(args.out / f"{each}.json", "cells") for each in (name, NAME))
 
     def accuracies(seed: int, stacks: list[Stack]) -> dict[Stack, float]:
         """Percent for each stack, on the test images, or with the seed of the choice on the held-out images."""
-        images, judged, found = few(pool, setting.per_class, seed)[0], held if seed == TUNING else test, {}
+        images, judged = few(pool, setting.per_class, seed)[0], held if seed == TUNING else test
         comparison = Comparison(models, STEPS, setting.network, copies=COPIES)
-        for stack in stacks:
-            known = {"seed": seed, "stack": stack.name}
-            cell = next((cell for cell in cells if known.items() <= cell.items()), None)
-            if cell is None:
-                value = accuracy(comparison, stack, images, judged, seed)
-                cell = known | {"value": value, "processor": processor}
-                cells.append(cell)
-                write_json(path, {"cells": cells})
-                print(*cell.values(), flush=True)
-            found[stack] = cell["value"]
-        return found
+
+        def measure(stack: Stack) -> dict[str, Any]:
+            return {"value": comparison.accuracy(stack, images, judged, seed)}
+
+        return {s: cells.row({"seed": seed, "stack": s.name}, partial(measure, s))["value"] for s in stacks}
 
     def best(tried: list[Stack]) -> Stack:
-        if name == NAME:
-            values = accuracies(TUNING, tried)
-        else:
-            chosen = {
-                cell["stack"]: cell["value"] for cell in stored(args.out / f"{NAME}.json") if cell["seed"] == TUNING
-            }
-            values = {stack: chosen[stack.name] for stack in tried}
-        return max(tried, key=lambda stack: values[stack])
+        """The stack that is best with the seed of the choice, which only the first setting measures."""
+        values = accuracies(TUNING, tried) if name == NAME else {}
+        stored = {cell["stack"]: cell["value"] for cell in chosen.all() if cell["seed"] == TUNING}
+        return max(tried, key=lambda stack: values.get(stack, stored.get(stack.name)))
 
     strongest = best([PLAIN, *OTHERS])
     ours = [best([on(base, policy) for policy in TRIED]) for base in (PLAIN, strongest)]
@@ -241,7 +214,7 @@ def main() -> None:
             differences.append(row)
     write_results(
         args.out, name, setting.title, rows, {"Differences": differences},
-        record={"rows": rows, "differences": differences, "cells": cells},
+        record={"rows": rows, "differences": differences, "cells": cells.all()},
     )  # fmt: skip
 
 

@@ -27,11 +27,11 @@ tuned separately. Rows are stored at once, and are not measured again.
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,17 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import (
     Named,
+    Rows,
     by_seed,
-    command,
+    descend,
     interval,
     machine,
+    over_seeds,
     parser,
     processors,
     publish,
     table,
+    usage,
     write_results,
 )
 from benchmarks.proof.augmentation.data import Flows, make_task
@@ -63,7 +66,6 @@ from benchmarks.proof.augmentation.report import paired_gain, signed
 from benchmarks.proof.augmentation.settings import CIFAR_LATENTS, FINAL_SEEDS, TUNING_SEED, TUNING_SEEDS, Setting
 from benchmarks.proof.augmentation.train import order_of
 from glem_augment import GLEMAugment, Noise
-from glem_augment.io import write_json
 from glem_augment.training.augmentation import augment_batch
 
 SIZE, VIEWS = 128, 2
@@ -163,44 +165,41 @@ def fine_tuned(setting: Setting, seed: int, arm: str, value: Any, steps: int, fl
         flow = flows.adapted(MOVES[arm], setting, seed, task)
         move = GLEMAugment(flow, Noise(value), seed=seed)
     randaugment, erase = v2.RandAugment(), RandomErasing(probability=0.5, mode="const", device="cpu")
-    for rows in order_of(y, BATCH, steps, seed):
-        view = move(x[rows], y[rows])[0] if arm in MOVES else x[rows]
-        view = (255 * enlarged(view.float() / 255)).round().to(torch.uint8)
-        view = augment_batch(view, ("flip", "crop"), g)
-        if arm == "ordinary":
-            view = torch.stack([randaugment(image) for image in view])
-        view = standardised(view.float() / 255)
-        view = erase(view) if arm == "ordinary" and "RandomErasing" in value else view
-        with torch.no_grad():
-            hidden = early(view)
-        loss = F.cross_entropy(late(hidden), y[rows])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in order_of(y, BATCH, steps, seed):
+            view = move(x[rows], y[rows])[0] if arm in MOVES else x[rows]
+            view = (255 * enlarged(view.float() / 255)).round().to(torch.uint8)
+            view = augment_batch(view, ("flip", "crop"), g)
+            if arm == "ordinary":
+                view = torch.stack([randaugment(image) for image in view])
+            view = standardised(view.float() / 255)
+            view = erase(view) if arm == "ordinary" and "RandomErasing" in value else view
+            with torch.no_grad():
+                hidden = early(view)
+            yield hidden, y[rows]
+
+    descend(late, batches(), optimizer, lambda _: schedule.step())
     return backbone
 
 
 def fine_tune(args: Any) -> None:
-    path, processor = args.out / "fine_tuned.json", machine()["processor"]
-    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    rows = Rows(args.out / "fine_tuned.json")
 
     def measure(setting: Setting, arm: str, value: Any, steps: int, seed: int) -> float:
-        """Accuracy in %, on validation images with the tuning seed."""
+        """Accuracy, on validation images with the tuning seed."""
         tuning = seed == TUNING_SEED
         metric = "val_accuracy" if tuning else "accuracy"
+
+        def found() -> dict[str, Any]:
+            began, task = time.process_time(), make_task(setting, seed)
+            x, y = (part[::2] for part in task.val) if tuning else (part[::5] for part in task.test)
+            logits = fine_tuned(setting, seed, arm, value, steps, Flows(args.flows))(x.float() / 255)
+            share = float((logits.argmax(1) == y).double().mean())
+            return {metric: share, "seconds": time.process_time() - began}
+
         known = {"setting": setting.name, "arm": arm, "value": value, "steps": steps, "seed": seed}
-        for row in rows:
-            if known.items() <= row.items():
-                return 100 * float(row[metric])
-        began, task = time.process_time(), make_task(setting, seed)
-        x, y = (part[::2] for part in task.val) if tuning else (part[::5] for part in task.test)
-        logits = fine_tuned(setting, seed, arm, value, steps, Flows(args.flows))(x.float() / 255)
-        share = float((logits.argmax(1) == y).double().mean())
-        rows.append(known | {metric: share, "seconds": time.process_time() - began, "processor": processor})
-        write_json(path, rows)
-        print(*rows[-1].values(), flush=True)
-        return 100 * share
+        return float(rows.row(known, found)[metric])
 
     for count in args.per_class:
         setting = Setting(f"cifar10-{count}", "cifar10", count, 32, 3, ())
@@ -212,25 +211,17 @@ def fine_tune(args: Any) -> None:
         for seed in args.seeds:
             for arm, value in chosen.items():
                 measure(setting, arm, value, steps, seed)
-    publish(args.out, "fine_tuned", report(rows), rows)
+    publish(args.out, "fine_tuned", report(rows.all()), rows.all())
 
 
 def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The page of the fine-tuned rows on test images, with the command that measures all of them."""
-    found: dict[tuple[Any, ...], list[float]] = {}
-    tested, names = [row for row in rows if row["seed"] != TUNING_SEED], ("setting", "arm", "value", "steps")
-    for row in tested:
-        found.setdefault(tuple(row[name] for name in names), []).append(100 * row["accuracy"])
-    counts = dict.fromkeys(row["setting"].removeprefix("cifar10-") for row in tested)
-    words = ["--fine-tune", "--per-class", *counts, "--seeds", *sorted({row["seed"] for row in tested})]
+    """The page of the fine-tuned rows on test images."""
+    tested = [row for row in rows if row["seed"] != TUNING_SEED]
     return {
         "title": "EfficientNet-Lite0 fine-tuned on few labels, CIFAR-10 at 128x128",
-        "command": command("benchmarks/proof/pretrained.py", *words),
+        "command": usage(__doc__).splitlines()[1],
         "measured on": processors(rows),
-        "rows": [
-            dict(zip(names, key, strict=True)) | {"test accuracy %": str(interval(values)), "seeds": len(values)}
-            for key, values in found.items()
-        ],
+        "rows": over_seeds(tested, "setting", "arm", "value", "steps"),
     }
 
 
@@ -289,7 +280,7 @@ def main() -> None:
     if args.fine_tune:
         fine_tune(args)
         return
-    backbone, rows, summary = Backbone(), [], []
+    backbone, rows = Backbone(), []
     some = make_task(Setting("cifar10-5", "cifar10", 5, 32, 3, ()), 0)
     val = backbone(some.val[0].float() / 255), some.val[1]
     test = backbone(some.test[0].float() / 255), some.test[1]
@@ -305,20 +296,14 @@ def main() -> None:
 
             tried = measure(TUNING_SEEDS[0], RIDGE, val)
             best = RIDGE[tried.index(max(tried))]
-            own = [
+            rows += [
                 dict(setting=setting.name, views=arm, strength=best, seed=seed, val_accuracy=max(tried),
                      accuracy=measure(seed, (best,), test)[0], processor=processor)
                 for seed in args.seeds
             ]  # fmt: skip
-            rows += own
-            summary.append(
-                {"setting": setting.name, "views": arm, "ridge": best, "seeds": len(own),
-                 "test accuracy %": str(interval(100 * row["accuracy"] for row in own))}
-            )  # fmt: skip
-        write_results(
-            args.out, "pretrained", "A linear probe on EfficientNet-Lite0, CIFAR-10 at 128x128", summary,
-            {"measured": rows}, show=count == args.per_class[-1],
-        )  # fmt: skip
+        lines = over_seeds(rows, "setting", "views", "strength")
+        title = "A linear probe on EfficientNet-Lite0, CIFAR-10 at 128x128"
+        write_results(args.out, "pretrained", title, lines, {"measured": rows}, show=count == args.per_class[-1])
 
 
 if __name__ == "__main__":

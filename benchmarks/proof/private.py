@@ -1,7 +1,7 @@
 """The accuracy on real images of classifiers that are trained on samples of private models alone.
 
     GLEM_DATA=... python benchmarks/proof/private.py --data fashion-mnist cifar10 --epsilon 0.2 1 3 10 --seeds 0 1 2 3 4
-    GLEM_DATA=... python benchmarks/proof/private.py --data fashion-mnist --epsilon 1 --method pixels
+    GLEM_DATA=... python benchmarks/proof/private.py --data fashion-mnist --epsilon 1 10 --method pixels latents long
 
 A row is one release with new noise (which has no seed), 20,000 new samples, and a new classifier, the small ResNet of
 samples_alone.py, judged on all real test images. Latents are computed once and stay in `--work`; they are secret, and
@@ -20,8 +20,7 @@ was used for choices.
 
 from __future__ import annotations
 
-import json
-import statistics
+import itertools
 import sys
 import time
 from functools import cache
@@ -35,13 +34,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import ROOT, command, find_images, interval, machine, parser, processors, publish
+from benchmarks.common import ROOT, Rows, descend, find_images, over_seeds, parser, processors, publish, usage
 from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
 from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
 from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.private import private_classes
 from glem_augment.evaluation.pictures import Section, compose
-from glem_augment.io import save_png, write_json
+from glem_augment.io import save_png
 from glem_augment.model.private_fit import latents_alone, set_coordinates
 
 NAME = "private"
@@ -132,11 +131,8 @@ class Images:
         scale = z.std(0).clamp_min(1e-6)
         net = nn.Sequential(nn.Linear(model.dim, 512), nn.ReLU(), nn.Linear(512, 10))
         optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-        for _ in range(EPOCHS):
-            for rows in torch.randperm(len(z))[: 10 * PER_CLASS].split(128):
-                optimizer.zero_grad()
-                F.cross_entropy(net(z[rows] / scale), y[rows]).backward()
-                optimizer.step()
+        rows = (own for _ in range(EPOCHS) for own in torch.randperm(len(z))[: 10 * PER_CLASS].split(128))
+        descend(net, ((z[own] / scale, y[own]) for own in rows), optimizer)
         found = net(encoded(model, self.judged) / scale).argmax(1)
         return 100 * float((found == torch.from_numpy(self.judged.targets)).double().mean())
 
@@ -160,38 +156,21 @@ def draw(images: Images, epsilons: list[float], delta: float, path: Path) -> Non
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each data set, method and promise: mean and 95 % interval over seeds. More cells come later."""
-    table = []
+    """A line for each data set, method and promise. More cells come later."""
     columns = ("data", "method", "judged", "epsilon", "delta", "temperature", "cells asked")
-    for key in dict.fromkeys(tuple(row[name] for name in columns) for row in rows):
-        own = [row for row in rows if tuple(row[name] for name in columns) == key]
-        values = [row["accuracy"] for row in own]
-        line = dict(zip(columns, key, strict=True)) | {"seeds": len(own), "accuracy": statistics.mean(values)}
-        line["+/-"] = interval(values).half if len(values) > 1 else None
+    lines = over_seeds(rows, *columns)
+    for line in lines:
+        own = [row for row in rows if all(row[name] == line[name] for name in columns)]
         line["cells"] = " or ".join(str(n) for n in sorted({row["cells"] for row in own if "cells" in row}))
-        table.append(line | {name: own[0].get(name) for name in ("modes", "pooled modes")})
+        line |= {name: own[0].get(name) for name in ("modes", "pooled modes")}
     keys = ("data", "method", "judged", "epsilon")
-    return sorted(table, key=lambda line: (*(line[name] for name in keys), line["cells asked"] or 0))
+    return sorted(lines, key=lambda line: (*(line[name] for name in keys), line["cells asked"] or 0))
 
 
 def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The page of the rows, with the commands that measure them."""
-    asked: dict[tuple[Any, ...], dict[float, list[int]]] = {}
-    for row in rows:
-        key = (row["data"], row["method"], row["judged"], row["delta"], row["cells asked"], row["temperature"])
-        asked.setdefault(key, {}).setdefault(row["epsilon"], []).append(row["seed"])
-    lines = []
-    for (data, method, judged, delta, cells, temperature), seeds in asked.items():
-        more = ["--validation"] * (judged == "validation") + ["--method", method] * (method != "taef2")
-        more += [] if delta == 1e-5 else ["--delta", str(delta)]
-        more += [] if cells is None else ["--cells", str(cells)]
-        more += [] if temperature == 1 else ["--temperature", str(temperature)]
-        for own in dict.fromkeys(tuple(sorted(found)) for found in seeds.values()):
-            epsilons = sorted(epsilon for epsilon, found in seeds.items() if tuple(sorted(found)) == own)
-            words = ["--epsilon", *(f"{epsilon:g}" for epsilon in epsilons), "--seeds", *own]
-            lines.append(command(f"benchmarks/proof/{NAME}.py", "--data", data, *more, *words))
+    """The page of the rows."""
     title = "Classifiers trained on samples of private models"
-    return {"title": title, "command": "\n".join(lines), "measured on": processors(rows), "rows": summary(rows)}
+    return {"title": title, "command": usage(__doc__), "measured on": processors(rows), "rows": summary(rows)}
 
 
 def main() -> None:
@@ -211,30 +190,22 @@ def main() -> None:
     if "real" in args.method and any(args.epsilon):
         raise SystemExit("private: real images keep no promise: give --epsilon 0 with --method real")
     torch.set_num_threads(args.threads)
-    path = args.out / f"{NAME}.json"
-    judged = "validation" if args.validation else "test"
+    rows = Rows(args.out / f"{NAME}.json")
+    asked = {"judged": "validation" if args.validation else "test", "delta": args.delta}
+    asked |= {"cells asked": args.cells, "temperature": args.temperature}
+    for data, method in itertools.product(args.data, args.method):
+        images = Images(data, method, args.work, args.validation)
+        if args.picture is not None:
+            draw(images, args.epsilon, args.delta, args.picture)
+            return
+        for seed, epsilon in itertools.product(args.seeds, args.epsilon):
 
-    def stored() -> list[dict[str, Any]]:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+            def measure(images: Images = images, seed: int = seed, epsilon: float = epsilon) -> dict[str, Any]:
+                model, facts = images.model(epsilon, args.delta, args.cells)
+                return {"accuracy": images.accuracy(model, seed, args.temperature), **facts}
 
-    for data in args.data:
-        for method in args.method:
-            images = Images(data, method, args.work, args.validation)
-            if args.picture is not None:
-                draw(images, args.epsilon, args.delta, args.picture)
-                return
-            for seed in args.seeds:
-                for epsilon in args.epsilon:
-                    known = {"data": data, "method": method, "judged": judged, "epsilon": epsilon, "delta": args.delta}
-                    known |= {"cells asked": args.cells, "temperature": args.temperature, "seed": seed}
-                    if any(known.items() <= row.items() for row in stored()):
-                        continue
-                    model, facts = images.model(epsilon, args.delta, args.cells)
-                    row = known | {"accuracy": images.accuracy(model, seed, args.temperature), **facts}
-                    row |= {"processor": machine()["processor"]}
-                    write_json(path, [*stored(), row])  # Another process may have added rows.
-                    print(*row.values(), flush=True)
-    publish(args.out, NAME, report(stored()), stored())
+            rows.row({"data": data, "method": method, "epsilon": epsilon, "seed": seed} | asked, measure)
+    publish(args.out, NAME, report(rows.all()), rows.all())
 
 
 if __name__ == "__main__":

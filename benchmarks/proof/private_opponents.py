@@ -19,8 +19,7 @@ test images. The choice costs no privacy here, which favours these methods. Stor
 
 from __future__ import annotations
 
-import json
-import statistics
+import itertools
 import sys
 import warnings
 from collections.abc import Callable
@@ -34,11 +33,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import ROOT, by_seed, command, interval, machine, parser, processors, publish
+from benchmarks.common import ROOT, Rows, over_seeds, parser, processors, publish, usage
 from benchmarks.proof.merf import private_images
 from benchmarks.proof.private import PER_CLASS, Images, encoded
 from glem_augment.classes.privacy import Privacy
-from glem_augment.io import write_json
 
 NAME = "private_opponents"
 # Learning rate, epochs, and images of a step; gradients are clipped to the norm 0.1 (Tramèr & Boneh 2021) or 1 (probe).
@@ -131,23 +129,17 @@ class Task:
 
 
 def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The page of the rows, with the command that measures them: mean and 95 % interval over seeds."""
-    tested = [row for row in rows if row["judged"] == "test"]
-    table, keys = [], ("data", "method", "epsilon", "delta")
-    for key, values in sorted(by_seed(tested, *keys).items()):
-        own = [row for row in tested if tuple(row[name] for name in keys) == key]
-        trials = sum(row["judged"] == "validation" and tuple(row[name] for name in keys) == key for row in rows)
-        line = dict(zip(keys, key, strict=True)) | {"seeds": len(own), "accuracy": statistics.mean(values.values())}
-        line["+/-"] = interval(values.values()).half if len(values) > 1 else None
-        rate, epochs, batch = own[0]["trial"]
-        table.append(line | {"trials": trials, "learning rate": rate, "epochs": epochs, "batch": batch})
-    lines = []
-    for data, method in dict.fromkeys((line["data"], line["method"]) for line in table):
-        own = [line for line in table if (line["data"], line["method"]) == (data, method)]
-        words = ["--epsilon", *(f"{line['epsilon']:g}" for line in own), "--seeds", *range(own[0]["seeds"])]
-        lines.append(command(f"benchmarks/proof/{NAME}.py", "--data", data, "--method", method, *words))
+    """The page of the rows: mean and 95 % interval over seeds, and the best trial."""
+    keys = ("data", "method", "epsilon", "delta")
+    lines = over_seeds([row for row in rows if row["judged"] == "test"], *keys)
+    for line in lines:
+        own = [row for row in rows if all(row[name] == line[name] for name in keys)]
+        line["trials"] = sum(row["judged"] == "validation" for row in own)
+        best = next(row["trial"] for row in own if row["judged"] == "test")
+        line |= dict(zip(("learning rate", "epochs", "batch"), best, strict=True))
+    lines.sort(key=lambda line: tuple(line[name] for name in keys))
     title = "Other methods with the same promise: classifiers of the real images, or of DP-MERF's images (merf)"
-    return {"title": title, "command": "\n".join(lines), "measured on": processors(rows), "rows": table}
+    return {"title": title, "command": usage(__doc__), "measured on": processors(rows), "rows": lines}
 
 
 def main() -> None:
@@ -161,31 +153,22 @@ def main() -> None:
     args.add_argument("--work", type=Path, default=ROOT / "runs" / "private", help="folder for latents (%(default)s)")
     args = args.parse_args()
     torch.set_num_threads(args.threads)
-    path = args.out / f"{NAME}.json"
+    rows = Rows(args.out / f"{NAME}.json")
+    for data, method in itertools.product(args.data, args.method):
+        task = Task(data, method, args.work)
+        for epsilon in args.epsilon:
 
-    def stored() -> list[dict[str, Any]]:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-
-    def measured(task: Task, trial: tuple[float, int, int], validation: bool, seed: int, **known: Any) -> float:
-        known |= {"judged": "validation" if validation else "test", "seed": seed, "trial": list(trial)}
-        for row in stored():
-            if known.items() <= row.items():
+            def measured(trial: Any, judged: str, seed: int, task: Task = task, epsilon: float = epsilon) -> float:
+                known = {"data": task.images.name, "method": task.method, "epsilon": epsilon, "delta": args.delta}
+                known |= {"judged": judged, "seed": seed, "trial": list(trial)}
+                promise, validation = (epsilon, args.delta), judged == "validation"
+                row = rows.row(known, lambda: {"accuracy": task.accuracy(trial, promise, seed, validation)})
                 return float(row["accuracy"])
-        value = task.accuracy(trial, (known["epsilon"], known["delta"]), seed, validation)
-        row = known | {"accuracy": value, "processor": machine()["processor"]}
-        write_json(path, [*stored(), row])  # Another process may have added rows.
-        print(*row.values(), flush=True)
-        return value
 
-    for data in args.data:
-        for method in args.method:
-            task = Task(data, method, args.work)
-            for epsilon in args.epsilon:
-                known = {"data": data, "method": method, "epsilon": epsilon, "delta": args.delta}
-                best = max(TRIALS[method], key=lambda trial: measured(task, trial, True, 100, **known))
-                for seed in args.seeds:
-                    measured(task, best, False, seed, **known)
-    publish(args.out, NAME, report(stored()), stored())
+            best = max(TRIALS[method], key=lambda trial: measured(trial, "validation", 100))  # noqa: B023
+            for seed in args.seeds:
+                measured(best, "test", seed)
+    publish(args.out, NAME, report(rows.all()), rows.all())
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import ROOT, command, find_images, interval, machine, parser, processors, publish
+from benchmarks.common import ROOT, find_images, interval, machine, parser, processors, publish, usage
 from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
 from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
 from glem_augment.evaluation import coverage, feature_fid, label_reliability, memorisation_ratio
@@ -263,28 +263,11 @@ def summary(rows: list[dict[str, Any]], validation: bool) -> list[dict[str, Any]
     return table
 
 
-def commands(rows: list[dict[str, Any]]) -> list[str]:
-    """The commands that measure the rows: one for each data set and equal seeds."""
-    measured: dict[tuple[str, str], dict[str, set[int]]] = {}
-    for row in rows:
-        if row["metric"].endswith("CNN-A"):
-            stage = "search" if row["metric"] == "validation CNN-A" else "final"
-            cell = f"{row['method']}: {row['setting']}".removesuffix(": ")
-            measured.setdefault((stage, row["data"]), {}).setdefault(cell, set()).add(row["seed"])
-    lines = []
-    for (stage, data), cells in measured.items():
-        for seeds in dict.fromkeys(tuple(sorted(found)) for found in cells.values()):
-            own = [cell for cell, found in cells.items() if tuple(sorted(found)) == seeds]
-            words = ["--data", data, *(["--seeds", *seeds] if stage == "final" else []), "--cells", *own]
-            lines.append(command(f"benchmarks/proof/{NAME}.py", stage, *words))
-    return lines
-
-
 def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The page of the rows."""
     return {
         "title": "Classifiers trained on samples alone",
-        "command": "\n".join(commands(rows)),
+        "command": usage(__doc__),
         "measured on": processors(rows),
         "rows": summary(rows, False),
         "Settings, on held-out training images": summary(rows, True),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.common import descend
 from benchmarks.proof.augmentation.ops import Component, Stack, as_float
 from glem_augment import GLEM
 
@@ -107,21 +107,20 @@ def train(
     torch.manual_seed(seed + 1)  # torchvision's transforms draw from the global generator
     began = time.process_time()
     stack = Stack(components, flows, network, len(y), num_classes, seed)
-    augmenting, losses = time.process_time() - began, []
-    for step in range(steps):
-        start = time.process_time()
-        chosen, labels = stack(rows[step], x[rows[step]], y[rows[step]])
-        augmenting += time.process_time() - start
-        loss = F.cross_entropy(network(chosen), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.detach())
+    augmenting = [time.process_time() - began]
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for chosen in rows:
+            start = time.process_time()
+            made = stack(chosen, x[chosen], y[chosen])
+            augmenting.append(time.process_time() - start)
+            yield made
+
+    losses = descend(network, batches(), optimizer, lambda _: schedule.step())
     return network.eval(), {
         "seconds_per_step": (time.process_time() - began) / steps,
-        "augment_seconds_per_step": augmenting / steps,
-        "train_loss": float(torch.stack(losses[-max(1, steps // 10) :]).mean()),
+        "augment_seconds_per_step": sum(augmenting) / steps,
+        "train_loss": float(losses[-max(1, steps // 10) :].mean()),
     }
 
 
