@@ -56,9 +56,9 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def rank(otherwise: int = 0) -> int:
-    """The number of this process, or `otherwise` if nothing is distributed."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else otherwise
+def rank() -> int:
+    """The number of this process; 0 if nothing is distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_primary() -> bool:

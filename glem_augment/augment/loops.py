@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from glem_augment.augment.labels import soft_labels
-from glem_augment.augment.samples import augment_batch
+from glem_augment.augment.structures import augment_batch
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import check_number, check_whole
 from glem_augment.codec.resize import for_channels
@@ -37,7 +36,8 @@ class AugmentedLoader:
         epoch: epochs begun so far; set it when a run is resumed.
 
     Raises:
-        ValueError: a PrefetchLoader whose mean and std are not the transform's, or a missing device.
+        ValueError: a PrefetchLoader whose mean and std are not the transform's, a missing device, or a loader that
+            moves images already.
         ClassMismatchError: a transform without class_map, and a data set whose classes are not the model's.
     """
 
@@ -46,6 +46,7 @@ class AugmentedLoader:
     ) -> None:
         if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={str(device)!r}, but torch finds no GPU on this machine: leave device out")
+        _refuse_twice(loader)
         self.off_epoch = None if off_epoch is None else check_whole("off_epoch", off_epoch, 0)
         _check_normalisation(loader, aug)
         aug.check_data(getattr(loader, "dataset", None))
@@ -97,33 +98,31 @@ def _check_normalisation(loader: Any, aug: GLEMAugment) -> None:
         )
 
 
-def _warn_unless_sharded(loader: Any) -> bool:
-    """Warn where each process goes through all images, or accelerate has not prepared the loader. False: too early.
+def _refuse_twice(inner: Any) -> None:
+    """ValueError: a loader or collate function that moves images already."""
+    collate = getattr(getattr(inner, "loader", inner), "collate_fn", inner)
+    if isinstance(inner, AugmentedLoader) or isinstance(collate, AugmentingCollate):
+        raise ValueError("images would be moved twice: use either aug.wrap(loader), once, or one aug.collate_fn()")
 
-    Samplers of torch and timm have `num_replicas`; loaders of accelerate are known by their module. An IterableDataset
-    may shard its images itself.
+
+def _warn_unless_sharded(loader: Any) -> bool:
+    """Warn where each process goes through all images. False: too early to tell.
+
+    Samplers of torch and timm have `num_replicas`, those of accelerate `num_processes`. An IterableDataset may shard
+    its images itself.
     """
-    state = sys.modules.get("accelerate.state")  # accelerate need not be installed
-    accelerated = state is not None and state.is_initialized()
-    if world_size() == 1 and not accelerated:
+    if world_size() == 1:
         return False
     if getattr(loader, "sampler", None) is None or isinstance(loader.dataset, IterableDataset):
         return True
     parts = [getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset", "state")]
-    sharded = any(hasattr(part, name) for part in parts for name in ("num_replicas", "num_processes"))
-    if not sharded and not type(loader).__module__.startswith("accelerate."):
-        if accelerated:
-            text = (
-                "accelerate has not prepared this loader, and prepares no wrapped one, so each process goes through "
-                f"all {len(loader.dataset)} images: use aug.wrap(accelerator.prepare(loader))"
-            )
-        else:
-            text = (
-                f"each of the {world_size()} processes goes through all {len(loader.dataset)} images, because this "
-                "loader has no sampler for several processes: give the DataLoader a DistributedSampler; with Lightning "
-                "call the transform in on_after_batch_transfer"
-            )
-        warnings.warn(text, stacklevel=4)
+    if not any(hasattr(part, name) for part in parts for name in ("num_replicas", "num_processes")):
+        warnings.warn(
+            f"each of the {world_size()} processes goes through all {len(loader.dataset)} images: give the DataLoader "
+            "a DistributedSampler; with accelerate use aug.wrap(accelerator.prepare(loader)), with Lightning call the "
+            "transform in on_after_batch_transfer",
+            stacklevel=4,
+        )
     return True
 
 
@@ -182,9 +181,17 @@ class AugmentingCollate(FastCollateMixup):
         base: a function from a list of samples to a batch of images and labels; None: torch's `default_collate`.
         data: the data set, whose classes are checked now. Workers check their data set; without workers there is no
             other check.
+
+    Raises:
+        ValueError: a policy with a classifier, which workers do not have, or a `base` that moves images already.
     """
 
     def __init__(self, aug: GLEMAugment, base: Callable[[list[Any]], Any] | None = None, data: Any = None) -> None:
+        if aug.policy.wants_classifier:
+            raise ValueError(
+                f"{aug.policy!r} needs the classifier, which DataLoader workers do not have: use aug.wrap(loader)"
+            )
+        _refuse_twice(base)
         aug.check_data(data)
         self._checked = False
         self.aug, self.base = aug, base or default_collate

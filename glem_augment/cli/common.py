@@ -293,7 +293,7 @@ def note(text: str) -> None:
 
 def moves(model: GLEM, data: ImageData) -> dict[str, Any] | None:
     """The result of `rejected_moves`, None without modes. A note on stderr reports many rejected moves."""
-    from glem_augment.augment.state import MOST_REJECTED
+    from glem_augment.augment.counts import MOST_REJECTED
     from glem_augment.evaluation import rejected_moves
 
     if model.modes is None:

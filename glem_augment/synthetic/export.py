@@ -24,7 +24,7 @@ from PIL import Image
 from torchvision.io import encode_png
 
 from glem_augment import __version__
-from glem_augment.augment.state import MOST_REJECTED
+from glem_augment.augment.counts import MOST_REJECTED
 from glem_augment.checks import Format
 from glem_augment.classes.privacy import promise
 from glem_augment.distributed import gather, progress_bar, rank, world_size

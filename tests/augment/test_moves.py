@@ -41,7 +41,7 @@ def test_noise_has_strength_standard_deviations_along_each_mode(model: GLEM) -> 
     assert torch.allclose(eps.std(0), torch.ones(6), rtol=0.06) and eps.mean(0).abs().max() < 0.07
 
 
-@pytest.mark.parametrize("alpha", [1e-6, 0.4, 1.0, 50.0])
+@pytest.mark.parametrize("alpha", [1e-6, 1.0, 50.0])
 def test_keep_follows_the_folded_beta_distribution(model: GLEM, alpha: float) -> None:
     aug = GLEMAugment(model, Mixup(alpha), p=1.0, seed=0)
     keep = torch.cat([aug.draw((200, 1, 8, 8), labels(200)).drawn["keep"] for _ in range(100)])
@@ -58,7 +58,7 @@ def test_changed_rows_are_partners_first_and_all_rows_equally_likely(model: GLEM
     allowed = y[:, None] == y if partner == "same" else torch.ones(10, 10, dtype=torch.bool)
     allowed = allowed & ~torch.eye(10, dtype=torch.bool)
     seen = torch.zeros(10, 10)
-    for _ in range(800):
+    for _ in range(400):
         params = aug.draw((10, 1, 8, 8), y)
         picked = torch.zeros(10, dtype=torch.bool)
         picked[params.rows] = True
@@ -73,8 +73,8 @@ def test_changed_rows_are_partners_first_and_all_rows_equally_likely(model: GLEM
     assert torch.equal(seen > 0, allowed)
     share = seen / seen.sum(1, keepdim=True).clamp(min=1)
     expected = allowed / allowed.sum(1, keepdim=True).clamp(min=1)
-    # 320 partners per row; five standard deviations of their share.
-    assert (share - expected).abs().max() < 5 * (0.25 / 320) ** 0.5
+    # 160 partners per row; five standard deviations of their share.
+    assert (share - expected).abs().max() < 5 * (0.25 / 160) ** 0.5
 
 
 def test_a_row_without_a_partner_moves_towards_a_draw_of_its_class(
@@ -112,7 +112,7 @@ def test_only_selected_rows_and_their_partners_are_encoded(
     policies: list[Policy] = [Mixup(), Mixup(partner="any"), Noise(0.1)]
     for policy in policies:
         aug = GLEMAugment(model, policy, p=0.2, seed=0)
-        for _ in range(40):
+        for _ in range(10):
             params = aug.draw(x, y)
             sizes.clear()
             aug.replay(x, y, params)

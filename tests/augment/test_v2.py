@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from augment_cases import images, labels
+from augment_cases import images, labels, make_model
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -29,26 +29,21 @@ def test_structures_come_back_as_they_were(rgb: GLEM, soft: bool) -> None:
     wanted = make(rgb, partner="any")(x, y)
     image, mask = tv_tensors.Image(x), tv_tensors.Mask(torch.zeros(4, 8, 8))
     cases: list[Any] = [
-        (x, y, torch.arange(4)),
-        [x, y],
+        [x, y, torch.arange(4)],
         {"image": x, "target": 7, "label": y},  # the first of LABEL_KEYS counts
         OrderedDict(number=3, image=image, Labels=y),
         (image, {"labels": y, "mask": mask}),
     ]
     for sample in cases:
-        for transform in (
-            make(rgb, partner="any").as_transform(),
-            v2.Compose([nn.Identity(), make(rgb, partner="any").as_transform()]),
-        ):
-            out = transform(sample)
-            assert type(out) is type(sample)
-            for leaf, before in zip(tree_leaves(out), tree_leaves(sample), strict=True):
-                if before is x or before is image:
-                    assert type(leaf) is type(before) and torch.equal(leaf, wanted[0])
-                elif before is y:
-                    assert torch.equal(leaf, wanted[1])
-                else:
-                    assert leaf is before
+        out = v2.Compose([nn.Identity(), make(rgb, partner="any").as_transform()])(sample)
+        assert type(out) is type(sample)
+        for leaf, before in zip(tree_leaves(out), tree_leaves(sample), strict=True):
+            if before is x or before is image:
+                assert type(leaf) is type(before) and torch.equal(leaf, wanted[0])
+            elif before is y:
+                assert torch.equal(leaf, wanted[1])
+            else:
+                assert leaf is before
     out, target = make(rgb).as_transform()(image, labels(4))  # as torchvision's MixUp takes them
     assert isinstance(out, tv_tensors.Image) and torch.equal(target, labels(4))
 
@@ -66,15 +61,32 @@ def test_single_images_of_a_data_set(rgb: GLEM, label: Any, partner: str) -> Non
         assert target == 1 and isinstance(target, int)
 
 
+def test_one_class_needs_no_labels() -> None:
+    one = make_model(3, ["thing"])
+    aug = GLEMAugment(one, p=1.0, seed=0)
+    x = images(3, 3)
+    moved = aug(x)
+    assert torch.equal(moved, GLEMAugment(one, p=1.0, seed=0)(x, labels(3, 1))[0]) and not torch.equal(moved, x)
+    pictures = [v2.functional.to_pil_image(image) for image in (x[0], x[0, :1])]
+    transform = v2.Compose([v2.Resize(12), aug.as_transform()])
+    for image in (x[0], tv_tensors.Image(x[0]), x, *pictures):
+        out = transform(image)
+        assert type(out) is type(image) or isinstance(out, Image.Image) and out.mode == image.mode
+    assert out.size == (12, 12)
+    with pytest.raises(ValueError, match="RGB"):
+        transform(pictures[0].convert("P"))
+
+
 def test_samples_that_cannot_be_used(rgb: GLEM) -> None:
     transform, x, y = make(rgb).as_transform(), images(2, 3), labels(2)
-    for sample, message in (
-        ((Image.new("RGB", (8, 8)), 1), r"v2\.ToImage"),
-        ({"image": x}, "no labels found"),
-        ({"labels": y}, "no image found"),
-        ((x, "bird"), "labels must be a tensor"),
+    for sample, named in (
+        ((Image.new("RGB", (8, 8)), 1), "ToImage"),
+        ({"image": x}, "labels"),
+        ({"labels": y}, "image"),
+        ((x, "bird"), "bird"),
         ((tv_tensors.Image(x), y, tv_tensors.Image(x)), "2 images"),
-        (x[0], r"without a label.*aug\.wrap\(loader\)"),
+        (x[0], r"aug\.wrap\(loader\)"),
+        (Image.new("RGB", (8, 8)), r"aug\.wrap\(loader\)"),
     ):
-        with pytest.raises((TypeError, ValueError), match=message):
+        with pytest.raises((TypeError, ValueError), match=named):
             transform(sample)

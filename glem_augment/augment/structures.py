@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten  # torchvision's own transforms use it too
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -21,14 +21,31 @@ LABEL_KEYS = ("labels", "label", "targets", "target")
 
 
 class GLEMTransform(v2.Transform):
-    """Augments the images of a sample or batch of any structure, see `augment_sample`."""
+    """Augments the images of a sample or batch of any structure, see `augment_sample`.
 
-    def __init__(self, aug: nn.Module) -> None:
+    With a model of one class also an image without a label: a PIL image, or a tensor.
+    """
+
+    def __init__(self, aug: GLEMAugment) -> None:
         super().__init__()
         self.aug = aug
 
     def forward(self, *inputs: Any) -> Any:
-        return augment_sample(inputs[0] if len(inputs) == 1 else inputs, self.aug)
+        sample = inputs[0] if len(inputs) == 1 else inputs
+        if isinstance(sample, (Tensor, Image.Image)) and self.aug.model.num_classes == 1:
+            return _augment_alone(sample, self.aug)
+        return augment_sample(sample, self.aug)
+
+
+def _augment_alone(image: Any, aug: GLEMAugment) -> Any:
+    """A PIL image, an image [C, H, W] or a batch [B, C, H, W], for a model of one class, which needs no labels."""
+    if isinstance(image, Image.Image):
+        if image.mode not in ("L", "RGB"):
+            raise ValueError(f"PIL images must be L or RGB, got {image.mode}: call image.convert('RGB') first")
+        return v2.functional.to_pil_image(_augment_alone(v2.functional.pil_to_tensor(image), aug))
+    x = image.as_subclass(Tensor)
+    out = aug(x) if x.ndim == 4 else aug(x[None])[0]
+    return tv_tensors.wrap(out, like=image) if isinstance(image, tv_tensors.TVTensor) else out
 
 
 def augment_batch(aug: GLEMAugment, batch: Any, on: bool, device: torch.device | str | None = None) -> Any:
@@ -81,7 +98,7 @@ def _label_position(sample: Any) -> int:
             return sum(len(tree_leaves(sample[key])) for key in takewhile(lambda key: key != found, sample))
     elif isinstance(sample, (tuple, list)) and len(sample) > 1:
         return len(tree_leaves(sample[0])) + (_label_position(sample[1]) if isinstance(sample[1], Mapping) else 0)
-    elif isinstance(sample, Tensor):
+    elif isinstance(sample, (Tensor, Image.Image)):
         raise ValueError(
             "the transform got an image without a label, as a data set's transform= does; it needs both: augment "
             "batches, with aug.wrap(loader) or collate_fn=aug.collate_fn(), or give (image, label)"
