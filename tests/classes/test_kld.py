@@ -15,9 +15,9 @@ def double_loop(mu: Tensor, var: Tensor) -> Tensor:
     return torch.stack([torch.stack([kl_divergence(p, q) for q in classes]) for p in classes])
 
 
-@pytest.mark.parametrize(("k", "d"), [(1, 3), (2, 1), (3, 5), (6, 600), (5, 1100)])
+@pytest.mark.parametrize(("k", "d"), [(1, 3), (3, 5), (5, 1100)])
 def test_divergences_and_their_gradients_equal_the_double_loop(k: int, d: int) -> None:
-    """600 and 1100 dimensions are more than one slice, the last of them incomplete."""
+    """1100 dimensions are more than one slice, the last of them incomplete."""
     gaussians = ClassGaussians(k, d, psi=None).double()
     torch.nn.init.normal_(gaussians.mu, 3)
     torch.nn.init.uniform_(gaussians.s, 0.05, 1.05)  # without psi these are the variances

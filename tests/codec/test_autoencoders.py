@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import glem_augment
+from glem_augment import GLEM
 from glem_augment.cli import main
+from glem_augment.codec import Codec, to_unit
 from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
 from glem_augment.codec.published import TAESD, _from_diffusers, load_taesd, open_autoencoder
 from glem_augment.errors import ModelFileError
@@ -94,7 +96,6 @@ CHANGES: dict[str, dict[str, Tensor | None]] = {
     "renamed": {NAME: None, "encoder.layers.5.conv.00.weight": torch.zeros(64, 64, 3, 3).half()},
     "oversized": {NAME: torch.zeros(64, 64, 3, 5)},
     "nan": {NAME: torch.full((64, 64, 3, 3), float("nan")).half()},
-    "missing": {NAME: None},
 }
 
 
@@ -107,7 +108,7 @@ def test_damaged_weights_are_one_error(kind: str, tmp_path: Path) -> None:
     else:
         header = (2**40).to_bytes(8, "little") + whole[8:]
         path.write_bytes({"truncated": whole[:-100], "header": header, "empty": b""}[kind])
-    with pytest.raises(ModelFileError):
+    with pytest.raises(ModelFileError, match="weights.safetensors"):
         load_taesd(path)
 
 
@@ -122,36 +123,52 @@ def test_names_that_are_none_and_files_that_have_changed(tmp_path: Path) -> None
         open_autoencoder("hub:a/b", lambda name: (tmp_path / "weights.safetensors", f"{name}@1"))
 
 
-@pytest.mark.parametrize(
-    "widths", [64, None, "64", [64.0], [True], [0], [2**20], [[64]], [64] * 99], ids=lambda v: str(v)[:20]
-)
-@pytest.mark.parametrize("kind", ["AutoencoderTiny", "AutoencoderKL"])
-def test_configs_of_wrong_types_are_one_error(widths: Any, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("widths", [64, [True], [2**20], [64] * 99], ids=lambda v: str(v)[:20])
+def test_configs_of_wrong_types_are_one_error(widths: Any, tmp_path: Path) -> None:
     save_file(load_file(TAEF2), tmp_path / "weights.safetensors")
-    for name in ("encoder_block_out_channels", "block_out_channels"):
+    for name, kind in (("encoder_block_out_channels", "AutoencoderTiny"), ("block_out_channels", "AutoencoderKL")):
         (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind, name: widths}))
-        with pytest.raises(ModelFileError) as caught:
+        with pytest.raises(ModelFileError, match=name):
             open_autoencoder("hub:a/b", lambda name: (tmp_path / "weights.safetensors", f"{name}@1"))
-        assert name in str(caught.value)
 
 
-@pytest.mark.parametrize("option", [{"act_fn": "silu"}, {"upsample_fn": "bilinear"}, {"upsampling_scaling_factor": 4}])
 def test_an_autoencoder_tiny_that_is_computed_otherwise_is_left_to_diffusers(
-    option: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file(load_file(TAEF2), tmp_path / "weights.safetensors")
     asked = []
     monkeypatch.setattr("glem_augment.codec.published._from_diffusers", lambda *_: asked.append(1) or nn.Identity())
-    for config, wanted in (({}, 0), (dict(act_fn="relu", encoder_block_out_channels=[64] * 4), 0), (option, 1)):
+    usual = dict(act_fn="relu", encoder_block_out_channels=[64] * 4)
+    for config, wanted in (({}, 0), (usual, 0), ({"act_fn": "silu"}, 1), ({"upsampling_scaling_factor": 4}, 2)):
         (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny", **config}))
         open_autoencoder("hub:a/b", lambda name: (tmp_path / "weights.safetensors", f"{name}@1"))
         assert len(asked) == wanted
 
 
-def test_an_empty_file_of_weights_is_one_error(tmp_path: Path) -> None:
-    (tmp_path / "weights.safetensors").touch()
-    with pytest.raises(ModelFileError, match="weights.safetensors can't be read: its 0 bytes are truncated"):
-        open_autoencoder("hub:a/b", lambda name: (tmp_path / "weights.safetensors", f"{name}@1"))
+class Mirror(Codec):
+    """Turns images around, and says that this is exact; with `coarse` it loses their details."""
+
+    exact = True
+
+    def __init__(self, coarse: bool) -> None:
+        super().__init__((3, 8, 8), (3, 8, 8))
+        self.coarse = coarse
+
+    def encode(self, x: Tensor, noise: Any = None) -> Tensor:
+        return to_unit(x, self.dtype).flip(3)
+
+    def decode(self, h: Tensor) -> Tensor:
+        return (F.interpolate(F.avg_pool2d(h, 4), scale_factor=4) if self.coarse else h).flip(3)
+
+
+def test_a_codec_that_says_exact_and_is_not_is_refused() -> None:
+    assert latent_shape(Mirror(coarse=False), (3, 8, 8)) == (3, 8, 8)
+    for use in (
+        lambda codec: latent_shape(codec, (3, 8, 8)),
+        lambda codec: GLEM.create("identity", (3, 8, 8), ["a"], autoencoder=codec),
+    ):
+        with pytest.raises(ValueError, match="exact"):
+            use(Mirror(coarse=True))
 
 
 class Halving(nn.Module):
@@ -177,13 +194,13 @@ def test_latent_shapes_of_named_and_own_autoencoders() -> None:
     assert latent_shape(taesd, (1, 100, 99)) == (4, 13, 13)  # sides are extended
     with pytest.raises(ValueError, match="image size"):
         latent_shape(own, (3, 7, 8))
-    with pytest.raises(ValueError, match="got 4 channels"):
+    with pytest.raises(ValueError, match="4 channels"):
         latent_shape(taesd, (4, 64, 64))
     with pytest.raises(TypeError):
         latent_shape(nn.Identity(), (3, 64, 64))
     for factor, channels, wrong in ((0, 4, "factor"), (-8, 4, "factor"), (8, 0, "channels")):
         taesd.factor, taesd.channels = factor, channels
-        with pytest.raises(ValueError, match=f"{wrong} of an autoencoder must be at least 1, got"):
+        with pytest.raises(ValueError, match=wrong):
             latent_shape(taesd, (3, 64, 64))
 
 
@@ -222,7 +239,7 @@ def test_without_diffusers_the_command_names_the_fix(
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.setattr("glem_augment.cli.fit.run", lambda args: _from_diffusers(tmp_path, "AutoencoderKL"))
     assert main(["fit", "photos", "--out", str(tmp_path)]) == 2
-    assert "AutoencoderKL needs diffusers: pip install" in capsys.readouterr().err
+    assert "pip install" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny", "AutoencoderDC"])

@@ -142,7 +142,7 @@ def test_validation_folders_are_labelled_as_the_training_ones(monkeypatch: pytes
         assert [val[i][1] for i in range(len(val))] == [1, 1, 2, 2]
     folders(root, val="coat")
     for load_data in (lambda: finetune.datasets(root), lambda: loop.datasets(root, 8)):
-        with pytest.raises(SystemExit, match="test images of classes without training images: coat; remove these"):
+        with pytest.raises(SystemExit, match="coat"):
             load_data()
 
 
