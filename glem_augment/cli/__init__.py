@@ -50,7 +50,6 @@ COMMANDS = {
     "eval": "accuracy, bits/dim, calibration and round trip, as JSON",
     "generate": "draw a synthetic data set from a model",
     "preview": "a picture of augmentations, samples, interpolations",
-    "explore": "a local web page: samples, moves, lines, surprising images",
     "info": "describe a model and its training",
     "list": "the models inside the package",
     "push": "upload a model to the Hugging Face Hub",

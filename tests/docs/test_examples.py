@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,74 @@ def test_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("glem_augment.open_data", lambda *_: data)
     for text in blocks:
         exec(text.replace('GLEM.fit("bundled:fashion-mnist"', "GLEM.fit(few"), names)
+
+
+def test_the_answers_of_explore(monkeypatch: pytest.MonkeyPatch) -> None:
+    explore = load("explore", monkeypatch)
+    x = torch.randint(60, 190, (24, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(24) % 3
+    model = GLEM.fit((x, y), rank=4, classes=["red", "green", "blue"], progress=False)
+    page = explore.Explorer(model, x, y, [f"{i}.png" for i in range(24)])
+    assert page.samples(1, 0.7, "rfcm", 5) == page.samples(1, 0.7, "rfcm", 5) != page.samples(1, 0.7, "rfcm", 6)
+    original, moved, _, text, before, after = page.move(4, None, -1, "sliders", 0.5, 0, 2.0, 0.0, 0.0, 0.0)
+    assert original != moved and "modes of green, **used**" in text and before != after
+    assert page.move(4, None, -1, "sliders", 0.5, 0, 0.0, 0.0)[1] == original
+    upload = Image.new("RGB", (20, 30), (200, 100, 50))
+    assert page.move(4, upload, 2, "noise", 0.5, 0)[0] != original and page.move(4, None, -1, "mixup", 0.5, 0)
+    line, names = page.between(0, 1)
+    assert line.width == 9 * line.height and names.startswith("red (") and names.count("→") == 8
+    text, unlikely, odd = page.measure()
+    assert ", accuracy " in text and len(unlikely) == len(odd) == 12 and all(".png" in words for _, words in odd)
+
+
+@pytest.mark.slow
+def test_explore_in_a_browser(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every tab, a slider by the keyboard, a sign of work, an upload; nothing is asked of any other machine."""
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    gradio = pytest.importorskip("gradio", reason="Gradio is not installed (extra explore)")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium")
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(photo)
+    asked: list[str] = []
+
+    def visit(url: str) -> None:
+        with api.sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1280, "height": 900})
+            page.on("request", lambda request: asked.append(request.url))
+            page.set_default_timeout(60_000)
+            page.goto(url)
+            page.locator(".progress-text:visible, .eta-bar, .loader:visible").first.wait_for(state="attached")
+            page.get_by_role("tab", name="Move").click()
+            page.get_by_text("A move along the modes of").wait_for()
+            page.get_by_role("slider", name="Mode 1").focus()
+            for _ in range(30):
+                page.keyboard.press("ArrowLeft")
+            page.get_by_text("The largest change of a pixel is 0.").wait_for()
+            page.locator("input[type=file]").first.set_input_files(photo)
+            page.get_by_role("button", name="Clear").or_(page.get_by_label("Remove Image")).first.wait_for()
+            page.get_by_role("tab", name="Between").click()
+            page.get_by_text("→").wait_for()
+            page.get_by_role("tab", name="Data").click()
+            page.get_by_role("button", name="Measure the model").click()
+            page.get_by_text(", accuracy").wait_for()
+            browser.close()
+        assert all(address.startswith((url, "data:", "blob:")) for address in asked), asked
+
+    def wait(page: Any) -> None:
+        assert page.local_url.startswith("http://127.0.0.1:") and page.share_url is None
+        visit(page.local_url)
+        page.close(verbose=False)
+
+    for name in ("GRADIO_RUN_HISTORY", "GRADIO_TEMP_DIR", "MPLCONFIGDIR"):  # what the example sets is undone
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    monkeypatch.setattr(gradio.Blocks, "block_thread", wait)
+    monkeypatch.setattr(sys, "argv", ["explore.py", "--limit", "100"])
+    load("explore", monkeypatch).main()
+    assert asked and not Path(os.environ["GRADIO_TEMP_DIR"]).exists()
 
 
 def test_does_it_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
