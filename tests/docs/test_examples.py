@@ -176,7 +176,7 @@ def test_the_answers_of_explore(monkeypatch: pytest.MonkeyPatch) -> None:
     explore = load("explore", monkeypatch)
     x = torch.randint(60, 190, (24, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     y = torch.arange(24) % 3
-    model = GLEM.fit((x, y), rank=4, classes=["red", "green", "blue"], progress=False)
+    model = GLEM.fit((x, y), rank=4, classes=["red", "green", "blue"])
     page = explore.Explorer(model, x, y, [f"{i}.png" for i in range(24)])
     assert page.samples(1, 0.7, "rfcm", 5) == page.samples(1, 0.7, "rfcm", 5) != page.samples(1, 0.7, "rfcm", 6)
     original, moved, _, text, before, after = page.move(4, None, -1, "sliders", 0.5, 0, 2.0, 0.0, 0.0, 0.0)
