@@ -68,7 +68,7 @@ class Explorer:
 
     def samples(self, cls: int, temperature: float, source: Any, seed: int) -> Image.Image:
         """The first 32 samples that `glem generate` draws of a class."""
-        drawn = SyntheticDataset(self.model, {int(cls): 32}, temperature, int(seed), source=source)
+        drawn = SyntheticDataset(self.model, {self.model.classes[int(cls)]: 32}, temperature, int(seed), source=source)
         return sheet(drawn.images(range(32)), 8)
 
     def picked(self, index: int, upload: Image.Image | None) -> tuple[Tensor, int]:
