@@ -16,9 +16,9 @@ from glem_augment.io import file_sha256, load_weights, open_tensors
 HUB = "hub:"
 _BUNDLED = Path(__file__).parents[1] / "bundled" / "autoencoders"
 _DIFFUSERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
-_MOST_CONFIG, _MOST_STAGES, _MOST_WIDTH = 2**20, 16, 2**14
+_MOST_CONFIG = 2**20
 _WIDTH, _GROUPS, _HALVINGS, _BLOCKS = 64, 4, 3, 3
-_MOST_CHANNELS, _MOST_HEADER = 256, 2**16
+_MOST_CHANNELS = 256
 
 # From a name on the Hub to the weights file, beside its config.json if there is one, and `org/name@commit`.
 Fetch: TypeAlias = Callable[[str], tuple[Path, str]]
@@ -77,20 +77,14 @@ def _config(path: Path) -> dict[str, Any]:
         return {}
     except (ValueError, OSError, RecursionError) as error:
         raise ModelFileError(f"{path} can't be read: {error}") from None
-    found = found if isinstance(found, dict) else {}
-    for name in ("encoder_block_out_channels", "decoder_block_out_channels", "block_out_channels"):
-        widths = found.get(name, [])
-        good = isinstance(widths, list) and len(widths) <= _MOST_STAGES
-        if not (good and all(type(width) is int and 1 <= width <= _MOST_WIDTH for width in widths)):
-            raise ModelFileError(f"{path}: {name} must be a list of numbers of channels, got {str(widths)[:80]}")
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def _is_taesd(config: dict[str, Any]) -> bool:
     """Whether `load_taesd` computes what diffusers would: 64 channels everywhere, ReLU, nearest upsampling by 2."""
-    widths = {*config.get("encoder_block_out_channels", [64]), *config.get("decoder_block_out_channels", [64])}
-    usual = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}
-    return widths == {64} and all(config.get(name, value) == value for name, value in usual.items())
+    usual: dict[str, Any] = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}
+    usual |= dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), [_WIDTH] * (_HALVINGS + 1))
+    return all(config.get(name, value) == value for name, value in usual.items())
 
 
 class DiffusersAutoencoder(nn.Module):
@@ -199,7 +193,7 @@ def load_taesd(path: Path) -> TAESD:
 
     ModelFileError: a truncated or foreign file, or values that are not finite.
     """
-    with open_tensors(path, _MOST_HEADER) as file:
+    with open_tensors(path) as file:
         names = set(file.keys())
         last = f"encoder.layers.{1 + _HALVINGS * (_BLOCKS + 1) + 1}.weight"
         channels = file.get_slice(last).get_shape()[0] if last in names else 0

@@ -1,8 +1,7 @@
 """Model folders, `model.safetensors` beside `config.json`: written atomically, validated on load.
 
-The files may come from a stranger. A config of a few hundred bytes can describe a model of any size, but the size of a
-weights file is known. The sizes that the config implies are compared with the size of the weights file, then with its
-header. Only then is memory taken: at most twice the size of the files and a few MiB of Python objects.
+The files may come from a stranger. A config of a few hundred bytes can describe a model of any size. So the model is
+built without memory, and gets memory only once the header of the weights file has its tensors.
 """
 
 from __future__ import annotations
@@ -24,21 +23,15 @@ from glem_augment.classes.modes import SHRUNK
 from glem_augment.codec.autoencoder import latent_shape
 from glem_augment.codec.published import open_autoencoder
 from glem_augment.errors import HubError, ModelFileError
-from glem_augment.io import Limits, atomic_write, expand, header_bytes, load_weights, open_tensors
+from glem_augment.io import Limits, atomic_write, expand, load_weights, open_tensors
 from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMConfig
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CHECKPOINT = "checkpoint.pt"  # of a run of `glem train`
 CUSTOM = "custom"  # the name of a user's module in a config
 
-# The shortest entry of a header is `"a":{"dtype":"F16","shape":[],"data_offsets":[0,2]}`, and the narrowest floating
-# point number has two bytes.
-_LEAST_ENTRY, _LEAST_WIDTH = 50, 2
-# Beside its name an entry has a type, up to eight sizes and two offsets; the rest of a header is metadata.
-_MOST_ENTRY, _MOST_METADATA = 320, 2**16
-# Images of a class, and standard deviations or their inverses. Real ones lie far inside.
-MOST_IMAGES, SCALES = 2.0**40, (1e-8, 1e8)
-_CHECKED = 2**20  # numbers at a time
+_LEAST_ENTRY = 50  # bytes of a tensor in a header: `"a":{"dtype":"F16","shape":[],"data_offsets":[0,2]}`
+SCALES = (1e-8, 1e8)  # of standard deviations or their inverses; real ones lie far inside
 _BUNDLED = Path(__file__).parents[1] / "bundled" / "models"
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -184,19 +177,21 @@ def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], Mod
     `build` makes the model that the config describes, on the device of the surrounding `torch.device`.
     ModelFileError: a truncated or foreign file; missing, extra or misshapen tensors; values that are not finite.
     """
+    levels = zip(config.flow.get("depth", ()), config.flow.get("blocks", ()), strict=True)
+    tensors = 2 + sum(depth * blocks for depth, blocks in levels)
     try:
-        _check_size(path, config)
+        with open(path, "rb") as file:  # a deep flow takes memory as Python objects
+            if int.from_bytes(file.read(8), "little") < _LEAST_ENTRY * tensors:
+                raise ModelFileError(f"{path} has fewer than the {tensors} tensors of its config: it is damaged")
         with torch.device("meta"):  # shapes without memory
             model = build(config)
-    except (ValueError, OSError) as error:  # of the file, or of the flow that the config describes
+    except (ValueError, OSError, RuntimeError) as error:  # of the file, or of the flow that the config describes
         if isinstance(error, ModelFileError):
             raise
         raise ModelFileError(f"{path.parent} can't be read: {error}") from None
-    expected = stored(config, model.state_dict())
-    most = _MOST_METADATA + sum(len(json.dumps(name)) + _MOST_ENTRY for name in expected)
-    with open_tensors(path, most) as file:
+    with open_tensors(path) as weights:
         # A user's flow and an autoencoder have their weights already.
-        load_weights(path, file, model, partial(stored, config), _limits(config))
+        load_weights(path, weights, model, partial(stored, config), _limits(config))
     if config.covariance == "full":
         _check_full(path, model.modes)
     return model
@@ -205,7 +200,7 @@ def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], Mod
 def _limits(config: GLEMConfig) -> dict[str, Limits]:
     """Lowest and highest values of tensors in the file."""
     limits = dict.fromkeys(("modes.scales", "modes.rest", "modes.shared_scales"), (0.0, math.inf))
-    limits["modes.counts"] = 0.0, MOST_IMAGES
+    limits["modes.counts"] = 0.0, 2.0**40
     limits["autoencoder.std"] = SCALES
     if config.psi is None:
         limits["gaussians.s"] = LOWEST_VARIANCE, math.inf
@@ -214,6 +209,23 @@ def _limits(config: GLEMConfig) -> dict[str, Limits]:
     if config.flow.get("whiten"):
         limits["flow.whiten.scale"] = limits["flow.whiten.gain"] = SCALES
     return limits
+
+
+def _check_full(path: Path, modes: Any) -> None:
+    """ModelFileError: covariances of `ClassModes.log_prob` that have no inverse in float64.
+
+    They are the pooled covariance, scaled, plus a covariance of each class. So the least eigenvalue of the first must
+    exceed the rounding of the sum.
+    """
+    own = (modes.scales.square() * modes.directions.square().sum(2)).sum(1) + modes.rest.sum(1)
+    largest = float(own.max()) + 4 * float(modes.mean.square().sum(1).max())
+    rows = modes.shared_scales[:, None].double() * modes.shared_directions.double()
+    pooled = SHRUNK * rows.T @ rows
+    rounding = 16 * modes.dim * torch.finfo(torch.float64).eps * (largest + float(pooled.trace()))
+    pooled.diagonal().sub_(rounding)
+    good = math.isfinite(rounding) and bool(modes.counts.unflatten(0, (-1, modes.parts)).any(1).all())
+    if not good or int(torch.linalg.cholesky_ex(pooled).info):
+        raise ModelFileError(f"{path}: the covariances of its classes can't be inverted; save the model again")
 
 
 def autoencoder_of(folder: Path, config: GLEMConfig, given: nn.Module | None, **client: Any) -> nn.Module | None:
@@ -241,44 +253,3 @@ def autoencoder_of(folder: Path, config: GLEMConfig, given: nn.Module | None, **
             f"autoencoder: {found}"
         )
     return module
-
-
-def _check_full(path: Path, modes: Any) -> None:
-    """ModelFileError: covariances of `ClassModes.log_prob` that have no inverse in float64.
-
-    They are the pooled covariance, scaled, plus a covariance of each class. So the least eigenvalue of the first must
-    exceed the rounding of the sum.
-    """
-    counts, mean = (t.unflatten(0, (-1, modes.parts)) for t in (modes.counts, modes.mean))
-    largest = 0.0
-    for n, centres in zip(counts.split(256), mean.split(256), strict=True):
-        n, centres = n[..., None].double(), centres.double()
-        if not bool((n.sum(1) >= 1).all()):
-            raise ModelFileError(f"{path}: modes.counts has a class without images")
-        away = centres - (n * centres).sum(1, keepdim=True) / n.sum(1, keepdim=True)
-        largest = max(largest, float(away.square().sum(2).max()))
-    step = max(1, _CHECKED // modes.directions[0].numel())
-    for s, v, rest in zip(*(t.split(step) for t in (modes.scales, modes.directions, modes.rest)), strict=True):
-        own = (s.double().square() * v.square().sum(2).double()).sum(1) + rest.double().sum(1)
-        largest = max(largest, float(own.max()))
-    rows = modes.shared_scales[:, None].double() * modes.shared_directions.double()
-    pooled = SHRUNK * rows.T @ rows
-    rounding = 16 * modes.dim * torch.finfo(torch.float64).eps * (largest + float(pooled.trace()))
-    pooled.diagonal().sub_(rounding)
-    if not math.isfinite(rounding) or int(torch.linalg.cholesky_ex(pooled).info):
-        raise ModelFileError(f"{path}: the covariances of its classes can't be inverted; save the model again")
-
-
-def _check_size(path: Path, config: GLEMConfig) -> None:
-    """Compare the file with lower bounds that need no model."""
-    size, header = os.stat(path).st_size, header_bytes(path)
-    classes, rank = len(config.class_ids), config.modes_rank
-    rows = classes * (1 if config.modes_tied else config.modes_parts) + 1
-    numbers = (2 * classes + (0 if rank is None else rows * rank)) * config.dim
-    levels = zip(config.flow.get("depth", ()), config.flow.get("blocks", ()), strict=True)
-    tensors = 2 + sum(depth * blocks for depth, blocks in levels)
-    if size < _LEAST_WIDTH * numbers or header < _LEAST_ENTRY * tensors:
-        raise ModelFileError(
-            f"{path} has {size} bytes, too few for the {numbers} numbers in {tensors} tensors of its config: "
-            "the two files do not belong together, or one of them is damaged"
-        )
