@@ -99,14 +99,6 @@ def _together(call: Callable[[], _T]) -> _T:
         ) from error
 
 
-def first_to_fail() -> bool:
-    """Whether this rank is the first to call this. Only the first error is printed, since it causes later ones."""
-    try:
-        return dist.distributed_c10d._get_default_store().add("glem-augment/failed", 1) == 1
-    except RuntimeError:  # the process that kept the store has ended
-        return True
-
-
 def add_up(*tensors: Tensor) -> None:
     """Replace tensors of one dtype and device by their sums over all ranks, in place and in one reduction.
 

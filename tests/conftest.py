@@ -19,13 +19,6 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Undoes what a test of --threads has set."""
-    yield
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
 def _seeds() -> Iterator[None]:
     random.seed(0)
     np.random.seed(0)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from typing import Any
 
 from glem_augment import __version__
-from glem_augment.cli.common import Parser
 from glem_augment.errors import GLEMError
 
 DESCRIPTION = """\
@@ -56,17 +56,19 @@ COMMANDS = {
 }
 
 
-def build_parser(words: Sequence[str]) -> Parser:
+def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of `glem` with the options of the command that is among the words.
 
     The files of the commands import torch when they run, so that `--help` answers at once.
     """
-    parser = Parser(prog="glem", description=DESCRIPTION, epilog=EPILOG)
+    # The texts have line breaks. An abbreviation that works today would change its meaning with the next option.
+    looks: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog="glem", description=DESCRIPTION, epilog=EPILOG, **looks)
     parser.add_argument("--version", action="version", version=f"glem-augment {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     called = next((word for word in words if word in COMMANDS), None)
     for name, summary in COMMANDS.items():
-        own = commands.add_parser(name, help=summary)
+        own = commands.add_parser(name, help=summary, **looks)
         if name == called:
             command = import_module(f"glem_augment.cli.{name}")
             command.add_arguments(own)
@@ -82,61 +84,49 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 for an error, which one line on stderr explains; 130 after Ctrl-C. As usual with argparse,
-        `--help` and `--version` raise SystemExit.
+        `--help`, `--version` and options that do not exist raise SystemExit.
     """
     argv = [*(sys.argv[1:] if argv is None else argv)]
     try:
         args = build_parser(argv).parse_args(argv)
         args.argv = argv
+        for name in getattr(args, "modules", ()):
+            sys.path.insert(0, os.getcwd())
+            import_module(name)
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            code = args.run(args)
+            args.run(args)
         sys.stdout.flush()
-        return code or 0
+        return 0
     except BrokenPipeError:
         # The reader of a pipe has ended, as in `glem ... | head`. Python's last flush must not fail on it.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt as stop:
-        # The trainer's message says where the run stopped. Only the first rank prints it.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"glem: {stop}" if str(stop) else "glem: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # its message says where the command stopped
+        print(f"glem: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except (GLEMError, ValueError, TypeError, OSError, ImportError) as error:
-        return _fail(_one_line(error))
-    except (MemoryError, RuntimeError) as error:
-        # torch.OutOfMemoryError is compared by name, since torch may not be imported. On a CPU torch has no such class.
-        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError") and "allocate memory" not in str(error):
+        return _fail(error)
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        reason = _one_line(error)
-        return _fail(f"out of memory ({reason}); lower --batch-size, or take a smaller flow or smaller images")
+        return _fail(error, "out of memory; lower --batch-size, or take a smaller flow or smaller images: ")
 
 
 def _warn(message: Warning | str, *about: object, **more: object) -> None:
-    """Print a warning, for example of a divergence, as one line, above a progress bar."""
+    """Print a warning as one line, above a progress bar."""
     from tqdm import tqdm
 
     tqdm.write(f"glem: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _fail(message: str) -> int:
+def _fail(error: BaseException, advice: str = "") -> int:
+    """Print an error as one line."""
     if os.environ.get("GLEM_DEBUG", "") not in ("", "0"):
         traceback.print_exc()
-    distributed = sys.modules.get("glem_augment.distributed")  # it imports torch, and most errors come before that
-    if distributed is not None and distributed.world_size() > 1:
-        if not distributed.first_to_fail():
-            return 2
-    elif os.environ.get("RANK", "0") != "0":
-        # The ranks of torchrun have not joined yet. The first one prints the error, then torchrun ends the rest.
-        time.sleep(3)
-    print(f"glem: error: {message}", file=sys.stderr)
-    return 2
-
-
-def _one_line(error: BaseException) -> str:
-    """The message without the "[Errno 2]" that str(OSError) puts before it."""
     text = str(error).rpartition(f"{type(error).__name__}: ")[2]  # a DataLoader's worker puts its traceback before it
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror:  # without "[Errno 2]"
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    return " ".join(text.split()) or type(error).__name__
+    print(f"glem: error: {advice}{' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
+    return 2

@@ -7,19 +7,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
-from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import yaml
-
-from glem_augment.checks import closest
-from glem_augment.errors import GLEMError
 
 if TYPE_CHECKING:
     import torch
@@ -33,32 +27,6 @@ DATA_HELP = "images or arrays: a folder with a folder per class, NAME@ROOT (timm
 MODEL_HELP = "a folder from glem fit or train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser with errors of one line, which suggest the closest known word for a mistyped one."""
-
-    def __init__(self, **settings: Any) -> None:
-        # An abbreviation that works today would change its meaning with the next option.
-        formatter = argparse.RawDescriptionHelpFormatter  # it keeps the line breaks of descriptions and examples
-        super().__init__(formatter_class=formatter, allow_abbrev=False, **settings)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # Unknown options come first: argparse would name options as missing that are only mistyped.
-        for arg in takewhile(lambda arg: arg != "--" and (not self._subparsers or arg.startswith("-")), args):
-            option = arg.partition("=")[0]
-            if option.startswith("--") and option not in self._option_string_actions:
-                self.error(f"unknown option {option}{closest(option, self._option_string_actions)}")
-        return super().parse_known_args(args, namespace)
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            known = [str(choice) for choice in action.choices]
-            text = f"{value!r} is none of {', '.join(known)}{closest(value, known)}"
-            raise argparse.ArgumentError(action, text)
-
-    def error(self, message: str) -> NoReturn:
-        raise GLEMError(f"{message} (see {self.prog} --help)")
-
-
 def describe(parser: argparse.ArgumentParser, description: str, examples: str, exit_codes: str = EXIT_CODES) -> None:
     """Give the parser of a command its texts."""
     parser.description, parser.epilog = description, f"examples:\n{examples}\n{exit_codes}"
@@ -69,6 +37,12 @@ def describe(parser: argparse.ArgumentParser, description: str, examples: str, e
 
 def add_model(parser: argparse.ArgumentParser, **optional: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP, **optional)
+    add_import(parser)
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    text = "import this module of yours first, for couplings that it registers; repeatable"
+    parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=text)
 
 
 def add_data(parser: argparse.ArgumentParser, split: str | None = "test", **optional: Any) -> None:
@@ -100,18 +74,11 @@ def add_seed(parser: argparse._ActionsContainer) -> None:
 
 
 def add_out(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("--out", type=out_folder, required=True, metavar="DIR", help=f"{text}; made if missing")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"{text}; made if missing")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if present, else cpu)")
-
-
-def add_machine(parser: argparse.ArgumentParser) -> None:
-    # Far more threads than there are cores crash the process.
-    most = max(1024, os.cpu_count() or 1)
-    parser.add_argument("--threads", type=whole(1, most), metavar="N", help="CPU threads (default: PyTorch's choice)")
-    add_device(parser)
 
 
 def add_image_size(parser: argparse._ActionsContainer, more: str) -> None:
@@ -143,44 +110,19 @@ def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -
     return parse
 
 
-def in_file(text: str) -> Path:
-    """An argparse type: the path of a file."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the path is empty: give one")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text}: that user has no home folder") from None
-
-
 def table(text: str, as_text: bool = False) -> dict[str, Any]:
     """An argparse type: the table in a YAML or JSON file (JSON is YAML). `as_text`: keys and values are text.
 
     Names of classes are text, since a class may be called 010, no or null.
     """
     try:
-        content = in_file(text).read_text(encoding="utf-8")
+        content = Path(text).read_text(encoding="utf-8")
         found = yaml.load(content, yaml.BaseLoader if as_text else yaml.SafeLoader)  # noqa: S506  (both are safe)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"{text} can't be read as YAML or JSON: {error}") from None
+        raise argparse.ArgumentTypeError(f"{text} can't be read as YAML or JSON: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{text} must hold a table (key: value), got {type(found).__name__}")
     return found
-
-
-def out_path(text: str, folder: bool = False) -> Path:
-    """An argparse type: a path that can be written, so that a command fails before its work and not after it."""
-    path = in_file(text)
-    there = next(each for each in (path, *path.parents) if each.exists())
-    if there.is_dir() != (folder or there != path):
-        found = "is a folder, not a file" if there.is_dir() else "is a file, not a folder"
-        raise argparse.ArgumentTypeError(f"cannot write {text}: {there} {found}")
-    if not os.access(there if there.is_dir() else there.parent, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"cannot write {text}: you may not write to {there}")
-    return path
-
-
-out_folder = partial(out_path, folder=True)
 
 
 def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
@@ -198,23 +140,19 @@ def height_and_width(size: list[int] | None) -> tuple[int, int] | None:
 # ---- models, data and output ---------------------------------------------------------------------------------------
 
 
-def pick_device(args: argparse.Namespace) -> torch.device:
-    """The device of `args.device`, by default CUDA where it is present. Sets the number of threads of `args.threads`.
+def pick_device(args: argparse.Namespace, ranks: bool = False) -> torch.device:
+    """The device of `args.device`, by default CUDA where it is present. ValueError: it cannot be used.
 
-    Under torchrun the ranks join here, each gets another device, and only the first one prints.
-
-    Raises:
-        ValueError: the device cannot be used.
+    With `ranks`, the ranks of torchrun join here, each gets another device, and only the first one prints.
     """
     import torch
 
     from glem_augment import distributed
 
     name = args.device
-    if getattr(args, "threads", None) is not None:
-        torch.set_num_threads(args.threads)
     try:
-        device = distributed.start(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found = name or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = distributed.start(found) if ranks else torch.device(found)
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -224,11 +162,11 @@ def pick_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def load_model(args: argparse.Namespace) -> GLEM:
-    """The model of `args.model` on `args.device`."""
+def load_model(args: argparse.Namespace, ranks: bool = False) -> GLEM:
+    """The model of `args.model` on the device of `pick_device`."""
     from glem_augment.model.glem import GLEM
 
-    return GLEM.from_pretrained(args.model, device=pick_device(args))
+    return GLEM.from_pretrained(args.model, device=pick_device(args, ranks))
 
 
 def uncovered(args: argparse.Namespace, model: GLEM, *written: Path | None) -> None:

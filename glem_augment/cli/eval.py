@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from glem_augment.cli import common
 
@@ -32,11 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     common.add_data(parser, split=None)
     common.add_class_map(parser)
-    common.add_count(parser, "--batch-size", "images at a time", 256)
     common.add_count(parser, "--limit", "use N images, evenly spread (default: all)")
     common.add_count(parser, "--round-trip", "images for the round trip, evenly spread; 0 for none", 1000, low=0)
-    parser.add_argument("--out", type=common.out_path, metavar="FILE", help="write the JSON to FILE too")
-    common.add_machine(parser)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON to FILE too")
+    common.add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         data = data.subset(metrics.spread(len(data), args.limit))
     split = None if whole_folder else args.split or "test"
     result = {"model": args.model, "data": args.data, "split": split}
-    result |= metrics.evaluate(model, data, args.batch_size, args.round_trip)
+    result |= metrics.evaluate(model, data, round_trip=args.round_trip)
     if result.get("bits_per_dim", 0) > model.bits:
         common.note(
             f"glem: {result['bits_per_dim']:.2f} bits/dim is more than {model.bits}, the bits of a pixel as it is: "

@@ -44,6 +44,7 @@ _NOISY = 0.9  # the share of noise in the differences of class means from which 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.describe(parser, DESCRIPTION, EXAMPLES)
     common.add_data(parser, split="train")
+    common.add_import(parser)
     latents = parser.add_mutually_exclusive_group()
     latents.add_argument("--autoencoder", metavar="NAME", help="taef2 or hub:ORG/NAME: model its latents")
     flow = f"model the latents of its flow; {EXCLUDED}: {common.MODEL_HELP}"
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pooled", action="store_true", help=pooled)
     common.add_count(parser, "--max-per-class", f"images of a class at most; {EXCLUDED} (default: all)")
     parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
-    common.add_machine(parser)
+    common.add_device(parser)
     group = parser.add_argument_group("differential privacy")
     epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak; state --image-size and --channels, too"
     group.add_argument("--epsilon", type=common.number(0.01, 50), metavar="E", help=epsilon)

@@ -50,14 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMATS, default="imagefolder", help="see above (default: %(default)s)")
     licence = "licence of the model's training images, such as mit or cc-by-4.0; samples inherit it"
     parser.add_argument("--license", metavar="ID", help=licence)
-    common.add_machine(parser)
+    common.add_device(parser)
     source = parser.add_argument_group("the source of the images")
     source.add_argument("--source", choices=SOURCES, help="see above (default: rfcm, or gaussian without modes)")
     # The default None marks an option as not given: options without effect are refused.
     temperature = "for gaussian and rfcm: factor on the standard deviation (default: 0.9; 1 for a private model)"
     source.add_argument("--temperature", type=common.number(0), metavar="T", help=temperature)
     common.add_count(source, "--modes", f"for mixup: number of modes (default: {DEFAULT_MODES}, or all)")
-    source.add_argument("--alpha", type=common.number(0), metavar="A", help="for mixup: A of Beta(A, A) (default: 1)")
     real = parser.add_argument_group("real images, for --per-class balance and --source mixup")
     real.add_argument("--real", metavar="DATA", help=common.DATA_HELP)
     real.add_argument("--split", metavar="SPLIT", help="split of DATA (default: train)")
@@ -90,13 +89,13 @@ def run(args: argparse.Namespace) -> None:
 
     _check_together(args)
     read_provenance(args.out)  # refuses a folder before any work
-    model = common.load_model(args)
+    model = common.load_model(args, ranks=True)
     if args.per_class == "balance" or args.source == "mixup":
         model.refuse_if_private("real=")  # before images are read
     real = None
     if args.real is not None:
         real = common.open_resized(model, args.real, args.split or "train")
-    given = ("temperature", "modes", "alpha")
+    given = ("temperature", "modes")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     options |= {} if real is None else {"real": real, "class_map": args.class_map}
     dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, **options)

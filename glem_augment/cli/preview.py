@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from glem_augment.checks import POLICIES
 from glem_augment.cli import common
@@ -15,7 +16,7 @@ still show its class.
 """
 EXAMPLES = """\
   glem preview bundled:fashion-mnist bundled:fashion-mnist --out preview.png
-  glem preview runs/photos photos/ --split val --rows 10 --policy mixup --modes 16 --out preview.png
+  glem preview runs/photos photos/ --split val --rows 10 --policy mixup --out preview.png
 """
 
 
@@ -24,15 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     common.add_data(parser)
     common.add_class_map(parser)
-    parser.add_argument("--out", type=common.out_path, required=True, metavar="FILE.png", help="the picture")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture")
     common.add_count(parser, "--rows", "real images to augment", 6)
     moves = "mixup with an image of the class, noise along the modes, adversarial against the model (default: all)"
     parser.add_argument("--policy", choices=("all", *POLICIES), default="all", help=moves)
-    common.add_count(parser, "--modes", "modes to move along (default: all)")
     channels = "three channels to show as red, green and blue, or one (default: the first three, or the first of two)"
     parser.add_argument("--channels", nargs="+", type=common.whole(0), metavar="N", help=channels)
-    common.add_seed(parser)
-    common.add_machine(parser)
+    common.add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     reading = {"cache_bytes": 0}  # it shows few of the images
     data = common.open_for(model, args.data, args.split, args.class_map, **reading).at_own_size()
     policies = POLICIES if args.policy == "all" else (args.policy,)
-    shown = [model, data, args.rows, policies, args.modes, args.seed, args.model, args.channels]
+    shown = [model, data, args.rows, policies, None, 0, args.model, args.channels]
     picture = preview(*shown)
     save_png(picture, args.out)
     common.note(f"wrote {args.out} ({picture.width}x{picture.height})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from glem_augment.cli import common
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     licence = "of the training images, as the Hub names it: mit, other, ... (default: the one in MODEL's record)"
     parser.add_argument("--license", metavar="ID", help=licence)
     dry = "write the files of the upload to DIR, and upload nothing"
-    parser.add_argument("--dry-run", type=common.out_folder, metavar="DIR", help=dry)
+    parser.add_argument("--dry-run", type=Path, metavar="DIR", help=dry)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config = "YAML or JSON file of settings, named as the flags with _ for - (--flow: flow_options); flags win"
     parser.add_argument("--config", type=common.table, metavar="FILE", help=config)
     common.add_device(parser)
+    common.add_import(parser)
     init = "start from the flow of this model (fine-tuning), with its image size and bits as defaults"
     parser.add_argument("--init", metavar="MODEL", help=init)
     view = parser.add_argument_group("images")
@@ -140,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
     from glem_augment.training import Trainer
     from glem_augment.training.checkpoint import has_checkpoint, require_unused
 
-    device, out = common.pick_device(args), args.out
+    device, out = common.pick_device(args, ranks=True), args.out
     settings = given(args)
     if args.config is not None:
         settings = _over(checked(args.config, "--config"), settings)
