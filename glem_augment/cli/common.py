@@ -119,7 +119,8 @@ def table(text: str, as_text: bool = False) -> dict[str, Any]:
         content = Path(text).read_text(encoding="utf-8")
         found = yaml.load(content, yaml.BaseLoader if as_text else yaml.SafeLoader)  # noqa: S506  (both are safe)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"{text} can't be read as YAML or JSON: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise argparse.ArgumentTypeError(f"{text} can't be read as YAML or JSON: {reason}") from None
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{text} must hold a table (key: value), got {type(found).__name__}")
     return found
