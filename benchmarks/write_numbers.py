@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
 
 from benchmarks.common import RESULTS, ROOT, Interval, Named, by_seed, interval, markdown, table
 from benchmarks.paper.claims import verdicts
-from benchmarks.paper.paper import stored_markdown
+from benchmarks.paper.paper import stored_page
 from benchmarks.proof import directions, long_tails, pretrained
 from benchmarks.proof.augmentation.named import numbers as augmentation
 from benchmarks.proof.augmentation.plan import Store
@@ -67,8 +67,7 @@ def in_words(found: set[Any]) -> str:
 def derived() -> dict[str, Callable[[], str]]:
     """The files in `benchmarks/results` that follow from stored rows, each with a function that makes its text."""
     folder = RESULTS / "paper"
-    made: dict[str, Callable[[], str]] = {}
-    made |= {f"paper/{name}.cpu.md": partial(stored_markdown, folder, name) for name in PAPER}
+    made = {f"paper/{name}.cpu.md": partial(lambda name: markdown(stored_page(folder, name)), name) for name in PAPER}
     made["paper/claims.json"] = lambda: json_text(verdicts(folder, "cpu")) + "\n"
     return made | {f"{name}.md": partial(markdown, report) for name, report in reports().items()}
 

@@ -1,4 +1,4 @@
-"""Figures 2 to 6 of the paper, drawn with this library's flows; `figures.<scale>.json` has the numbers."""
+"""Figures 2 and 4 of the paper, drawn with this library's flows; `figures.<scale>.json` has the numbers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from benchmarks.paper.classifier import Classifier
 from benchmarks.paper.lab import Lab
 from benchmarks.paper.research import Research, ResearchObjective
 from benchmarks.paper.tables import Cell
-from glem_augment import GLEM, GLEMAugment
+from glem_augment import GLEM
 from glem_augment.classes.gaussians import ClassGaussians
-from glem_augment.codec.pixel_range import UINT8
 from glem_augment.io import write_json
 from glem_augment.training.moments import LatentStatistics
 from glem_augment.training.objective import Progress
@@ -40,13 +39,10 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def run_figures(lab: Lab, scale: str, out: Path) -> None:
-    """Draw all figures; flows and oracle come from the lab."""
+    """Draw the figures; flows and oracle come from the lab."""
     folder = out / "figures"
     facts: dict[str, Any] = {"figure2": losses_in_two_dimensions(folder / f"figure2.{scale}.png")}
-    psi_and_codes(lab, folder / f"figure3.{scale}.png")
     facts["figure4"] = interpolations(lab, folder / f"figure4.{scale}.png")
-    pairwise_interpolations(lab, folder / f"figure5.{scale}.png")
-    augmented_pictures(lab, folder / f"figure6.{scale}.png")
     write_json(out / f"figures.{scale}.json", facts)
     print(f"figures in {folder}", flush=True)
 
@@ -115,33 +111,6 @@ def losses_in_two_dimensions(path: Path) -> dict[str, Any]:
     return facts
 
 
-# ---- Figure 3: psi, and class codes -------------------------------------------------------------------------------
-
-
-def psi_and_codes(lab: Lab, path: Path) -> None:
-    """psi for a = 2, c = 0 and the paper's slopes; below, one training image of each class with its code."""
-    train, _ = lab.data("main")
-    plt = _plots()
-    count = min(10, len(train.classes))
-    figure = plt.figure(figsize=(10, 6))
-    top = figure.add_subplot(2, 1, 1)
-    s = torch.linspace(-30, 30, 301)
-    for b in (0.05, 0.1, 0.2, 0.5, 1.0):
-        top.plot(s, 2 * torch.sigmoid(b * s), label=f"b = {b:g}")
-    top.set(xlabel="s", ylabel="variance", title="psi(s) = a sigmoid(b s) + c, a = 2, c = 0")
-    top.legend()
-    fitted = lab.flow(Cell("CEGLEM", "main", "ceglem", ()), 0)
-    codes = fitted.codes
-    assert codes is not None
-    rows = [int((torch.from_numpy(train.targets) == c).nonzero()[0]) for c in range(count)]
-    x = codes.append(train.tensor()[rows], torch.arange(count), torch.Generator().manual_seed(0))
-    for i in range(count):
-        axis = figure.add_subplot(2, count, count + i + 1)
-        _show(axis, x[i])
-        axis.set_title(train.classes[i][:12], fontsize=7)
-    _save(figure, path)
-
-
 def _show(axis: Any, image: Tensor) -> None:
     picture = image.permute(1, 2, 0).cpu()
     if picture.shape[2] == 1:
@@ -151,7 +120,7 @@ def _show(axis: Any, image: Tensor) -> None:
     axis.set_axis_off()
 
 
-# ---- Figure 4: interpolations, and how sure the oracle is along them; Figure 5: between four images ----------------
+# ---- Figure 4: interpolations, and how sure the oracle is along them ------------------------------------------------
 
 
 @torch.no_grad()
@@ -203,46 +172,3 @@ def interpolations(lab: Lab, path: Path) -> dict[str, list[float]]:
     curve.legend(fontsize=7)
     _save(figure, path)
     return facts
-
-
-@torch.no_grad()
-def pairwise_interpolations(lab: Lab, path: Path, side: int = 7) -> None:
-    """Test images of four classes at the corners; between them, decoded, the bilinear mixtures of their latents."""
-    _, test = lab.data("main")
-    model = lab.flow(Cell("GLEM", "main", "glem", ()), 0).model
-    x, y = test.tensor(), torch.from_numpy(test.targets)
-    classes = torch.linspace(0, len(test.classes) - 1, 4).long().tolist()
-    corners = torch.stack([x[int((y == c).nonzero()[0])] for c in classes])
-    z = model.encode(corners.to(model.device))[0]
-    down, right = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
-    weights = torch.stack([(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right], dim=-1)
-    images = UINT8.clamp(model.decode(weights.view(-1, 4).to(z) @ z)).cpu()
-    figure, axes = _plots().subplots(side, side, figsize=(side, side))
-    for axis, image in zip(axes.flat, images, strict=True):
-        _show(axis, (image * 255).round().to(torch.uint8))
-    for axis, c in ((axes[0, 0], 0), (axes[0, -1], 1), (axes[-1, 0], 2), (axes[-1, -1], 3)):
-        axis.set_title(test.classes[classes[c]], fontsize=8)
-    _save(figure, path)
-
-
-# ---- Figure 6: augmented pictures ----------------------------------------------------------------------------------
-
-
-def augmented_pictures(lab: Lab, path: Path) -> None:
-    """Training images (left) and three augmentations of each by the paper's mixup along principal modes."""
-    train, _ = lab.data("main")
-    model = lab.flow(Cell("GLEM", "main", "glem", ()), 0).model
-    model.fit_modes(train, rank=64, max_per_class=500)
-    rows = torch.arange(len(train))[:: max(1, len(train) // 64)][:64]
-    x, y = train.tensor()[rows].float() / 255, torch.from_numpy(train.targets)[rows]
-    augment = GLEMAugment(model, "mixup", p=1.0, seed=0)
-    out = [augment(x.to(model.device), y.to(model.device))[0].cpu() for _ in range(3)]
-    plt = _plots()
-    shown = torch.linspace(0, len(rows) - 1, 8).long().tolist()
-    figure, axes = plt.subplots(len(shown), 4, figsize=(5, 10))
-    for line, index in zip(axes, shown, strict=True):
-        for axis, images in zip(line, [x, *out], strict=True):
-            _show(axis, (images[index].clamp(0, 1) * 255).round().to(torch.uint8))
-    for axis, title in zip(axes[0], ("image", "1", "2", "3"), strict=True):
-        axis.set_title(title, fontsize=8)
-    _save(figure, path)

@@ -3,7 +3,7 @@
     python benchmarks/paper/paper.py TABLE [TABLE ...] --scale cpu|gpu|paper [--seeds N] [--max-minutes M]
 
 TABLE is 1 to 8, or "all" for all eight. "claims" gives verdicts on the paper's claims from the stored tables. "figures"
-draws the paper's Figures 2 to 6. "pareto" compares NF accuracy and bits/dim of all methods, including this library's
+draws the paper's Figures 2 and 4. "pareto" compares NF accuracy and bits/dim of all methods, including this library's
 methods, at a fixed budget.
 
 Results are <out>/table<N>.<scale>.json and <out>/claims.json. A table is a list of rows (table, method, data, setting,
@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ from benchmarks.paper.claims import write_claims
 from benchmarks.paper.figures import run_figures
 from benchmarks.paper.lab import Lab, describe
 from benchmarks.paper.pareto import run_pareto
-from benchmarks.paper.report import markdown, numbers_of, oracle_row, row, rows_markdown, write_table
+from benchmarks.paper.report import numbers_of, oracle_row, page, row, write_rows
 from benchmarks.paper.scales import SCALES, Scale
 from benchmarks.paper.tables import TITLES, cells_of
 
@@ -74,7 +75,8 @@ def run_table(
                 print(f"table {table}, seed {seed}, {label}: {describe(numbers)}", flush=True)
     for role in dict.fromkeys(cell.data for cell in cells if _ORACLES & set(cell.metrics)):
         rows.append(oracle_row(table, role, lab.spec(role).name, lab.oracle_accuracy(role)))
-    path = write_table(out, table, name, scale, cells, rows, command(str(table), seeds))
+    path = out / f"table{table}.{name}.json"
+    write_rows(path, f"table{table}", scale, rows, command(str(table), seeds))
     print(f"table {table}: {path.with_suffix('.md')}")
 
 
@@ -117,14 +119,11 @@ def command_of(what: str, scale: str, seeds: int, data: Sequence[str] = ()) -> s
     return f"python benchmarks/paper/paper.py {what} --scale {scale} --seeds {seeds}{more}"
 
 
-def stored_markdown(folder: Path, name: str, scale: str = "cpu") -> str:
+def stored_page(folder: Path, name: str, scale: str = "cpu") -> dict[str, Any]:
     """The page of table1 to table8, or pareto, from the stored rows of the default images."""
     rows = json.loads((folder / f"{name}.{scale}.json").read_text(encoding="utf-8"))
-    what, sizes = name.removeprefix("table"), SCALES[scale].sizes
-    command = command_of(what, scale, 1 + max(row["seed"] for row in rows))
-    if what == name:
-        return rows_markdown(name, rows, command)
-    return markdown(int(what), scale, SCALES[scale], cells_of(int(what), sizes), rows, command)
+    command = command_of(name.removeprefix("table"), scale, 1 + max(row["seed"] for row in rows))
+    return page(name, SCALES[scale], rows, command)
 
 
 def main() -> int:

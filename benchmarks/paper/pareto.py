@@ -60,7 +60,7 @@ def run_pareto(lab: Lab, scale: str, out: Path, seeds: int, command: Callable[[s
                 if new:
                     print(f"pareto, seed {seed}, {data}, {cell.label}: {describe(numbers)}", flush=True)
     path = out / f"pareto.{scale}.json"
-    write_rows(path, "pareto", rows, command("pareto", seeds))
+    write_rows(path, "pareto", lab.scale, rows, command("pareto", seeds))
     plot(rows, path.with_suffix(".png"))
 
 
