@@ -173,7 +173,7 @@ def read_at_random(data: SyntheticDataset, expected: np.ndarray, seed: int) -> N
 def test_threads_read_what_a_serial_reader_reads(
     model: GLEM, monkeypatch: pytest.MonkeyPatch, cache_bytes: int
 ) -> None:
-    monkeypatch.setattr("glem_augment.synthetic.plan.BLOCKS", (4, 4))
+    monkeypatch.setattr("glem_augment.synthetic.draws.BLOCKS", (4, 4))
     serial, data = (
         SyntheticDataset(copy.deepcopy(model), per_class=20, seed=1, cache_bytes=size, transform=np.array)
         for size in (2**20, cache_bytes)

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import parser, write_results
 from glem_augment import GLEM, SyntheticDataset, distributed, open_data
+from glem_augment.synthetic.export import export_set
 from glem_augment.training import TrainConfig, Trainer
 
 SPENT = [0.0]  # seconds of this process in the collectives of torch.distributed
@@ -78,7 +79,7 @@ def generate(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
     data = SyntheticDataset(model, per_class=count)
     distributed.wait()
     began, before = time.perf_counter(), SPENT[0]
-    data.export(folder, distributed=True)
+    export_set(data.draws, folder, "imagefolder", shared=True)
     distributed.wait()
     seconds = time.perf_counter() - began
     return 10 * count / seconds, (SPENT[0] - before) / seconds

@@ -101,16 +101,16 @@ def run(args: argparse.Namespace) -> None:
     dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, **options)
     began = time.monotonic()
     command = shlex.join(["glem", *args.argv])
-    writing: dict[str, Any] = {"distributed": True, "command": f"run: {command}"}
+    writing = {"shared": True, "command": f"run: {command}"}
     try:
-        out_of_range = export_set(dataset.plan, dataset.draw, args.out, args.format, args.license, **writing)
+        out_of_range = export_set(dataset.draws, args.out, args.format, args.license, **writing)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{args.out} is not complete; to finish it, run: {command}") from None
     result = {
         "out": str(args.out),
         "format": args.format,
         "images": len(dataset),
-        "per_class": {dataset.classes[i]: dataset.counts[i] for i in dataset.plan.order if dataset.counts[i]},
+        "per_class": {dataset.classes[i]: dataset.counts[i] for i in dataset.draws.order if dataset.counts[i]},
         "model": args.model,
         "source": dataset.source,
         "temperature": None if args.source == "mixup" else dataset.temperature,

@@ -1,7 +1,7 @@
 """SyntheticDataset: images drawn from the classes of a GLEM, by index.
 
 An image depends on model, seed, class and place in the class alone: not on batches, order, workers, or on how many
-images there are. `plan` says why.
+images there are. `draws` says how.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from glem_augment.images.matching import ClassMap
 from glem_augment.images.readers import as_pil
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
+from glem_augment.synthetic.counts import PerClass, class_counts, label_order, open_real
 from glem_augment.synthetic.draws import Drawn, Draws
 from glem_augment.synthetic.export import export_set
-from glem_augment.synthetic.plan import BLOCKS, PerClass, Plan, class_counts, label_order, open_real
-from glem_augment.tensors import weights_key
 
 
 class SyntheticDataset(Dataset):
@@ -91,12 +90,9 @@ class SyntheticDataset(Dataset):
             raise ValueError("class_map has no effect without real=: leave it out")
         self.counts = class_counts(self.model, per_class, matched)
         self.transform, self.target_transform = transform, target_transform
-        wanted = np.asarray(self.counts) > 0
-        self.draws = Draws(self.model, matched, wanted, source, seed, temperature, modes, alpha)
+        order = label_order(self.counts, matched)
+        self.draws = Draws(self.model, self.counts, order, matched, source, seed, temperature, modes, alpha)
         self.source, self.seed, self.temperature = self.draws.source, self.draws.seed, self.draws.temperature
-        name = None if self.draws.real is None else self.draws.real.name
-        settings = {**self.draws.settings(), "blocks": list(BLOCKS)}
-        self.plan = Plan(self.model, self.counts, label_order(self.counts, matched), settings, name)
         self.image_shape: tuple[int, int, int] = self.model.image_shape
         self.pixel_range = self.model.pixel_range
         self.classes, self.class_ids = list(self.model.classes), list(self.model.class_ids)
@@ -105,7 +101,6 @@ class SyntheticDataset(Dataset):
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._out_of_range: set[int] = set()  # items decoded so far
         self._preloaded: Tensor | None = None
-        self._weights_key: tuple[tuple[int, int], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -152,34 +147,23 @@ class SyntheticDataset(Dataset):
         chosen = check_indices(indices, len(self))
         out = torch.empty(len(chosen), self.model.dim, device=self.model.device)
         for block, rows, places in self._blocks(chosen):
-            out[rows] = self.draw(*block).latents[places]
+            out[rows] = self._draw(*block).latents[places]
         return out
 
     def preload(self) -> None:
         """Decode all images now and keep them in memory. DataLoader workers that start later share it."""
         out = torch.empty(len(self), *self.image_shape, dtype=self.pixel_range.torch_dtype)
-        for block in progress_bar("preload", self.plan.blocks(), unit="block"):
+        for block in progress_bar("preload", self.draws.blocks(), unit="block"):
             rows = self._rows(*block)
-            out[rows.start : rows.stop] = self.draw(*block).images
+            out[rows.start : rows.stop] = self._draw(*block).images
         self._preloaded = out
         self._cached.cache_clear()
-
-    def draw(self, cls: int, number: int) -> Drawn:
-        """Draw block `number` of a class, without the cache. RuntimeError: the model has changed."""
-        self._check_model()
-        # The last block is drawn whole too: in a smaller batch its images would have other last bits.
-        whole = self.draws.draw(cls, np.arange(self.plan.edges[number], self.plan.edges[number + 1]))
-        rows = self._rows(cls, number)
-        drawn = Drawn(*(part[: len(rows)] for part in whole))
-        self._out_of_range.update((rows.start + np.flatnonzero(drawn.out_of_range)).tolist())
-        return drawn
 
     def export(
         self,
         folder: str | os.PathLike[str],
         format: Format = "imagefolder",  # noqa: A002  (the word users expect)
         license: str | None = None,  # noqa: A002  (the Hub's word)
-        distributed: bool = False,
     ) -> Path:
         """Write all images, without the transforms, glem-provenance.json, and a README; every file appears complete.
 
@@ -188,16 +172,14 @@ class SyntheticDataset(Dataset):
         number the later folders differently. So classes.json holds the label of every folder, for `open_data` and
         `RealAndSynthetic`.
 
-        The same export to the same folder writes missing files. So running it again, on any number of ranks, finishes
-        a killed export. Until then `open_data` refuses the folder.
+        The same export to the same folder writes missing files, and so finishes a killed export. Until then `open_data`
+        refuses the folder.
 
         Args:
             format: "imagefolder" (folder/<class>/NNNNNN.png of 8 bits or grey of 16 bits, .npy of other images), or
                 "webdataset" (data/train-*.tar of 8-bit grey or RGB images, which timm and the Hub read).
             license: the licence of the model's training images, which samples inherit. None: the licence in the model's
                 record; for mixtures no licence, because it also depends on their real images.
-            distributed: share the blocks among all ranks of the process group, which must all make this call and see
-                the same folder. The files do not depend on the number of ranks.
 
         Raises:
             FileExistsError: the folder holds an export of other images, or any other files.
@@ -205,33 +187,32 @@ class SyntheticDataset(Dataset):
             OSError: the disk is full or cannot be written; the message names the path.
         """
         check_choice("format", format, FORMATS)
-        self._check_model()
-        export_set(self.plan, self.draw, folder, format, license, distributed=distributed)
+        export_set(self.draws, folder, format, license)
         return expand(folder)
 
-    def _check_model(self) -> None:
-        key = weights_key(self.model)
-        if key != (self._weights_key or key):
-            raise RuntimeError("the model's weights or modes have changed: make a new SyntheticDataset")
-        self._weights_key = key
+    def _draw(self, cls: int, number: int) -> Drawn:
+        """Draw a block, without the cache."""
+        drawn = self.draws.draw(cls, number)
+        self._out_of_range.update((self._rows(cls, number).start + np.flatnonzero(drawn.out_of_range)).tolist())
+        return drawn
 
     @functools.cached_property
     def _cached(self) -> Any:
         """The images of a block, of which the last ones are kept."""
-        edges = self.plan.edges
+        edges = self.draws.edges
         largest = (edges[-1] - edges[-2]) * math.prod(self.image_shape) * self.pixel_range.torch_dtype.itemsize
         blocks = max(1, self.cache_bytes // largest)
-        return functools.lru_cache(blocks)(lambda cls, number: self.draw(cls, number).images)
+        return functools.lru_cache(blocks)(lambda cls, number: self._draw(cls, number).images)
 
     def _rows(self, cls: int, number: int) -> range:
         """The items of a block."""
-        places = self.plan.places(cls, number)
+        places = self.draws.places(cls, number)
         return range(self._starts[cls] + places.start, self._starts[cls] + places.stop)
 
     def _blocks(self, index: np.ndarray) -> Iterator[tuple[tuple[int, int], list[int], np.ndarray]]:
         """For each block: (class, number), the rows of `index` [n] with items of it, and the places of these items."""
         cls = np.searchsorted(self._starts, index, side="right") - 1
-        number = np.searchsorted(self.plan.edges, index - self._starts[cls], side="right") - 1
+        number = np.searchsorted(self.draws.edges, index - self._starts[cls], side="right") - 1
         rows: dict[tuple[int, int], list[int]] = defaultdict(list)
         for row, block in enumerate(zip(cls.tolist(), number.tolist(), strict=True)):
             rows[block].append(row)
@@ -239,5 +220,4 @@ class SyntheticDataset(Dataset):
             yield block, at, index[at] - self._rows(*block).start
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy gets a new cache, and its weights are other tensors.
-        return {key: value for key, value in self.__dict__.items() if key != "_cached"} | {"_weights_key": None}
+        return {key: value for key, value in self.__dict__.items() if key != "_cached"}  # a copy gets a new cache

@@ -1,14 +1,15 @@
-"""How images are drawn: each follows from the seed, its class and its place in the class.
+"""How images are drawn: each follows from the seed, its class and its place in the class, and never from other items.
 
-A latent is a function of seed, class, place in the class and number of the attempt. It never depends on other items.
+Images are decoded in blocks, because the last bits of convolutions and matrix products depend on the batch size. The
+blocks of a class begin at the places 0, 8, 16, 32, 64, and then at every 64th place, whatever its number of images. So
+an image depends on its place alone, small classes decode few images in vain, and large ones use large batches.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +21,10 @@ from glem_augment.classes.modes import mix_along_modes
 from glem_augment.images.dataset import as_image_data
 from glem_augment.model.glem import GLEM
 from glem_augment.precision import full_precision
-from glem_augment.synthetic.plan import Real
+from glem_augment.synthetic.counts import Real
 from glem_augment.tensors import evaluating
 
+BLOCKS = 8, 64  # the smallest and the largest block; other numbers would change the last bits of images
 NOISE_GROUP = 16  # places of a class that share a generator; another number would change the draws
 TEMPERATURE, PRIVATE_TEMPERATURE = 0.9, 1.0  # by default; less than 1 was worse for sets of private models
 MAX_ATTEMPTS = 5  # draws of an item at most; the last draw is kept
@@ -33,26 +35,11 @@ class RealLatents:
     """Latents `z` of real images, float32 [N, d] on the CPU, class after class; `starts`, `counts`: int64 [K].
 
     `sha256` is the hash of pixels and counts, because the last bits of latents differ between machines.
-
-    Raises:
-        ValueError: a class that will be drawn (`wanted`, bool [K]) has no real image.
     """
 
-    def __init__(self, model: GLEM, real: Real, wanted: np.ndarray) -> None:
+    def __init__(self, model: GLEM, real: Real) -> None:
         self.counts = np.bincount(real.targets, minlength=model.num_classes)
         self.starts = np.cumsum(self.counts) - self.counts
-        empty, single = ([model.classes[i] for i in np.flatnonzero(wanted & (self.counts == n))] for n in (0, 1))
-        if empty:
-            raise ValueError(
-                f"source='mixup' has no real image of {', '.join(empty[:10])}: leave these classes out (per_class as a "
-                "mapping), or take another source"
-            )
-        if single:
-            warnings.warn(
-                f"source='mixup' has one real image of {', '.join(single[:10])}, and all synthetic images of the class "
-                "will be copies of it: give more, or take another source",
-                stacklevel=4,
-            )
         images = as_image_data(real.data, model.image_shape, pixel_range=model.pixel_range)
         self.name, pixels, parts = images.name, hashlib.sha256(self.counts.tobytes()), []
         with torch.no_grad(), evaluating(model):
@@ -71,7 +58,7 @@ class Drawn(NamedTuple):
 
 
 class Draws:
-    """Draws latents and images of a model's classes.
+    """The draws of a set, block after block.
 
     - "gaussian": z = mu_y + T sigma_y eps, from the class's diagonal Gaussian.
     - "rfcm": the mean and full covariance of the class's real latents, as stored in `model.modes`.
@@ -79,51 +66,71 @@ class Draws:
       and l ~ Beta(alpha, alpha) is folded to [1/2, 1].
 
     Args:
+        counts: images of each of the model's K classes.
+        order: the classes of an export, in the order of their labels.
         real: the real images of "mixup".
-        wanted: bool [K], which classes will be drawn.
         source, seed, temperature, modes, alpha: see `SyntheticDataset`.
+
+    Attributes:
+        edges: the place at which each block of a class begins, and the end of the last block of the largest class.
+        settings: everything else that decides the images, as JSON can hold it.
     """
 
     def __init__(
         self,
         model: GLEM,
+        counts: Sequence[int],
+        order: Sequence[int],
         real: Real | None,
-        wanted: np.ndarray,
         source: DrawSource | None,
         seed: int,
         temperature: float | None,
         modes: int | None,
         alpha: float | None,
     ) -> None:
-        source = source or ("gaussian" if model.modes is None else "rfcm")
+        self.model, self.counts, self.order = model, counts, order
+        self.source = source = source or ("gaussian" if model.modes is None else "rfcm")
         check_choice("source", source, SOURCES)
         unused = {"temperature": temperature} if source == "mixup" else {"modes": modes, "alpha": alpha}
         if given := [name for name, value in unused.items() if value is not None]:
             raise ValueError(f"source={source!r} takes no {' and no '.join(given)}: leave out what has no effect")
-        self.model, self.source, self.seed = model, source, check_whole("seed", seed, 0)
         if temperature is None:
             temperature = TEMPERATURE if model.config.privacy is None else PRIVATE_TEMPERATURE
+        self.seed = check_whole("seed", seed, 0)
         self.temperature = check_number("temperature", temperature, 0.0, math.inf)
-        self.alpha = check_number("alpha", 1.0 if alpha is None else alpha, 0.0, math.inf, open_low=True)
-        self.real: RealLatents | None = None
+        self.edges = [0]
+        while self.edges[-1] < max(counts):
+            self.edges.append(self.edges[-1] + int(np.clip(self.edges[-1], *BLOCKS)))
+        self.settings: dict[str, Any] = {"temperature": self.temperature, "seed": self.seed, "source": source}
+        self.settings |= {"attempts": MAX_ATTEMPTS, "blocks": list(BLOCKS)}
         if source != "gaussian" and model.modes is None:
             raise ValueError(f"source={source!r} needs model.modes: fit them first with model.fit_modes(data)")
-        if source == "mixup":
-            if real is None:
-                raise ValueError("source='mixup' mixes real images: give real=")
-            self.modes = model.checked_modes(modes)
-            self.real = RealLatents(model, real, wanted)
+        if source != "mixup":
+            return
+        if real is None:
+            raise ValueError("source='mixup' mixes real images: give real=")
+        missing = (np.asarray(counts) > 0) & (np.bincount(real.targets, minlength=len(counts)) == 0)
+        if missing.any():
+            names = ", ".join(model.classes[i] for i in np.flatnonzero(missing)[:10])
+            raise ValueError(f"source='mixup' has no real image of {names}: leave these classes out of per_class")
+        self.modes = model.checked_modes(modes)
+        self.alpha = check_number("alpha", 1.0 if alpha is None else alpha, 0.0, math.inf, open_low=True)
+        self.real = RealLatents(model, real)
+        self.settings |= {"modes": self.modes, "alpha": self.alpha, REAL_IMAGES: self.real.sha256}
 
-    def settings(self) -> dict[str, Any]:
-        """The settings that decide the images, for the manifest of an export."""
-        found = dict(temperature=self.temperature, seed=self.seed, source=self.source, attempts=MAX_ATTEMPTS)
-        mixup = {} if self.real is None else {"modes": self.modes, "alpha": self.alpha, REAL_IMAGES: self.real.sha256}
-        return found | mixup
+    def blocks(self) -> list[tuple[int, int]]:
+        """(class, number) of every block, class after class in the order of their labels."""
+        return [(c, n) for c in self.order for n, first in enumerate(self.edges) if first < self.counts[c]]
+
+    def places(self, cls: int, number: int) -> range:
+        """The places of a block, without the places beyond the class's count."""
+        return range(self.edges[number], min(self.edges[number + 1], self.counts[cls]))
 
     @torch.no_grad()
-    def draw(self, cls: int, within: np.ndarray) -> Drawn:
-        """Draw the items of a class at the places within, int64 [n], up to MAX_ATTEMPTS times."""
-        model = self.model
+    def draw(self, cls: int, number: int) -> Drawn:
+        """Draw the items of a block, each up to MAX_ATTEMPTS times."""
+        # The last block is drawn whole too: in a smaller batch its images would have other last bits.
+        model, within = self.model, np.arange(self.edges[number], self.edges[number + 1])
         with evaluating(model):
             z = self.latents(cls, within)
             x = model.decode(z, clamp=False)
@@ -135,7 +142,8 @@ class Draws:
                 z[rows] = self.latents(cls, within[rows.cpu().numpy()], attempt)
                 x[rows] = model.decode(z[rows], clamp=False)
                 bad[rows] = ~model.pixel_range.near(x[rows])
-        return Drawn(z, model.pixel_range.from_floats(x).cpu(), bad.cpu().numpy())
+        count = len(self.places(cls, number))
+        return Drawn(z[:count], model.pixel_range.from_floats(x[:count]).cpu(), bad[:count].cpu().numpy())
 
     def latents(self, cls: int, within: np.ndarray, attempt: int = 0) -> Tensor:
         """Latents float32 [n, d] of one attempt, on the model's device."""
@@ -152,7 +160,7 @@ class Draws:
 
     def _mix(self, y: Tensor, cls: int, within: np.ndarray, attempt: int) -> Tensor:
         real, fitted, device = self.real, self.model.modes, self.model.device
-        assert real is not None and fitted is not None
+        assert fitted is not None
         start, count = int(real.starts[cls]), int(real.counts[cls])
         first, second = np.empty((2, len(within)), dtype=np.int64)
         away = np.empty(len(within), dtype=np.float32)  # 1 - keep

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -32,8 +32,7 @@ from glem_augment.images.sources import CLASS_FILE, PROVENANCE
 from glem_augment.io import atomic_write, expand, file_sha256, remove_left_overs, write_json
 from glem_augment.model.config import data_name, data_names, licence_id
 from glem_augment.model.weights import weights_sha256
-from glem_augment.synthetic.draws import Drawn
-from glem_augment.synthetic.plan import Plan
+from glem_augment.synthetic.draws import Draws
 
 # Many shards, since a loader gives each worker whole shards; a shard has 4 blocks or more.
 MAX_SHARDS, SHARD_BLOCKS = 64, 4
@@ -59,22 +58,20 @@ Licence: {license}. Samples inherit the licence of the training images. Without 
 single training images.
 """
 _log = logging.getLogger(__name__)
-Draw = Callable[[int, int], Drawn]  # from a class and the number of a block
 
 
 def export_set(
-    plan: Plan,
-    draw: Draw,
+    draws: Draws,
     folder: str | os.PathLike[str],
     form: Format,
     license: str | None = None,  # noqa: A002  (the Hub's word)
-    *,
-    distributed: bool = False,
+    shared: bool = False,
     command: str | None = None,
 ) -> int:
-    """Write the images of a plan; see `SyntheticDataset.export`.
+    """Write the images of a set; see `SyntheticDataset.export`.
 
     Args:
+        shared: all ranks of the process group make this call, and each writes some of the files.
         command: the command that finishes the export after a kill, for an error message.
 
     Returns:
@@ -82,32 +79,34 @@ def export_set(
     """
     folder = expand(folder)
     if form == "webdataset":
-        plan.model.pixel_range.need_8_bits("the format webdataset", plan.model.image_shape[0])
+        draws.model.pixel_range.need_8_bits("the format webdataset", draws.model.image_shape[0])
     old = read_provenance(folder)
-    manifest = _manifest(plan, form, license or (old or {}).get("license"))
-    if old is not None and (found := _differences(old, manifest)):
+    record = _record(draws, form, license or (old or {}).get("license"))
+    if old is not None and (found := _differences(old, record)):
         raise FileExistsError(f"{folder} holds an export of other images ({'; '.join(found[:4])}): give another folder")
-    many, group = distributed and world_size() > 1, None
-    if many:  # the first rank to finish may wait for hours, longer than the default timeout
+    this, ranks, group = 0, 1, None
+    if shared and world_size() > 1:  # the first rank to finish may wait for hours, longer than the default timeout
+        this, ranks = rank(), world_size()
         group = torch.distributed.new_group(timeout=timedelta(days=30), backend="gloo")
-    this, ranks = (rank(), world_size()) if many else (0, 1)
+
+    def wait(count: int = 0) -> int:
+        """Wait for all ranks; the sum of their counts."""
+        return sum(gather(count, group)) if ranks > 1 else count
+
     if this == 0:
-        write_json(folder / PROVENANCE, manifest | {"finish": command or f"export the same set to {folder} again"})
+        write_json(folder / PROVENANCE, record | {"finish": command or f"export the same set to {folder} again"})
         if form == "imagefolder":
-            write_json(folder / CLASS_FILE, {entry["folder"]: entry["index"] for entry in manifest["classes"]})
+            write_json(folder / CLASS_FILE, {entry["folder"]: entry["index"] for entry in record["classes"]})
         with atomic_write(folder / "README.md", "w") as file:
-            file.write(_readme(plan, manifest))
-    if many:
-        gather(None, group)  # the record comes before any image
+            file.write(_readme(draws, record))
+    wait()  # the record comes before any image
     write = _write_images if form == "imagefolder" else _write_shards
-    out_of_range = write(plan, draw, folder, manifest, slice(this, None, ranks))
-    out_of_range = sum(gather(out_of_range, group)) if many else out_of_range
+    out_of_range = wait(write(draws, folder, record, slice(this, None, ranks)))
     if this == 0:
         remove_left_overs(folder.rglob(".*.tmp"))
-        write_json(folder / PROVENANCE, manifest | {"complete": True})  # last: from now on the set is complete
-        _warn(plan, folder, manifest, out_of_range)
-    if many:
-        gather(None, group)
+        write_json(folder / PROVENANCE, record | {"complete": True})  # last: from now on the set is complete
+        _warn(folder, record, out_of_range)
+    wait()
     return out_of_range
 
 
@@ -118,9 +117,9 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
         FileExistsError: the folder holds something without such a record.
     """
     try:
-        manifest = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        if isinstance(manifest["settings"], dict) and manifest["synthetic"] is True:
-            return manifest
+        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        if isinstance(record["settings"], dict) and record["synthetic"] is True:
+            return record
     except FileNotFoundError:
         if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
             return None
@@ -132,36 +131,34 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
 # ---- the record ------------------------------------------------------------------------------------------------------
 
 
-def _manifest(plan: Plan, form: Format, license: str | None) -> dict[str, Any]:  # noqa: A002
+def _record(draws: Draws, form: Format, license: str | None) -> dict[str, Any]:  # noqa: A002
     """The record of a set that is not complete: the model that draws the images, and the settings."""
-    order, model, config = plan.order, plan.model, plan.model.config
+    order, model, config = draws.order, draws.model, draws.model.config
     if config.privacy is not None:
         model.check_promise()
     ids, names = ([values[i] for i in order] for values in (config.class_ids, config.class_names))
-    classes = zip(ids, names, class_folders(ids, names), (plan.counts[i] for i in order), strict=True)
     described = {key: value for key, value in config.to_dict().items() if key != "training"}  # may name folders
-    sha256 = weights_sha256(model)
+    sha256, mixup = weights_sha256(model), draws.source == "mixup"
     unchanged = model.origin and model.origin_file and file_sha256(model.origin_file) == sha256
-    if license is None and plan.settings["source"] != "mixup":  # a mixture also depends on its real images
-        license = licence_id(config.training.get("license"))  # noqa: A001
+    recorded = None if mixup else licence_id(config.training.get("license"))  # a mixture also depends on real images
     return {
         "synthetic": True,
         "complete": False,
         "format": form,
         "generator": f"glem-augment {__version__}",
-        "count": sum(plan.counts),
-        "settings": plan.settings,
+        "count": sum(draws.counts),
+        "settings": draws.settings,
         "classes": [
-            {"index": label, "id": class_id, "name": name, "folder": folder, "count": count}
-            for label, (class_id, name, folder, count) in enumerate(classes)
+            {"index": label, "id": ids[label], "name": names[label], "folder": folder, "count": draws.counts[cls]}
+            for label, (cls, folder) in enumerate(zip(order, class_folders(ids, names), strict=True))
         ],
         "image_shape": list(config.image_shape),
         "weights_sha256": sha256,
         "model": json.loads(json.dumps(described, default=str)),
         "loaded_from": model.origin if unchanged else None,
         "trained_on": data_names(config.training),
-        "real": plan.real_name and data_name(plan.real_name),
-        "license": license or "not stated",
+        "real": data_name(draws.real.name) if mixup else None,
+        "license": license or recorded or "not stated",
     }
 
 
@@ -172,24 +169,22 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found + [key for key in ("weights_sha256", "classes", "model") if old.get(key) != new[key]]
 
 
-def _readme(plan: Plan, manifest: dict[str, Any]) -> str:
+def _readme(draws: Draws, record: dict[str, Any]) -> str:
     made = "drawn from a class-conditional model; none is a photograph"
-    if plan.settings["source"] == "mixup":
-        made = f"each a real image of {manifest['real']}, moved part of the way to another one"
-    privacy = plan.model.config.privacy
-    return _README.format_map(
-        {
-            **manifest,
-            "license_id": licence_id(manifest["license"]) or "unknown",
-            "shape": "x".join(map(str, manifest["image_shape"])),
-            "classes": len(manifest["classes"]),
-            "made": made,
-            "model": manifest["loaded_from"] or "a local model",
-            "trained_on": ", then ".join(manifest["trained_on"]),
-            "settings": ", ".join(f"{key} {value}" for key, value in plan.settings.items()),
-            "privacy": "" if privacy is None else f"\nPrivacy: {promise(privacy)}\n",
-        }
-    )
+    if record["real"] is not None:
+        made = f"each a real image of {record['real']}, moved part of the way to another one"
+    privacy = draws.model.config.privacy
+    about = {
+        "license_id": licence_id(record["license"]) or "unknown",
+        "shape": "x".join(map(str, record["image_shape"])),
+        "classes": len(record["classes"]),
+        "made": made,
+        "model": record["loaded_from"] or "a local model",
+        "trained_on": ", then ".join(record["trained_on"]),
+        "settings": ", ".join(f"{key} {value}" for key, value in draws.settings.items()),
+        "privacy": "" if privacy is None else f"\nPrivacy: {promise(privacy)}\n",
+    }
+    return _README.format_map(record | about)
 
 
 def class_folders(class_ids: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -216,16 +211,14 @@ def _slug(text: str) -> str:
     return re.sub("\0+", "_", "".join(kept)).lstrip("_.+# -")[:100].rstrip("_. ")
 
 
-def _warn(plan: Plan, folder: Path, manifest: dict[str, Any], out_of_range: int) -> None:
+def _warn(folder: Path, record: dict[str, Any], out_of_range: int) -> None:
     """Warn where many images are out of range, or torchvision's ImageFolder would number the classes differently."""
-    count, classes = manifest["count"], manifest["classes"]
-    if out_of_range > MOST_REJECTED * count:
-        fix = "adapt the model to the real images" if plan.settings["source"] == "mixup" else "lower the temperature"
-        wild = "%d of %d images are out of range: their values are not finite or leave [0, 1] by more than 1: %s"
-        _log.warning(wild, out_of_range, count, fix)
-    folders = [entry["folder"] for entry in classes]
-    there = sorted(entry["folder"] for entry in classes if entry["count"])
-    if manifest["format"] == "imagefolder" and len(there) < len(folders) and there != folders[: len(there)]:
+    if out_of_range > MOST_REJECTED * record["count"]:
+        wild = "%d of %d images are out of range: lower the temperature, or fit the model to images like these"
+        _log.warning(wild, out_of_range, record["count"])
+    folders = [entry["folder"] for entry in record["classes"]]
+    there = sorted(entry["folder"] for entry in record["classes"] if entry["count"])
+    if record["format"] == "imagefolder" and len(there) < len(folders) and there != folders[: len(there)]:
         _log.warning(
             "%s has no folder for %d of %d classes, which get no images. So torchvision's ImageFolder numbers classes "
             "differently: use open_data or RealAndSynthetic, or the labels in %s",
@@ -241,18 +234,18 @@ def _is_there(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def _write_images(plan: Plan, draw: Draw, root: Path, manifest: dict[str, Any], part: slice) -> int:
+def _write_images(draws: Draws, root: Path, record: dict[str, Any], part: slice) -> int:
     """Write root/<class>/NNNNNN.png, or .npy, of this rank's blocks. Returns how many draws are out of range."""
-    channels, dtype = plan.model.image_shape[0], plan.model.pixel_range.dtype
+    channels, dtype = draws.model.image_shape[0], draws.model.pixel_range.dtype
     ending = "png" if (channels, dtype) in _IN_PNG else "npy"
-    folders = {cls: root / entry["folder"] for cls, entry in zip(plan.order, manifest["classes"], strict=True)}
-    blocks = sorted(plan.blocks(), key=lambda block: -block[1])[part]  # so ranks get as many large blocks
+    folders = {cls: root / entry["folder"] for cls, entry in zip(draws.order, record["classes"], strict=True)}
+    blocks = sorted(draws.blocks(), key=lambda block: -block[1])[part]  # every rank gets as many large blocks
     out_of_range = 0
     with ThreadPoolExecutor(8) as pool:
         for cls, number in progress_bar("export", blocks, unit="block"):
-            paths = [folders[cls] / f"{place:06d}.{ending}" for place in plan.places(cls, number)]
+            paths = [folders[cls] / f"{place:06d}.{ending}" for place in draws.places(cls, number)]
             if not all(map(_is_there, paths)):
-                drawn = draw(cls, number)
+                drawn = draws.draw(cls, number)
                 list(pool.map(_write_image, paths, drawn.images))
                 out_of_range += int(drawn.out_of_range.sum())
     return out_of_range
@@ -269,30 +262,31 @@ def _write_image(path: Path, image: torch.Tensor) -> None:
             Image.fromarray(image[0].numpy()).save(file, "PNG")
 
 
-def _write_shards(plan: Plan, draw: Draw, root: Path, manifest: dict[str, Any], part: slice) -> int:
+def _write_shards(draws: Draws, root: Path, record: dict[str, Any], part: slice) -> int:
     """Write this rank's shards data/train-*.tar of blocks in random order, and timm's description of all shards."""
     try:
         from webdataset import TarWriter
     except ModuleNotFoundError:
         raise ModuleNotFoundError("shards need webdataset: pip install 'glem-augment[webdataset]'") from None
-    blocks, out_of_range = plan.blocks(), 0
+    blocks, out_of_range = draws.blocks(), 0
     blocks = [blocks[i] for i in np.random.default_rng(0).permutation(len(blocks))]  # the same on every rank
     total = min(MAX_SHARDS, -(-len(blocks) // SHARD_BLOCKS))
     names = [f"train-{number:05d}-of-{total:05d}.tar" for number in range(total)]
-    labels = {cls: label for label, cls in enumerate(plan.order)}
-    starts = np.cumsum([0] + [plan.counts[cls] for cls in plan.order]).tolist()  # the first image of each label
+    labels = {cls: label for label, cls in enumerate(draws.order)}
+    starts = np.cumsum([0] + [draws.counts[cls] for cls in draws.order]).tolist()  # the first image of each label
     for number in progress_bar("export", range(total)[part], unit="shard"):
-        if _is_there(root / "data" / names[number]):
+        path = root / "data" / names[number]
+        if _is_there(path):
             continue
         # Without times, so that the same images give the same shards.
-        with atomic_write(root / "data" / names[number]) as file, TarWriter(file, encoder=False, mtime=0) as archive:
+        with atomic_write(path) as file, TarWriter(file, encoder=False, mtime=0) as archive:
             for cls, block in blocks[number::total]:
-                drawn, label = draw(cls, block), labels[cls]
+                drawn, label = draws.draw(cls, block), labels[cls]
                 out_of_range += int(drawn.out_of_range.sum())
-                for place, image in zip(plan.places(cls, block), drawn.images, strict=True):
+                for place, image in zip(draws.places(cls, block), drawn.images, strict=True):
                     png = encode_png(image).numpy().tobytes()
                     archive.write({"__key__": f"{starts[label] + place:08d}", "cls": str(label).encode(), "png": png})
-    lengths = [sum(len(plan.places(*block)) for block in blocks[number::total]) for number in range(total)]
-    split = {"name": "train", "num_samples": manifest["count"], "filenames": names, "shard_lengths": lengths}
+    lengths = [sum(len(draws.places(*block)) for block in blocks[number::total]) for number in range(total)]
+    split = {"name": "train", "num_samples": record["count"], "filenames": names, "shard_lengths": lengths}
     write_json(root / "data" / "_info.json", {"splits": {"train": split}})
     return out_of_range

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from glem_augment import GLEM, GLEMAugment, SyntheticDataset, open_data
+from glem_augment import GLEM, GLEMAugment, open_data
 from glem_augment.cli import COMMANDS, build_parser, main
 from glem_augment.evaluation import rejected_moves
 from glem_augment.hub.cards import model_card
@@ -285,7 +285,7 @@ def test_an_interrupted_export_says_how_to_go_on(
 ) -> None:
     argv = ["generate", str(trained), "--per-class", "4", "--out", str(tmp_path / "a b")]
     with monkeypatch.context() as patch:
-        patch.setattr(SyntheticDataset, "draw", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("glem_augment.synthetic.draws.Draws.draw", Mock(side_effect=KeyboardInterrupt))
         output()
         assert main(argv) == 130
     command = f"run: {shlex.join(['glem', *argv])}"

@@ -29,7 +29,7 @@ from glem_augment.images.matching import match_classes
 from glem_augment.images.sources import PROVENANCE
 from glem_augment.model.weights import WEIGHTS
 from glem_augment.synthetic.draws import REAL_IMAGES
-from glem_augment.synthetic.export import class_folders
+from glem_augment.synthetic.export import class_folders, export_set
 
 NAMES = ["Bag", "T-shirt/top", "Ankle boot"]
 
@@ -53,7 +53,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 def counting(data: SyntheticDataset, stop: int | None = None) -> list[tuple[int, int]]:
     """The blocks that are drawn from now on; an interrupt comes instead of number `stop`."""
-    drawn, real = [], data.draw
+    drawn, real = [], data.draws.draw
 
     def draw(cls: int, number: int) -> Any:
         if len(drawn) == stop:
@@ -61,7 +61,7 @@ def counting(data: SyntheticDataset, stop: int | None = None) -> list[tuple[int,
         drawn.append((cls, number))
         return real(cls, number)
 
-    data.draw = draw  # type: ignore[method-assign]
+    data.draws.draw = draw  # type: ignore[method-assign]
     return drawn
 
 
@@ -72,7 +72,7 @@ def test_an_export_is_an_image_folder_with_a_record(tmp_path: Path) -> None:
     folder = data.export(tmp_path / "out", license="mit")
     manifest, readme = manifest_of(folder), (folder / "README.md").read_text()
     assert manifest["synthetic"] is True and manifest["complete"] is True and manifest["count"] == 30
-    assert manifest["settings"] == data.plan.settings and manifest["settings"]["seed"] == 1
+    assert manifest["settings"] == data.draws.settings and manifest["settings"]["seed"] == 1
     assert manifest["license"] == "mit" and "license: mit\n" in readme and "temperature 0.3" in readme
     assert manifest["model"]["class_names"] == NAMES and "finish" not in manifest
     weights = hashlib.sha256((tmp_path / "model" / WEIGHTS).read_bytes()).hexdigest()
@@ -131,15 +131,15 @@ def test_any_number_of_ranks_writes_the_same_files(tmp_path: Path, monkeypatch: 
 
     def export(form: Any, blocks: int = 9) -> int:
         data, drawn = make(), itertools.count()
-        draw = data.draw
+        draw = data.draws.draw
 
         def counted(cls: int, number: int) -> Any:
             if next(drawn) == blocks and torch.distributed.get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             return draw(cls, number)
 
-        data.draw = counted  # type: ignore[method-assign]
-        data.export(tmp_path / form, form, distributed=True)
+        data.draws.draw = counted  # type: ignore[method-assign]
+        export_set(data.draws, tmp_path / form, form, shared=True)
         return next(drawn)
 
     assert on_ranks(2, lambda: export("webdataset")) == [4, 2]
@@ -213,7 +213,7 @@ def test_the_record_of_mixtures_identifies_their_real_images(tmp_path: Path) -> 
     )
     # The hash is of the images, not of latents, whose last bits are the machine's.
     others = (ImageData.from_tensors(255 - x, y, NAMES), ImageData.from_tensors(x, [0, 1, 2, 0, 2, 1], NAMES))
-    hashes = [make(model, real=other, source="mixup").plan.settings[REAL_IMAGES] for other in others]
+    hashes = [make(model, real=other, source="mixup").draws.settings[REAL_IMAGES] for other in others]
     assert len({settings[REAL_IMAGES], *hashes}) == 3
 
 

@@ -1,15 +1,8 @@
-"""The images that are asked for: how many of each class, the order of the classes, and the blocks that are decoded.
-
-Images are decoded in blocks, because the last bits of convolutions and matrix products depend on the batch size. The
-blocks of a class begin at the places 0, 8, 16, 32, 64, and then at every 64th place, whatever its number of images. So
-an image depends on its place alone, small classes decode few images in vain, and large ones use large batches.
-"""
+"""How many images of each class are drawn, and in which order the classes are numbered."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,9 +14,7 @@ from glem_augment.images.readers import Source
 from glem_augment.images.sources import open_source
 from glem_augment.model.glem import GLEM
 
-BLOCKS = 8, 64  # the smallest and the largest block; other numbers would change the last bits of images
 PerClass = int | Literal["balance"] | Sequence[int] | Mapping[str, int]
-
 _ADAPT = (
     "A model makes images of its classes only: adapt it to the data (model.adapt(data), or glem fit), or leave all "
     "further classes out of the data."
@@ -84,37 +75,3 @@ def label_order(counts: Sequence[int], real: Real | None) -> list[int]:
     """The model's classes in the order of the real data's labels, then further classes that get images."""
     named = list(range(len(counts))) if real is None else list(dict.fromkeys(real.classes.tolist()))
     return [*named, *(cls for cls, count in enumerate(counts) if count and cls not in named)]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The images of a set.
-
-    Attributes:
-        counts: images of each of the model's K classes.
-        order: the classes of an export, in the order of their labels.
-        settings: the other settings that decide the images, as JSON can hold them.
-        real_name: the name of the real images of a mixup.
-    """
-
-    model: GLEM
-    counts: list[int]
-    order: list[int]
-    settings: dict[str, Any]
-    real_name: str | None = None
-
-    @cached_property
-    def edges(self) -> list[int]:
-        """The place at which each block of a class begins, and the end of the last block of the largest class."""
-        edges = [0]
-        while edges[-1] < max(self.counts):
-            edges.append(edges[-1] + int(np.clip(edges[-1], *BLOCKS)))
-        return edges
-
-    def blocks(self) -> list[tuple[int, int]]:
-        """(class, number) of every block, class after class in the order of their labels."""
-        return [(c, n) for c in self.order for n, first in enumerate(self.edges) if first < self.counts[c]]
-
-    def places(self, cls: int, number: int) -> range:
-        """The places of a block, without the images beyond the class's count."""
-        return range(self.edges[number], min(self.edges[number + 1], self.counts[cls]))
