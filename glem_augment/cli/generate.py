@@ -92,18 +92,15 @@ def run(args: argparse.Namespace) -> None:
     model = common.load_model(args, ranks=True)
     if args.per_class == "balance" or args.source == "mixup":
         model.refuse_if_private("real=")  # before images are read
-    real = None
-    if args.real is not None:
-        real = common.open_resized(model, args.real, args.split or "train")
-    given = ("temperature", "modes")
+    given = ("temperature", "modes", "class_map")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
-    options |= {} if real is None else {"real": real, "class_map": args.class_map}
+    if args.real is not None:
+        options["real"] = common.open_resized(model, args.real, args.split or "train")
     dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, **options)
     began = time.monotonic()
     command = shlex.join(["glem", *args.argv])
-    writing = {"shared": True, "command": f"run: {command}"}
     try:
-        out_of_range = export_set(dataset.draws, args.out, args.format, args.license, **writing)
+        out_of_range = export_set(dataset.draws, args.out, args.format, args.license, True, f"run: {command}")
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{args.out} is not complete; to finish it, run: {command}") from None
     result = {
