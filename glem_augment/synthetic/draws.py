@@ -21,7 +21,7 @@ from glem_augment.classes.modes import mix_along_modes
 from glem_augment.images.dataset import as_image_data
 from glem_augment.model.glem import GLEM
 from glem_augment.precision import full_precision
-from glem_augment.synthetic.counts import Real
+from glem_augment.synthetic.per_class import Real
 from glem_augment.tensors import evaluating
 
 BLOCKS = 8, 64  # the smallest and the largest block; other numbers would change the last bits of images

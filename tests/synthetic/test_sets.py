@@ -26,7 +26,7 @@ from glem_augment import (
     SyntheticDataset,
     open_data,
 )
-from glem_augment.synthetic.counts import class_counts, open_real
+from glem_augment.synthetic.per_class import class_counts, open_real
 
 NAMES = ["dog", "cat", "bird"]
 
