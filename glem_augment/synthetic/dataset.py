@@ -26,9 +26,9 @@ from glem_augment.images.matching import ClassMap
 from glem_augment.images.readers import as_pil
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
-from glem_augment.synthetic.per_class import PerClass, class_counts, label_order, open_real
 from glem_augment.synthetic.draws import Drawn, Draws
 from glem_augment.synthetic.export import export_set
+from glem_augment.synthetic.per_class import PerClass, class_counts, label_order, open_real
 
 
 class SyntheticDataset(Dataset):
