@@ -27,6 +27,7 @@ WHOLE_DIM, _MOST_WHOLE = 1024, 2**26
 IMAGES_PER_MODE = 8  # of a pooled covariance that whitens
 # Eigenvalues below this share of the largest are rounding, not variation: their directions would be noise.
 RELATIVE_TOLERANCE = 1e-10
+_COLUMNS = 2048  # of float64 numbers that are squared at a time
 # Up to this size an eigendecomposition takes seconds; above it, randomised subspace iteration finds the leading modes.
 MAX_EIGH = 4096
 
@@ -52,7 +53,8 @@ class Moments:
         DataError, with the class's `name`: no latents, or latents that are not finite.
         """
         mean, rows = centred(latents, name, least=1)
-        return cls(len(rows), mean, *leading_modes(rows, most), rows.square().sum(0))
+        squares = torch.cat([part.square().sum(0) for part in rows.split(_COLUMNS, 1)])
+        return cls(len(rows), mean, *leading_modes(rows, most), squares)
 
     @classmethod
     def of_covariance(cls, count: int, mean: Tensor, covariance: Tensor) -> Moments:
@@ -79,8 +81,8 @@ class Moments:
         return Moments.of_covariance(n - j, mean, scatter / max(1, n - j - 1))
 
     def cut(self, most: int) -> Moments:
-        """The same moments with at most `most` directions."""
-        return replace(self, directions=self.directions[:most], values=self.values[:most])
+        """The same moments with at most `most` directions, without the memory of further ones."""
+        return replace(self, directions=self.directions[:most].clone(), values=self.values[:most].clone())
 
 
 @dataclass
@@ -202,26 +204,33 @@ class _Pool:
     def __init__(self, dim: int, rank: int) -> None:
         # Classes hand on more modes than are stored, so that the top modes of the pooled covariance lose little.
         self.rank, self.handed = rank, min(dim, max(4 * rank, 128))
-        self.rows = torch.zeros(0, dim, dtype=torch.float64)  # F with F^T F = the summed scatter, nearly
+        self.factor = torch.empty(6 * self.handed, dim, dtype=torch.float64)
+        self.used = 0  # rows F of `factor` with F^T F = the summed scatter, nearly
         self.squares, self.means = torch.zeros(2, dim, dtype=torch.float64)
         self.freedom = self.classes = 0
 
     def add(self, each: Moments) -> None:
         """Add the scatter of a class."""
-        self.rows = torch.cat([self.rows, each.values[:, None] * each.directions])
+        self._append(each.values, each.directions)
         self.squares += each.squares
         self.means += each.mean
         self.freedom += each.count - 1
         self.classes += 1
-        if len(self.rows) > 5 * self.handed:  # one decomposition for several classes
-            directions, values = leading_modes(self.rows, self.handed)
-            self.rows = values[:, None] * directions
+        if self.used > 5 * self.handed:  # one decomposition for several classes
+            directions, values = leading_modes(self.factor[: self.used], self.handed)
+            self.used = 0
+            self._append(values, directions)
+
+    def _append(self, values: Tensor, directions: Tensor) -> None:
+        rows = self.factor[self.used : self.used + len(values)]
+        torch.mul(values[:, None], directions, out=rows)
+        self.used += len(values)
 
     def moments(self) -> Moments:
         """The pooled scatter. DataError: no class has two images."""
         if not self.freedom:
             raise DataError("no class has two images, so the variation within a class is unknown: add images")
-        return Moments(self.freedom, self.means / self.classes, *leading_modes(self.rows, self.rank), self.squares)
+        return Moments(self.freedom, self.means / self.classes, *leading_modes(self.factor[: self.used], self.rank), self.squares)
 
 
 @torch.no_grad()
@@ -252,10 +261,10 @@ def centred(latents: Tensor, name: str, least: int = 2) -> tuple[Tensor, Tensor]
         raise DataError(
             f"{name} has {len(latents)} images; its covariance needs at least {least}: add images or leave it out"
         )
-    rows = latents.detach().cpu().double()
+    rows = latents.detach().to("cpu", torch.float64, copy=True)
     mean = rows.mean(0)
-    rows = rows - mean
-    if not bool(rows.isfinite().all()):
+    rows -= mean
+    if not all(bool(part.isfinite().all()) for part in rows.split(_COLUMNS, 1)):
         raise DataError(f"{name} has latents that are not finite: check the flow with model.check_invertibility")
     return mean, rows
 
@@ -266,7 +275,8 @@ def leading_modes(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     r <= min(rank, n, d): values that are numerically zero are left out. The largest entry of a vector is positive, so
     that fits can be compared.
     """
-    rows = rows[rows.abs().amax(1) > 0]
+    there = (rows.amax(1) > 0) | (rows.amin(1) < 0)
+    rows = rows if bool(there.all()) else rows[there]
     values, directions = _decomposed(rows, min(rank, *rows.shape))
     real = values > math.sqrt(RELATIVE_TOLERANCE) * values[:1]
     values, directions = values[real], directions[real]
