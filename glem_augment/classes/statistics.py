@@ -230,7 +230,8 @@ class _Pool:
         """The pooled scatter. DataError: no class has two images."""
         if not self.freedom:
             raise DataError("no class has two images, so the variation within a class is unknown: add images")
-        return Moments(self.freedom, self.means / self.classes, *leading_modes(self.factor[: self.used], self.rank), self.squares)
+        found = leading_modes(self.factor[: self.used], self.rank)
+        return Moments(self.freedom, self.means / self.classes, *found, self.squares)
 
 
 @torch.no_grad()
