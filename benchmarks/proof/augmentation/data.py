@@ -16,11 +16,9 @@ from benchmarks.proof.augmentation.settings import (
     BUNDLED,
     FLOW_SETTINGS,
     FLOWS,
-    LONG,
     OWN_IMAGES,
     OWN_SETTINGS,
     PLAIN,
-    SETTINGS,
     FlowRecipe,
     Setting,
 )
@@ -127,36 +125,6 @@ def counts(setting: Setting, num_classes: int) -> list[int]:
         return [setting.per_class] * num_classes
     fall = [setting.imbalance ** (-index / (num_classes - 1)) for index in range(num_classes)]
     return [max(2, round(setting.per_class * share)) for share in fall]
-
-
-def own_setting(text: str, per_class: int, size: int | None, flows: list[str], flip: bool) -> Setting:
-    """A setting of a user's images, added to `SETTINGS`.
-
-    Args:
-        text: NAME=SPEC. SPEC is any argument of `open_data` with a training split and a test split.
-        size: of the classifier's images, by default the first flow's.
-        flows: flows that were not trained on these images: arguments of `GLEM.from_pretrained`, a name of `FLOWS`, or
-            "own" (trained on the labelled images alone).
-    """
-    name, _, spec = text.partition("=")
-    if not name or not spec:
-        raise SystemExit(f"augmentation: --task takes NAME=SPEC, got {text!r}")
-    shape = next((_shape_of(flow) for flow in flows if flow != "own"), (3, size or 32))
-    size = size or shape[1]
-    name = f"{name}-{per_class}"
-    PLACES[name] = (None, spec, "test")
-    more = {"steps": LONG} if per_class >= 100 else {}
-    flow_size = shape[1] if shape[1] != size else None
-    setting = Setting(name, name, per_class, size, shape[0], tuple(flows), flow_size=flow_size, flip=flip, **more)
-    SETTINGS[name] = setting
-    return setting
-
-
-def _shape_of(flow: str) -> tuple[int, int]:
-    """Channels and side of the flow's images."""
-    if flow in FLOWS:
-        return FLOWS[flow].channels, FLOWS[flow].size
-    return GLEM.from_pretrained(flow).image_shape[:2]
 
 
 # ---- flows -----------------------------------------------------------------------------------------------------------

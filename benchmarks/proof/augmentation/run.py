@@ -4,7 +4,6 @@
     python benchmarks/proof/augmentation/run.py --settings imagenette32-50 --seconds 3600
     python benchmarks/proof/augmentation/run.py --report  # the table from the stored JSON
     python benchmarks/proof/augmentation/run.py --train-flow cifar10 --seconds 600  # a flow, in pieces
-    python benchmarks/proof/augmentation/run.py --task flowers=data/flowers --flow user/flow --per-class 50
 
 A cell is one classifier trained with one stack of augmentations. For every setting and classifier, in this order:
 
@@ -35,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the repository
 
 from benchmarks.common import RESULTS, machine, parser
-from benchmarks.proof.augmentation.data import Flows, Task, make_task, own_setting
+from benchmarks.proof.augmentation.data import Flows, Task, make_task
 from benchmarks.proof.augmentation.plan import ON_TEST, Cell, Plan, Store
 from benchmarks.proof.augmentation.report import report
 from benchmarks.proof.augmentation.settings import (
@@ -175,19 +174,6 @@ def options() -> Any:
     add("--plan", action="store_true", help="list the cells; do nothing")
     add("--report", action="store_true", help="the table from the stored rows; do nothing else")
     add("--train-flow", metavar="NAME", help=f"make a flow: {', '.join(FLOWS)}")
-    add(
-        "--task", metavar="NAME=SPEC",
-        help="a setting of your own images: a folder with train/ and test/ or val/, or what open_data takes; results "
-        "go to runs/augmentation-NAME",
-    )  # fmt: skip
-    add(
-        "--flow", action="append", metavar="FLOW",
-        help="of --task: a folder, a Hub repository, a name of --train-flow, or 'own', trained on the labelled images "
-        "alone (the default); may be repeated",
-    )  # fmt: skip
-    add("--per-class", type=int, default=50, help="of --task: labelled images (%(default)s)")
-    add("--size", type=int, help="of --task: side of the classifier's images (the flow's)")
-    add("--no-flip", action="store_true", help="of --task: mirror images are wrong, as of digits")
     add("--smoke", action="store_true", help="half a minute on the bundled images")
     return result
 
@@ -201,10 +187,6 @@ def main() -> None:
         args.settings, args.seeds, args.leaking = ["smoke"], args.seeds[:2], True
         args.trials, args.best, args.tuning_seeds = 1, 1, 1
         args.opponents = ["none", "cropflip", "jitter", "mixup", "cutmix", "trivial", "erasing", "pixel-adversarial"]
-    if args.task:
-        setting = own_setting(args.task, args.per_class, args.size, args.flow or ["own"], not args.no_flip)
-        args.settings = [setting.name]
-        args.out = args.out if args.out != RESULTS else Path("runs") / f"augmentation-{args.task.partition('=')[0]}"
     known = {**SETTINGS, "smoke": SMOKE}
     unknown = [name for name in args.settings if name not in known]
     if unknown:
