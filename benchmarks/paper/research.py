@@ -29,7 +29,6 @@ from benchmarks.paper.methods import HYBRID_JOINT, METHODS, PAPER
 from glem_augment import GLEM, ImageData, open_data
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.cli.common import table
-from glem_augment.cli.train import checked
 from glem_augment.distributed import Share
 from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.checkpoint import has_checkpoint
@@ -340,7 +339,7 @@ def main() -> int:
     args.add_argument("--init", type=GLEM.from_pretrained)
     given = args.parse_args()
     own, research = split_settings({**METHODS.get(given.method, {}), **(given.config or {})})
-    config = TrainConfig(**checked(own, "--config"))
+    config = TrainConfig(**own)
     size = None if given.init is None else given.init.image_shape[1:]
     data = open_data(given.data, "train", size)
     resume = has_checkpoint(given.out)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from glem_augment.cli import common
-from glem_augment.training.config import AUGMENTATIONS, SETTINGS, TrainConfig, check_names, check_setting
+from glem_augment.training.config import SETTINGS, TrainConfig
 
 if TYPE_CHECKING:
     from glem_augment.model.glem import GLEM
@@ -35,14 +35,7 @@ EXAMPLES = """\
   glem train photos/ --init runs/photos --lr 3e-3 --warmup-steps 100 --out runs/tuned
 """
 EXIT_CODES = "Exit codes: 0 finished, 2 an error, 130 stopped by Ctrl-C or SIGTERM."
-# Arguments of argparse for each kind of setting. `_typed` parses the text of lists and tables.
-PARSING: dict[Any, dict[str, Any]] = {
-    int: {"type": common.whole(0), "metavar": "N"},
-    float: {"type": common.number(), "metavar": "X"},
-    "names": {"metavar": "LIST"},
-    "text": {"metavar": "NAME"},
-    "table": {"action": "append", "metavar": "KEY=JSON"},
-}
+METAVARS = {int: "N", float: "X", "names": "LIST", "text": "NAME"}  # of settings, by kind
 LARGE = 64  # pixels above which a flow is slow on a CPU
 FEW_STEPS = 500  # fewer steps are not enough for any flow of images
 
@@ -78,56 +71,27 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         if "group" in about:
             group = parser.add_argument_group(about["group"])
         text = f"{about['help']} (default: {about.get('shown', defaults[name])})".replace("%", "%%")
-        kind = about["kind"]
-        parsing: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else PARSING[kind]
-        group.add_argument(_flag(name), dest=name, default=argparse.SUPPRESS, help=text, **parsing)
-
-
-def _flag(name: str) -> str:
-    """The option of a setting."""
-    return "--flow" if name == "flow_options" else f"--{name.replace('_', '-')}"
+        kind, flag = about["kind"], f"--{name.replace('_', '-')}"
+        how: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"metavar": METAVARS.get(kind)}
+        if kind == "table":
+            flag, how = "--flow", {"action": "append", "type": _flow_option, "metavar": "KEY=JSON"}
+        group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **how)
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the command line names, in the types that TrainConfig takes."""
-    return {name: _typed(name, getattr(args, name), f"{_flag(name)}: ") for name in SETTINGS if hasattr(args, name)}
+    """The settings of --config, and the settings that the command line names, which win."""
+    named = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+    table = args.config or {}
+    if "flow_options" in named:
+        named["flow_options"] = {**table.get("flow_options", {}), **dict(named["flow_options"])}
+    return {**table, **named}
 
 
-def checked(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """The settings of a configuration file, in the types that TrainConfig takes.
-
-    Raises:
-        ValueError: an unknown setting, or a value of the wrong type; the message names setting and file.
-    """
-    check_names({str(key): value for key, value in table.items()}, f"{where}: ")
-    return {name: _typed(name, value, f"{where}: ") for name, value in table.items()}
-
-
-def _typed(name: str, value: Any, where: str) -> Any:
-    """`value` in the setting's type. Lists of the command line are text, and YAML reads 1e-2 as text."""
-    about = SETTINGS[name]
-    kind = about["kind"]
-    try:
-        if kind == "table" and isinstance(value, list):
-            value = dict(map(_flow_option, value))
-        elif kind == "names" and isinstance(value, str):
-            named = {"none": (), "": (), "paper": AUGMENTATIONS}
-            value = named.get(value.strip(), [part.strip() for part in value.split(",")])
-        elif kind in (int, float) and isinstance(value, str):
-            value = float(value)
-        if kind is int and isinstance(value, float) and value.is_integer():
-            value = int(value)
-        return check_setting(name, value)
-    except (TypeError, ValueError, OverflowError) as error:
-        text = str(error) if name in str(error) else f"{name} can't be {value!r}"
-        raise ValueError(f"{where}{text}") from None
-
-
-def _flow_option(text: Any) -> tuple[str, Any]:
+def _flow_option(text: str) -> tuple[str, Any]:
     """`depth=[4,4]` as a key and a value; a bare word, as in `coupling=affine`, is a string."""
-    key, equals, value = (part.strip() for part in str(text).partition("="))
+    key, equals, value = (part.strip() for part in text.partition("="))
     if not key or not equals:
-        raise ValueError(f"flow_options are KEY=JSON, such as depth=[4,4], got {text!r}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=JSON, such as depth=[4,4]")
     with suppress(ValueError):
         return key, json.loads(value)
     return key, value
@@ -143,8 +107,6 @@ def run(args: argparse.Namespace) -> None:
 
     device, out = common.pick_device(args, ranks=True), args.out
     settings = given(args)
-    if args.config is not None:
-        settings = _over(checked(args.config, "--config"), settings)
     if args.resume and not has_checkpoint(out):
         # A run may have been killed before its first checkpoint.
         common.note(f"glem: no checkpoint in {out}; starting from the beginning")
@@ -190,14 +152,6 @@ def _header(trainer: Trainer) -> None:
             f"glem: {trainer.total_steps} steps are few: a flow takes thousands. Give more --epochs, or give a trained "
             "model your classes in seconds with glem fit"
         )
-
-
-def _over(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """`base` updated by `settings`; `flow_options` are updated one by one."""
-    merged = {**base, **settings}
-    if "flow_options" in merged:
-        merged["flow_options"] = {**base.get("flow_options", {}), **settings.get("flow_options", {})}
-    return merged
 
 
 def summary(trainer: Trainer) -> str:

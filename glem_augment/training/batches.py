@@ -37,16 +37,11 @@ class Split:
 def stratified_split(targets: np.ndarray, num_classes: int, val_fraction: float, seed: int) -> Split:
     """Split every class in the same proportions (GLEM, Sec. 4.3: |D_g| = 0.1 |D|).
 
-    Every class has at least one image in `nf` and in `g`. A class of three images or more has one in `val`. The part
-    `val_fraction` of each class for `val` is lowered where `val` would have more than about `MAX_HELD_OUT` images.
+    Every class must have two images, and has at least one in `nf` and in `g`. A class of three images or more has one
+    in `val`. The part `val_fraction` of each class for `val` is lowered where `val` would have more than about
+    `MAX_HELD_OUT` images.
     """
     rng = np.random.default_rng([seed, 0x5EED])
-    counts = np.bincount(targets, minlength=num_classes)
-    if counts.min() < 2:
-        few = np.nonzero(counts < 2)[0][:5].tolist()
-        raise DataError(
-            f"classes {few} have fewer than the 2 images that a Gaussian needs: add images, or leave these classes out"
-        )
     scale = min(1.0, MAX_HELD_OUT / max(1.0, val_fraction * len(targets)))
     parts: dict[str, list[np.ndarray]] = {"nf": [], "g": [], "val": []}
     for index in range(num_classes):
@@ -93,6 +88,12 @@ class Batches:
     ) -> None:
         self.data, self.views, self.config, self.device = data, data, config, device
         self.augment = augment or (lambda x, generator, part: augment_batch(x, config.augment, generator, part))
+        counts = np.bincount(data.targets, minlength=len(data.classes))
+        few = ", ".join([data.classes[k] for k in np.flatnonzero(counts < 2)][:5])
+        if few:
+            raise DataError(
+                f"classes with fewer than the 2 images that a Gaussian needs: {few}; add images, or leave them out"
+            )
         self.split = stratified_split(data.targets, len(data.classes), config.val_fraction, config.seed)
 
     def read(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from glem_augment.checks import PRESET_NAMES, Memory, Preset, check_choice, check_number, check_whole, closest
+from glem_augment.checks import PRESET_NAMES, Memory, Preset, check_choice, check_number, check_whole
 
 OBJECTIVES = ("hybrid", "mle", "glem")
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
@@ -125,34 +126,33 @@ class TrainConfig:
 SETTINGS: dict[str, Mapping[str, Any]] = {f.name: f.metadata for f in fields(TrainConfig)}
 
 
-def check_names(settings: Mapping[str, Any], where: str) -> None:
-    """ValueError, beginning with `where`, if a name is no setting."""
-    unknown = sorted(set(settings) - set(SETTINGS))
-    if unknown:
-        known = f"known are {', '.join(sorted(SETTINGS))}{closest(unknown[0], SETTINGS)}"
-        raise ValueError(f"{where}unknown training settings {unknown}; {known}")
-
-
 def check_setting(name: str, value: Any) -> Any:
-    """The value in the type of `TrainConfig`'s field. ValueError, TypeError: another value, by name."""
+    """The value in the type of `TrainConfig`'s field. ValueError, TypeError: another value, by name.
+
+    Text, as on the command line and as YAML reads 1e-2, becomes a number or a list.
+    """
     about = SETTINGS[name]
     kind, low, high = about["kind"], about.get("low", 0), about.get("high", math.inf)
     if value is None and about["optional"]:
         return None
     if isinstance(kind, tuple):
         check_choice(name, value, kind)
-    elif kind is int:
-        if check_whole(name, value, low) > high:
-            raise ValueError(f"{name} must be at most {high}, got {value}")
-        return int(value)
-    elif kind is float:
-        above = "above" in about
-        return check_number(name, value, about["above"] if above else low, high, open_low=above)
+    elif kind in (int, float):
+        with suppress(ValueError):
+            value = float(value) if isinstance(value, str) else value
+        if kind is int:
+            return check_whole(
+                name, int(value) if isinstance(value, float) and value.is_integer() else value, low, high
+            )
+        return check_number(name, value, about.get("above", low), high, open_low="above" in about)
     elif kind == "table" and not isinstance(value, dict):
         raise TypeError(f"{name} must be a table of the preset's numbers, got {value!r}")
     elif kind == "text" and not isinstance(value, str):
         raise TypeError(f"{name} must be a text, got {value!r}")
     elif kind == "names":
+        if isinstance(value, str):
+            listed = {"none": (), "paper": AUGMENTATIONS}
+            value = listed.get(value, [part.strip() for part in value.split(",")])
         if not isinstance(value, list | tuple):
             raise TypeError(f"{name} must be a list of names, got {value!r}")
         for each in value:

@@ -41,6 +41,8 @@ def test_means_start_at_shrunk_class_means_at_the_scale_of_the_gaussians(tmp_pat
 def test_other_classes_of_a_trained_flow_start_at_shrunk_maximum_likelihood(tmp_path: Path) -> None:
     first = tiny_trainer(tmp_path / "first", epochs=1, objective="hybrid").fit()
     data, config = toy_data(90, k=3, seed=4), tiny_config(epochs=1)
+    with pytest.raises(DataError, match="class2"):
+        tiny_trainer(tmp_path / "few", data.subset([0, 1, 2, 3, 4]))
     with pytest.raises(DataError, match=r"\(1, 8, 8\)"):
         Trainer(toy_data(shape=(1, 4, 8)), config, tmp_path / "second", init_model=first)
     trainer = Trainer(data, config, tmp_path / "second", init_model=first, device="cpu")
