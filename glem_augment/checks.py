@@ -19,7 +19,7 @@ Format = Literal["imagefolder", "webdataset"]  # of an export
 PolicyName = Literal["mixup", "noise", "adversarial"]  # how GLEMAugment moves latents
 Memory = Literal["stored", "recomputed"]  # how training keeps a flow's activations
 
-PRESET_NAMES, SOURCES, FORMATS, POLICIES = (get_args(kind) for kind in (Preset, DrawSource, Format, PolicyName))
+PRESET_NAMES, SOURCES, FORMATS = (get_args(kind) for kind in (Preset, DrawSource, Format))
 DEFAULT_MODES = 64  # principal modes per class
 # Without psi the class variances start at the first number and stay above the second, a share of the first.
 INITIAL_VARIANCE, LOWEST_SHARE = 0.3, 0.1

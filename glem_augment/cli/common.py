@@ -228,18 +228,3 @@ def note(text: str) -> None:
 
     if is_primary():
         print(text, file=sys.stderr, flush=True)
-
-
-def moves(model: GLEM, data: ImageData) -> dict[str, Any] | None:
-    """The result of `rejected_moves`, None without modes. A note on stderr reports many rejected moves."""
-    from glem_augment.augment.counts import MOST_REJECTED
-    from glem_augment.evaluation import rejected_moves
-
-    if model.modes is None:
-        return None
-    found = rejected_moves(model, data)
-    mixup, noise = found["mixup"], found["noise"]
-    if max(mixup, *noise.values()) > MOST_REJECTED:
-        parts = ", ".join(f"{100 * part:.0f} % at strength {strength:g}" for strength, part in noise.items())
-        note(f"glem: GLEMAugment would reject {100 * mixup:.0f} % of the moves by mixup; by noise {parts}")
-    return found

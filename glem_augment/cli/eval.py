@@ -15,9 +15,6 @@ Classify labelled images with a model, and measure its likelihoods. Prints one J
   bits_per_dim_marginal  the same for p(image), all classes equally likely
   ece                 expected calibration error of the posterior, 15 bins
   round_trip          image -> latent -> image without clamping: errors in uint8 steps, share within half a step
-  rejected_moves      how many of the moves of 128 images (8 with an autoencoder) GLEMAugment would reject, from 0 to 1:
-                      by mixup, and by noise of several strengths. Rejection finds numerical failures alone: glem
-                      preview shows whether moved images still look real
 
 Images are converted to the model's size and channels.
 """
@@ -64,7 +61,6 @@ def run(args: argparse.Namespace) -> None:
         )
     if model.num_classes == 1:
         common.note("glem: the model has one class, so accuracy, top5 and ece say nothing")
-    result["rejected_moves"] = common.moves(model, data)
     if args.out is not None:  # first, since printing to a closed pipe ends the command
         write_json(args.out, finite(result))
     common.print_json(result)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from glem_augment.checks import POLICIES
 from glem_augment.cli import common
 
 DESCRIPTION = """\
-Draw one labelled picture: real images and their augmentations at rising strength, samples of each class at several
+Draw one labelled picture: real images and their moves at rising strength, samples of each class at several
 temperatures, and interpolations within and between classes. Images are shown at full size, up to 224 pixels. The change
-is made at the model's size and added. Look at the picture before you train with a model: an augmented image should
+is made at the model's size and added. Look at the picture before you train with a model: a moved image should
 still show its class.
 """
 EXAMPLES = """\
@@ -26,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_data(parser)
     common.add_class_map(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture")
-    common.add_count(parser, "--rows", "real images to augment", 6)
-    moves = "mixup with an image of the class, noise along the modes, adversarial against the model (default: all)"
-    parser.add_argument("--policy", choices=("all", *POLICIES), default="all", help=moves)
+    common.add_count(parser, "--rows", "real images to move", 6)
+    moves = "mixup with an image of the class, or noise along the modes (default: both)"
+    parser.add_argument("--policy", choices=("mixup", "noise"), help=moves)
     channels = "three channels to show as red, green and blue, or one (default: the first three, or the first of two)"
     parser.add_argument("--channels", nargs="+", type=common.whole(0), metavar="N", help=channels)
     common.add_device(parser)
@@ -44,8 +43,7 @@ def run(args: argparse.Namespace) -> None:
     common.uncovered(args, model, args.out)
     reading = {"cache_bytes": 0}  # it shows few of the images
     data = common.open_for(model, args.data, args.split, args.class_map, **reading).at_own_size()
-    policies = POLICIES if args.policy == "all" else (args.policy,)
-    shown = [model, data, args.rows, policies, None, 0, args.model, args.channels]
-    picture = preview(*shown)
+    policies = (args.policy,) if args.policy else ("mixup", "noise")
+    picture = preview(model, data, args.rows, policies, 0, args.model, args.channels)
     save_png(picture, args.out)
     common.note(f"wrote {args.out} ({picture.width}x{picture.height})")

@@ -1,9 +1,8 @@
-"""Measurements of a GLEM on labelled images: accuracy, bits/dim, calibration, round trip, rejected moves."""
+"""Measurements of a GLEM on labelled images: accuracy, bits/dim, calibration, round trip."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glem_augment.augment.policies import Mixup, Noise, Policy
-from glem_augment.augment.transform import GLEMAugment
 from glem_augment.classes.fit import fit_temperature
 from glem_augment.distributed import Share, add_up, progress_bar
 from glem_augment.errors import DataError
@@ -20,10 +17,9 @@ from glem_augment.images.dataset import ImageData, LabelledImages, images_for
 from glem_augment.model.conditional_flow import psnr, summarise_errors
 from glem_augment.model.glem import GLEM
 
-__all__ = ["calibrate", "calibration_error", "evaluate", "rejected_moves", "spread"]
+__all__ = ["calibrate", "calibration_error", "evaluate", "spread"]
 
 CALIBRATION_BINS = 15
-STRENGTHS = (0.5, 0.25, 0.125, 0.0625)  # of the noise in `rejected_moves`
 
 
 def spread(total: int, count: int) -> np.ndarray:
@@ -68,40 +64,6 @@ def calibrate(model: GLEM, data: LabelledImages) -> float:
             bar.update(len(y))
     model.latent_classes.temperature = fit_temperature(torch.cat(scores), torch.cat(labels))
     return model.latent_classes.temperature
-
-
-@torch.no_grad()
-def rejected_moves(model: GLEM, data: ImageData) -> dict[str, Any]:
-    """How many of the moves of `GLEMAugment` are rejected, from 0 to 1.
-
-    A move is rejected if its result is not finite or leaves [0, 1] by more than 1, or if the model does not give the
-    original back. Both are numerical failures: a low share does not say that moved images look real.
-
-    Args:
-        data: images of the model's shape, labelled by its class indices. 128 evenly spread images are moved; 8 with an
-            autoencoder, which is slow for large images.
-
-    Returns:
-        `mixup`: by Mixup(); `noise`: by Noise at each of four strengths; `images`: the number of moved images.
-
-    Raises:
-        ValueError: a model without modes.
-    """
-    count = min(128 if model.autoencoder is None else 8, len(data))
-    x, y = (batch.to(model.device) for batch in next(data.batches(spread(len(data), count), count)))
-
-    def rejected(policy: Policy) -> float:
-        aug = GLEMAugment(model, policy, p=1.0, seed=0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the result holds the same numbers
-            aug(x, y)
-        bar.update()
-        return aug.stats["rejected"] / count
-
-    with progress_bar("rejected moves", total=len(STRENGTHS) + 1, unit="policy") as bar:
-        noise = {strength: rejected(Noise(strength)) for strength in STRENGTHS}
-        mixup = rejected(Mixup())
-    return {"images": count, "mixup": mixup, "noise": noise}
 
 
 @torch.no_grad()

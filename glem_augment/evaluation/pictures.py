@@ -16,12 +16,10 @@ from torchvision.utils import make_grid
 
 from glem_augment.codec.pixel_range import UINT8, PixelRange
 
-# Smaller cells are enlarged by a whole factor, larger ones shrunk.
-SMALLEST, LARGEST = 56, 224
-_PAGE, _ENLARGED = 1600, 128  # pixels of a page's width, and of a cell that is enlarged to fill it
+SMALLEST, LARGEST = 56, 224  # pixels: smaller cells are enlarged by a whole factor, larger ones shrunk
 _PADDING, _MARGIN, _GAP = 2, 18, 26
 _TITLE, _LABEL, _NOTE = 20, 14, 13
-_INK, _GREY, _PAPER, _RED = (20, 20, 20), (105, 105, 105), (255, 255, 255), (215, 0, 0)
+_INK, _GREY, _PAPER = (20, 20, 20), (105, 105, 105), (255, 255, 255)
 
 
 @dataclass
@@ -32,7 +30,6 @@ class Section:
         cells: images [R, N, C, H, W], uint8 or float in [0, 1]: R rows of N columns.
         columns: a label above each column, "" for none. rows: a label beside each row.
         note: a line of small text below the title.
-        marked: bool [R, N], cells that get a red frame.
     """
 
     title: str
@@ -40,39 +37,27 @@ class Section:
     columns: Sequence[str] = ()
     rows: Sequence[str] = ()
     note: str = ""
-    marked: Tensor | None = None
 
 
 def compose(title: str, note: str, sections: Sequence[Section]) -> Image.Image:
-    """The sections below one another, under a title; cells of narrow sections are enlarged to fill the page."""
+    """The sections below one another, under a title."""
     head = _heading((title, _TITLE + 4, _INK), (note, _NOTE, _GREY))
-    # The widest grid, without the text.
-    page = max(_draw(Section("", section.cells[:1], rows=section.rows)).width for section in sections)
-    return ImageOps.expand(_stack([*head, *(_draw(section, page) for section in sections)], _GAP), _MARGIN, _PAPER)
+    return ImageOps.expand(_stack([*head, *map(_draw, sections)], _GAP), _MARGIN, _PAPER)
 
 
-def _draw(section: Section, page: int = 0) -> Image.Image:
-    """One section, at most about `_PAGE` pixels wide. Cells grow by whole factors to fill `page` pixels."""
+def _draw(section: Section) -> Image.Image:
+    cells, font = visible(section.cells.flatten(0, 1)), ImageFont.load_default(_LABEL)
     labels = [short(text) for text in section.rows]
-    left = max([_width(text, _LABEL) + 10 for text in labels], default=0)
-    columns, longest = section.cells.shape[1], max(section.cells.shape[-2:])
-    wanted = (page - left - _PADDING) // columns - _PADDING
-    whole = min(wanted // section.cells.shape[-1], _ENLARGED // longest)
-    largest = min(LARGEST, max(SMALLEST, (_PAGE - left) // columns - _PADDING))
-    cells = visible(section.cells.flatten(0, 1), max(SMALLEST, whole * longest), largest)
+    left, top = max([_width(text, _LABEL) + 10 for text in labels], default=0), _LABEL + 8 if section.columns else 0
     picture = to_pil_image(make_grid(cells, section.cells.shape[1], _PADDING, pad_value=1.0))
     height, width = (side + _PADDING for side in cells.shape[-2:])
-    top = _LABEL + 8 if section.columns else 0
     grid = Image.new("RGB", (left + picture.width, top + picture.height), _PAPER)
     grid.paste(picture, (left, top))
     draw = ImageDraw.Draw(grid)
     for row, text in enumerate(labels):
-        draw.text((left - 8, top + row * height + height / 2), text, _INK, ImageFont.load_default(_LABEL), anchor="rm")
+        draw.text((left - 8, top + row * height + height / 2), text, _INK, font, anchor="rm")
     for column, text in enumerate(section.columns):
-        draw.text((left + _PADDING + column * width, top - 4), text, _INK, ImageFont.load_default(_LABEL), anchor="ls")
-    for row, column in [] if section.marked is None else section.marked.nonzero().tolist():
-        x, y = left + column * width, top + row * height
-        draw.rectangle((x, y, x + width + 1, y + height + 1), outline=_RED, width=4)
+        draw.text((left + _PADDING + column * width, top - 4), text, _INK, font, anchor="ls")
     return _stack([*_heading((section.title, _TITLE, _INK), (section.note, _NOTE, _GREY)), grid])
 
 
@@ -97,7 +82,7 @@ def _stack(pictures: Sequence[Image.Image], gap: int = 4) -> Image.Image:
     return sheet
 
 
-def visible(images: Tensor, smallest: int = SMALLEST, largest: int = LARGEST) -> Tensor:
+def visible(images: Tensor) -> Tensor:
     """RGB cells of a size that people can see: float [N,3,h,w] in [0, 1].
 
     Of other images than grey and RGB the first three channels are shown, or the first alone of two.
@@ -105,10 +90,10 @@ def visible(images: Tensor, smallest: int = SMALLEST, largest: int = LARGEST) ->
     images = unit(images)
     images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
     longest = max(images.shape[-2:])
-    if longest < smallest:
-        return F.interpolate(images, scale_factor=-(-smallest // longest), mode="nearest")
-    if longest > largest:
-        size = [max(1, round(side * largest / longest)) for side in images.shape[-2:]]
+    if longest < SMALLEST:
+        return F.interpolate(images, scale_factor=-(-SMALLEST // longest), mode="nearest")
+    if longest > LARGEST:
+        size = [max(1, round(side * LARGEST / longest)) for side in images.shape[-2:]]
         return F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
     return images
 

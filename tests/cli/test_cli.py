@@ -26,7 +26,6 @@ from torchvision.datasets import ImageFolder
 
 from glem_augment import GLEM, GLEMAugment, open_data
 from glem_augment.cli import COMMANDS, build_parser, main
-from glem_augment.evaluation import rejected_moves
 from glem_augment.hub.cards import model_card
 from glem_augment.model.weights import CHECKPOINT, CONFIG, WEIGHTS
 from glem_augment.training.checkpoint import load_checkpoint
@@ -174,22 +173,6 @@ def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Outp
     data = open_data(images_of(trained))
     right = (model.predict(data.tensor()) == torch.from_numpy(data.targets)).float().mean()
     assert result["accuracy"] == pytest.approx(float(right))
-    assert result["rejected_moves"] == json.loads(json.dumps(rejected_moves(model, data)))
-
-
-def test_eval_says_how_many_moves_would_be_rejected(
-    trained: Path, output: Output, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = {"images": 18, "mixup": 0.02, "noise": {0.5: 0.54, 0.25: 0.12, 0.125: 0.0}}
-    monkeypatch.setattr("glem_augment.evaluation.rejected_moves", lambda *_: found)
-    argv = ["eval", str(trained), images_of(trained)]
-    output()
-    assert main(argv) == 0
-    out, err = output()
-    assert json.loads(out)["rejected_moves"]["noise"] == {"0.5": 0.54, "0.25": 0.12, "0.125": 0.0}
-    assert "2 % of the moves by mixup; by noise 54 % at strength 0.5, 12 % at strength 0.25, 0 % at" in err
-    found["noise"] = {0.5: 0.01}
-    assert main(argv) == 0 and "reject" not in output()[1]
 
 
 @pytest.mark.parametrize("table", ['{"010": "cat", "no": "dog"}', "010: cat\nno: dog\n"])

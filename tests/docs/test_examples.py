@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from model_cases import photos
 from PIL import Image
 
 from glem_augment import GLEM, GLEMAugment, open_data
@@ -238,6 +239,27 @@ def test_explore_in_a_browser(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(sys, "argv", ["explore.py", "--limit", "100"])
     load("explore", monkeypatch).main()
     assert asked and not Path(os.environ["GRADIO_TEMP_DIR"]).exists()
+
+
+def test_the_quality_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It tells copies and wrong labels from new images."""
+    report = load("quality_report", monkeypatch)
+    x, y = (torch.from_numpy(np.asarray(part)) for part in (photos(60, 8)[0], photos(60, 8)[1]))
+    for split, rows in (("copies", range(20)), ("train", range(40)), ("test", range(40, 60))):
+        for i in rows:
+            (tmp_path / split / "ab"[y[i]]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x[i].permute(1, 2, 0).numpy()).save(tmp_path / split / "ab"[y[i]] / f"{i}.png")
+    argv = ["quality_report.py", *(str(tmp_path / split) for split in ("copies", "train", "test"))]
+    monkeypatch.setattr(sys, "argv", [*argv, "--out", str(tmp_path / "out"), "--steps", "20"])
+    report.main()
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert found["images"] == {"synthetic": 20, "real": 40, "held_out": 20}
+    assert found["memorisation"]["ratio"] == pytest.approx(0, abs=1e-9)
+    assert Image.open(tmp_path / "out" / "report.png").width > 400
+    sets = [report.some(str(tmp_path / split), "train", 60) for split in ("train", "train", "test")]
+    judge = report.trained_judge(*sets[0][:2], 2, 40)
+    right = report.quality(*sets, judge)["label_reliability"]
+    assert report.quality((sets[0][0], 1 - sets[0][1], sets[0][2]), *sets[1:], judge)["label_reliability"] == 1 - right
 
 
 def test_does_it_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

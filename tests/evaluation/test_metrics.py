@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from augment_cases import images, labels, make_model
 from torchmetrics.classification import MulticlassCalibrationError
 
-from glem_augment import GLEM, GLEMAugment, ImageData, Noise
+from glem_augment import GLEM, ImageData
 from glem_augment.errors import DataError
-from glem_augment.evaluation import calibrate, evaluate, rejected_moves
+from glem_augment.evaluation import calibrate, evaluate
 from glem_augment.evaluation.metrics import calibration_error, spread
 
 
@@ -89,18 +88,3 @@ def test_adapting_and_calibrating_make_the_posterior_honest(
     again = calibrate(model, test)
     assert again == model.latent_classes.temperature == pytest.approx(fitted, rel=0.5)
     assert evaluate(model, test, round_trip=0)["ece"] < 0.15
-
-
-def test_rejected_moves_are_counted_as_in_the_transform() -> None:
-    own = make_model()
-    own.modes.scales.mul_(20.0)  # the stronger moves leave the range
-    data = ImageData.from_tensors(images(400, seed=1), labels(400), own.classes)
-    found = rejected_moves(own, data)
-    assert found["images"] == 128 and found["mixup"] == 0.0
-    some = data.subset(spread(400, 128))
-    x, y = some.tensor(), torch.from_numpy(some.targets)
-    for strength, part in found["noise"].items():
-        aug = GLEMAugment(own, Noise(strength), p=1.0, seed=0)
-        aug(x, y)
-        assert part == aug.stats["rejected"] / 128
-    assert found["noise"][0.5] > 0.9 > 0.05 >= found["noise"][0.125]

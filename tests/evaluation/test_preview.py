@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.nn.functional import cosine_similarity, cross_entropy
 from torchvision.transforms.functional import to_pil_image
 
-from glem_augment import GLEM, DataError, GLEMAugment, ImageData, open_data
+from glem_augment import GLEM, DataError, ImageData, open_data
 from glem_augment.cli import main
 from glem_augment.evaluation import preview as preview_module
 from glem_augment.evaluation.pictures import LARGEST, SMALLEST, Section, compose
-from glem_augment.evaluation.preview import ModelClassifier, preview
+from glem_augment.evaluation.preview import preview
 
 
 def small(
@@ -61,38 +60,6 @@ def test_a_preview_shows_what_there_is() -> None:
     assert preview(many, images, rows=40).height < 20_000
     with pytest.raises(DataError, match="no images"):
         preview(model, data.subset([]))
-    with pytest.raises(ValueError, match="modes"):
-        preview(model, data, modes=99)
-
-
-def test_narrow_sections_fill_the_page_and_many_rows_are_moved_in_parts() -> None:
-    def size(*columns: int) -> tuple[int, ...]:
-        return compose("", "", [Section("", torch.zeros(1, number, 1, 28, 28)) for number in columns]).size
-
-    (width, height), (alone, low) = size(18, 7), size(7)
-    assert width == size(18)[0] and alone == width - 11 * 58
-    assert height == 2 * low - 36 + 26 + 56  # its cells are twice as large beside the wide section
-    model, data = small(count=20)
-    tall = preview_module._augmentations(model, data, 40, "noise", 2, 0)
-    assert tall.cells.shape[:2] == (40, 5) and len(tall.rows) == 40
-    assert (tall.cells[:, 1] != tall.cells[:, 0]).flatten(1).any(1).all()
-
-
-def test_a_preview_moves_no_partners_and_is_titled_by_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, data = small()
-    moved, titles = [], []
-    replay, draw = GLEMAugment.replay, preview_module.compose
-    monkeypatch.setattr(GLEMAugment, "replay", lambda aug, x, y, p: moved.append(len(p.rows)) or replay(aug, x, y, p))
-    monkeypatch.setattr(preview_module, "compose", lambda title, *rest: titles.append(title) or draw(title, *rest))
-    preview(model, data, rows=4, name="photos")
-    assert set(moved) == {4} and titles == ["photos: 3x8x8 at 8 bits, 3 classes"]
-    moved.clear()
-    x, y = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8), torch.arange(16) % 8
-    latents = GLEM.create("identity", (3, 16, 16), list("abcdefgh"), autoencoder="taef2")
-    own = ImageData.from_tensors(x, y, list("abcdefgh"))
-    latents = latents.adapt(own, rank=1)
-    preview(latents, own, rows=2)
-    assert len(moved) == 3 + 2 + 2 and preview_module.class_samples(latents, 0).cells.shape[0] == 6
 
 
 def test_images_are_moved_at_their_own_size(tmp_path: Path) -> None:
@@ -108,7 +75,7 @@ def test_images_are_moved_at_their_own_size(tmp_path: Path) -> None:
     data = images.subset([5, 0, 6]).at_own_size()
     assert data.image_shape == (3, 40, 40) and torch.equal(data[0][0], x[3, :, :, 10:50])
     assert images.at_own_size(16).image_shape == (3, 16, 16)
-    section = preview_module._augmentations(model, data, 2, "noise", 2, 0)
+    section = preview_module._moves(model, data, 2, "noise", 0)
     assert section.cells.shape[-2:] == (40, 40)
     real, moved = section.cells[:, 0], section.cells[:, 1]
     assert not torch.equal(moved, real) and (moved - real).diff(dim=-1).abs().max() < real.diff(dim=-1).max() / 4
@@ -129,43 +96,11 @@ def test_moves_begin_at_the_real_image_and_mixup_ends_at_the_partner_that_is_sho
     model, data = small((1, 2, 2), count=40, rank=4)  # all directions that there are
     monkeypatch.setattr(preview_module, "KEPT", (1.0, 0.0))
     monkeypatch.setattr(preview_module, "NOISE_STRENGTHS", (0.0, 0.5))
-    real, same, mixed, partner = preview_module._augmentations(model, data, 4, "mixup", 4, 0).cells.unbind(1)
+    real, same, mixed, partner = preview_module._moves(model, data, 4, "mixup", 0).cells.unbind(1)
     assert torch.allclose(same, real, atol=0.01) and torch.allclose(mixed, partner, atol=0.01)
     assert not torch.allclose(real, partner, atol=0.01)
-    real, same, moved = preview_module._augmentations(model, data, 4, "noise", 4, 0).cells.unbind(1)
+    real, same, moved = preview_module._moves(model, data, 4, "noise", 0).cells.unbind(1)
     assert torch.allclose(same, real, atol=0.01) and not torch.allclose(moved, real, atol=0.01)
-
-
-def test_adversarial_moves_lower_the_posterior_and_rejected_ones_are_framed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, data = small((1, 2, 2), count=40)
-    model = model.adapt(data, rank=4)  # classes of their own
-    monkeypatch.setattr(preview_module, "NOISE_STRENGTHS", (0.3, 100.0))
-    y = torch.tensor([model.classes.index(f"class {i}") for i in (0, 0, 1, 2)])
-    confidence = {}
-    for policy in ("noise", "adversarial"):
-        section = preview_module._augmentations(model, data, 4, policy, 4, 0)
-        real, moved, kept = section.cells.unbind(1)
-        assert torch.equal(kept, real) and not torch.equal(moved, real)
-        assert section.marked is not None and section.marked.tolist() == [[False, False, True]] * 4
-        confidence[policy] = model.posterior(moved).gather(1, y[:, None])
-        drawn = pixels(compose("", "", [section]))
-        assert ((drawn == (215, 0, 0)).all(2)).any(0).sum() == SMALLEST + 4  # one framed column
-    assert (confidence["adversarial"] < confidence["noise"]).all()
-
-
-def test_the_flows_own_classifier_has_gradients_in_float32(bundled_test: ImageData) -> None:
-    model = GLEM.from_pretrained("bundled:fashion-mnist")
-    x, y = bundled_test.tensor()[::100], torch.arange(10)
-
-    def gradient(dtype: torch.dtype) -> torch.Tensor:
-        images = (x.to(dtype) / 255).requires_grad_()
-        logits = ModelClassifier(model.to(dtype))(images)
-        torch.testing.assert_close(logits.softmax(1), model.posterior(images))
-        return torch.autograd.grad(cross_entropy(logits, y), images)[0].flatten(1).double()
-
-    assert cosine_similarity(gradient(torch.float32), gradient(torch.float64)).min() > 0.99
 
 
 def test_cells_are_enlarged_by_whole_factors_and_large_ones_shrunk() -> None:

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import prdc
 import pytest
 import timm
 import torch
-from PIL import Image
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from glem_augment import GLEM, ImageData, SyntheticDataset
 from glem_augment.codec.resize import resized
 from glem_augment.errors import DataError
 from glem_augment.evaluation import (
-    classifier,
     coverage,
     feature_fid,
     features_and_logits,
     label_reliability,
     latent_features,
     memorisation_ratio,
-    quality_report,
 )
-from glem_augment.evaluation import report as report_module
 
 
 def features(n: int, m: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> Tensor:
@@ -69,13 +61,6 @@ def test_features_that_cannot_be_used_are_named() -> None:
         coverage(good[:5], good, 5)
 
 
-@pytest.mark.parametrize("real", [1, 20])
-def test_too_few_images_are_named_before_a_network_is_trained(bundled_test: ImageData, real: int) -> None:
-    made, some = bundled_test.subset(range(30)), bundled_test.subset(range(real))
-    with pytest.raises(DataError, match=f"'held_out': {real // 5}}}: at least 6"):
-        quality_report(made, some)
-
-
 @pytest.mark.parametrize("arch", ["resnet18", "vit_tiny_patch16_224"])
 def test_features_are_what_the_last_layer_sees(arch: str) -> None:
     sized = {} if arch == "resnet18" else {"img_size": 32}
@@ -109,40 +94,7 @@ def test_memorisation_ratio_knows_copies_from_new_images() -> None:
     assert memorisation_ratio(fresh, train[:50], train[:50])["share_nearer_train"] == 0.5
 
 
-# ---- the report ----------------------------------------------------------------------------------------------------
-
-
-def test_the_report_tells_copies_and_wrong_labels_from_new_images(
-    bundled_train: ImageData, bundled_test: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = torch.get_rng_state()
-    real = train, _ = [data.subset(range(0, 1000, 2)) for data in (bundled_train, bundled_test)]
-    network = classifier.train_network(classifier.random_batches(train), 60, 1, 10)
-    copies = train.subset(range(0, 500, 3))
-    wrong = copies.with_targets((copies.targets + 1) % 10, copies.classes)
-    flow = GLEM.from_pretrained("bundled:fashion-mnist")
-    new = SyntheticDataset(flow, per_class=15, source="rfcm")
-    found = {
-        name: quality_report(data, *real, tmp_path / name, network)
-        for name, data in (("copies", copies), ("wrong", wrong), ("new", new))
-    }
-    assert torch.equal(before, torch.get_rng_state())
-    assert found["new"]["images"] == {"synthetic": 150, "real": 500, "held_out": 500}
-    for name in ("copies", "wrong"):
-        assert found[name]["memorisation"] == {"ratio": pytest.approx(0, abs=1e-9), "share_nearer_train": 1.0}
-    assert 0.9 < found["new"]["memorisation"]["ratio"] < 1.1
-    assert 0.35 < found["new"]["memorisation"]["share_nearer_train"] < 0.65
-    right = [found[name]["label_reliability"] for name in ("copies", "new", "wrong")]
-    assert right[0] > 0.5 and right[1] > 0.5 and right[2] < 0.25 and found["new"]["judge_accuracy"] > 0.5
-    assert found["copies"]["fid"] < found["new"]["fid"] and 0 < found["new"]["coverage"] < found["copies"]["coverage"]
-    assert json.loads((tmp_path / "new" / "report.json").read_text()) == found["new"]
-    few = quality_report(new, *real, network=network, mean=0.4, max_images=60)
-    assert few["images"] == {"synthetic": 60, "real": 60, "held_out": 60}
-    # In the picture of copies every image stands beside itself.
-    pixels = np.asarray(Image.open(tmp_path / "copies" / "report.png")).astype(int)
-    rows_of_cells = [pixels[top : top + 56] for top in range(len(pixels) - 56)]
-    twins = sum((strip[:, 20:76] == strip[:, 78:134]).all() and strip[:, 20:76].std() > 20 for strip in rows_of_cells)
-    assert twins >= 16
+# ---- features of colour images -----------------------------------------------------------------------------
 
 
 def dead_leaves(count: int, seed: int) -> Tensor:
@@ -164,16 +116,3 @@ def test_mush_covers_little_of_photographs() -> None:
     *made, reference = latent_features(real, new, blurred, mush, unseen)
     covered = [coverage(reference, features)["coverage"] for features in made]
     assert covered[0] > 0.8 and covered[1] < 0.2 and covered[2] < 0.1, covered
-
-
-def test_a_weak_judge_is_named(tmp_path: Path) -> None:
-    x = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8)
-    data = ImageData.from_tensors(x, [0, 1, 2] * 20, ["a", "b", "c"])
-    parts = [data.subset(range(start, 60, 2)) for start in (0, 1)]
-    network = classifier.train_network([], 1, 1, 3)
-    found = quality_report(parts[0], parts[0], parts[1], tmp_path, network)
-    accuracy = found["judge_accuracy"]
-    assert accuracy < 0.6 and f"right about {100 * accuracy:.0f} %" in found["warning"]
-    assert "coverage" in found["warning"] and f"{100 * accuracy:.0f} %" in found["features"]
-    assert report_module._warning(0.61, 10, True) is None and "coverage" not in report_module._warning(0.59, 10, True)
-    assert report_module._warning(0.75, 2, True) and report_module._warning(0.81, 2, True) is None

@@ -21,7 +21,6 @@ from glem_augment.cli import main
 from glem_augment.codec.levels import Levels, Values, draw_noise
 from glem_augment.codec.pixel_range import PixelRange
 from glem_augment.errors import DataError
-from glem_augment.evaluation import quality_report
 from glem_augment.evaluation.metrics import evaluate
 from glem_augment.evaluation.preview import preview
 from glem_augment.images.dataset import ImageData
@@ -180,7 +179,6 @@ def test_other_images_are_refused_with_the_fix(root: Path) -> None:
         (lambda: GLEM.fit(data, autoencoder="taef2"), "an autoencoder .leave it out.* needs 8-bit images.*float32"),
         (lambda: GLEM.fit(data, "taef2", privacy=Privacy(1.0)), "a private model needs 8-bit images"),
         (lambda: Trainer(data, TrainConfig(), root / "run"), "GLEM.fit needs no training. needs 8-bit"),
-        (lambda: quality_report(SyntheticDataset(model, 2), data), "a quality report needs 8-bit images"),
         (lambda: GLEM.fit("bundled:fashion-mnist", flow=model), "has images of uint8, the model takes float32"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
