@@ -120,14 +120,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_together(args: argparse.Namespace) -> None:
     """Raise ValueError for an option without effect, or without another option that it needs."""
-    balance, mixup = args.per_class == "balance", args.source == "mixup"
-    if (balance or mixup) and args.real is None:
-        option = "--per-class balance" if balance else "--source mixup"
-        raise ValueError(f"{option} needs real images: give --real DATA")
-    for name, needed, there in (
-        ("real", "--per-class balance or --source mixup", balance or mixup),
-        ("split", "--real", args.real is not None),
-        ("class_map", "--real", args.real is not None),
-    ):
-        if getattr(args, name) not in (None, False) and not there:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect without {needed}")
+    wanted = args.per_class == "balance" or args.source == "mixup"
+    if wanted != (args.real is not None):
+        what = "need real images: give --real DATA" if wanted else "are absent, and --real has no effect without them"
+        raise ValueError(f"--per-class balance and --source mixup {what}")
+    for name in ("split", "class_map"):
+        if getattr(args, name) is not None and args.real is None:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without --real")

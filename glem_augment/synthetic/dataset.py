@@ -165,15 +165,12 @@ class SyntheticDataset(Dataset):
         format: Format = "imagefolder",  # noqa: A002  (the word users expect)
         license: str | None = None,  # noqa: A002  (the Hub's word)
     ) -> Path:
-        """Write all images, without the transforms, glem-provenance.json, and a README; every file appears complete.
+        """Write all images, without the transforms, with glem-provenance.json and a README.
 
-        Labels are the class numbers of `real`, then of further classes of the model that have images. Without `real`
-        labels are the model's class numbers. A class without images has no folder, and torchvision's ImageFolder would
-        number the later folders differently. So classes.json holds the label of every folder, for `open_data` and
-        `RealAndSynthetic`.
-
-        The same export to the same folder writes missing files, and so finishes a killed export. Until then `open_data`
-        refuses the folder.
+        Labels are the class numbers of `real`, then of further classes of the model that have images; without `real`
+        the model's class numbers. A class without images has no folder, and torchvision's ImageFolder would number the
+        later folders differently. So classes.json holds the label of every folder, for `open_data` and
+        `RealAndSynthetic`. The same export to the same folder writes missing files, and so finishes a killed export.
 
         Args:
             format: "imagefolder" (folder/<class>/NNNNNN.png of 8 bits or grey of 16 bits, .npy of other images), or
