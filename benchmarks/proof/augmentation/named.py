@@ -50,27 +50,9 @@ def stack_text(result: Result, strongest: Arm, seeds: Iterable[int]) -> str:
     return f"{mean} ({text(strongest)}; validation chose {text(chosen)}, {chosen.over(seeds).mean:.1f} %)"
 
 
-def check_choices(results: list[Result]) -> None:
-    """Whether validation images were read for every arm.
-
-    Raises:
-        ValueError: an arm has no such row, or an accuracy of 0.
-    """
-    for result in results:
-        judged = [
-            (row["flow"], row["base"], row["method"], row["params"]) for row in result.tuning if row["val_accuracy"]
-        ]
-        stacks = [(flow, base + [[method, params]] * (method != "opponent")) for flow, base, method, params in judged]
-        for arm in result.arms:
-            if (arm.flow, arm.stack) not in stacks:
-                shown = f"{result.setting}, {result.classifier}, {arm.flow}: {base_text(arm.stack)}"
-                raise ValueError(f"augmentation_tuning.json has no accuracy of {shown}; restore the file with git")
-
-
 def numbers(store: Store, no_network: list[dict[str, Any]]) -> Named:
     """Gains and counts; `no_network`: the rows of no_network.py."""
     results = results_of(store)
-    check_choices(results)
     others = by_seed(no_network, "setting", "method")
     gains: dict[str, list[Interval]] = {}
     over_stack: dict[tuple[str, str], dict[str, Interval]] = {}  # of settings and classifiers, by the kind of moves
