@@ -124,11 +124,15 @@ def find_images(script: str, name: str, folder: str | None, otherwise: str | Non
     root = os.environ.get("GLEM_DATA")
     places = [str(Path(root) / folder)] if root and folder else []
     places += [otherwise] if otherwise else []
+    for place in places:  # MNIST and its relatives lie in torchvision's layout
+        for kind, name_of in (("FashionMNIST", "torch/fashion_mnist"), ("MNIST", "torch/mnist")):
+            if Path(place, kind, "raw").is_dir():
+                return f"{name_of}@{place}"
     found = next((p for p in places if p.startswith("bundled:") or Path(p).is_dir()), None)
     if found is None:
         raise SystemExit(
             f"{script}: no images of {name}: looked for {', '.join(places) or 'none'}. Set GLEM_DATA to a folder with "
-            f"{folder}/train/<class>/*, or leave out what needs them"
+            f"{folder}/train/<class>/* (of MNIST: MNIST/raw/*-ubyte), or leave out what needs them"
         )
     return found
 

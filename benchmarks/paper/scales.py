@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.classifier import Recipe
 
 _GLEM_DATA = os.environ.get("GLEM_DATA", "data")
+_FASHION = f"torch/fashion_mnist@{_GLEM_DATA}/fashion-mnist"
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,6 @@ class Scale:
     neighbours: int = 5
 
 
-def _fashion() -> str:
-    folder = Path("/usr/share/datasets/fashion-mnist")
-    return str(folder) if folder.is_dir() else f"{_GLEM_DATA}/fashion-mnist"
-
-
 # Settings of all scales for GPUs.
 _CIFAR: dict[str, Any] = dict(
     main=DataSpec("cifar100", "torch/cifar100@data"), second=DataSpec("cifar10", "torch/cifar10@data"),
@@ -76,7 +71,7 @@ SCALES = {
     ),
     # All tables take a night on one core.
     "cpu": Scale(
-        main=DataSpec("fashion-mnist 16x16 (2,000 per class)", _fashion(), 16, 2000),
+        main=DataSpec("fashion-mnist 16x16 (2,000 per class)", _FASHION, 16, 2000),
         second=DataSpec("cifar10 16x16 (2,000 per class)", f"{_GLEM_DATA}/cifar10", 16, 2000),
         flow=dict(
             preset="mef_tiny", flow_options=dict(depth=[4, 4], blocks=[1, 1], width=[32, 32]), epochs=8,

@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
 """Make the bundled data: the first 100 training and 100 test images of each class of Fashion-MNIST.
 
-    python benchmarks/proof/make_bundled_data.py [IDX_FOLDER]
+    python benchmarks/proof/make_bundled_data.py ROOT
 
-IDX_FOLDER holds the four idx files of Fashion-MNIST (Zalando SE, MIT licence). The default is the folder of Debian's
-package dataset-fashion-mnist. Each split becomes one lossless PNG of 2800x280 pixels: a row per class, a column per
-image.
+ROOT/FashionMNIST/raw holds the four idx files of Fashion-MNIST (Zalando SE, MIT licence), unpacked. Each split becomes
+one lossless PNG of 2800x280 pixels: a row per class, a column per image.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ PER_CLASS = 100
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("idx_folder", nargs="?", default="/usr/share/datasets/fashion-mnist")
+    parser.add_argument("root")
     target = Path(__file__).resolve().parents[2] / "glem_augment" / "bundled" / "data"
     parser.add_argument("--out", type=Path, default=target)
     args = parser.parse_args()
     for split in ("train", "test"):
-        data = open_data(args.idx_folder, split)
+        data = open_data(f"torch/fashion_mnist@{args.root}", split)
         images = data.tensor().numpy()[:, 0]
         # The first images of each class in file order, so that there is no selection.
         first = np.stack([images[data.targets == k][:PER_CLASS] for k in range(len(data.classes))])

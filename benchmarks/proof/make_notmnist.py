@@ -35,21 +35,22 @@ def read(file: Path, header: int) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder with t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz")
-    parser.add_argument("out", type=Path, help="folder for four idx files")
+    parser.add_argument("out", type=Path, help="the four idx files go to OUT/MNIST/raw")
     args = parser.parse_args()
     images = read(args.source / "t10k-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
     labels = read(args.source / "t10k-labels-idx1-ubyte.gz", 8)
     first = np.sort(np.unique(images.reshape(len(images), -1), axis=0, return_index=True)[1])
     chosen = np.concatenate([first[labels[first] == letter][:PER_CLASS] for letter in range(10)])
     training = np.isin(first, chosen)
-    args.out.mkdir(parents=True, exist_ok=True)
+    raw = args.out / "MNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", first[training]), ("t10k", first[~training])):
         parts = {
             "images-idx3": (images[rows], (0x803, len(rows), 28, 28)),
             "labels-idx1": (labels[rows], (0x801, len(rows))),
         }
         for kind, (values, header) in parts.items():
-            with atomic_write(args.out / f"{name}-{kind}-ubyte") as file:
+            with atomic_write(raw / f"{name}-{kind}-ubyte") as file:
                 file.write(np.array(header, ">u4").tobytes() + values.tobytes())
         print(f"{name}: {len(rows)} images")
 

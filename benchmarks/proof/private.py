@@ -44,7 +44,6 @@ from glem_augment.io import save_png
 from glem_augment.model.private_fit import latents_alone, set_coordinates
 
 NAME = "private"
-FOLDERS = {"fashion-mnist": "/usr/share/datasets/fashion-mnist"}  # otherwise in GLEM_DATA alone
 AUGMENT: dict[str, tuple[str, ...]] = {"fashion-mnist": ("crop",)}  # all shoes point the same way
 METHODS = ("taef2", "pixels", "latents", "real", "long")
 PER_CLASS, EPOCHS = 2000, 8
@@ -64,7 +63,7 @@ class Images:
     def __init__(self, data: str, method: str, work: Path, validation: bool) -> None:
         self.name, self.method = data, method
         self.per_class, self.epochs = (LONG_PER_CLASS, LONG_EPOCHS) if method == "long" else (PER_CLASS, EPOCHS)
-        folder = find_images(NAME, data, data, FOLDERS.get(data))
+        folder = find_images(NAME, data, data)
         train, test = (open_data(folder, split) for split in ("train", "test"))
         held = np.arange(len(train)) % 10 == 9
         self.train = train.subset(np.flatnonzero(~held)) if validation else train

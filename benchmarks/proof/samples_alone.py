@@ -50,7 +50,6 @@ from glem_augment.images.dataset import images_for
 from glem_augment.io import atomic_write, write_json
 
 NAME = "samples_alone"
-FOLDERS = {"fashion-mnist": "/usr/share/datasets/fashion-mnist"}  # otherwise in GLEM_DATA alone
 PER_CLASS, EPOCHS = 2000, 8
 SEARCH_SEED, ORACLE_SEED, ORACLE_EPOCHS = 1000, 2000, 16
 MEASURED = 5000  # samples, for the quality of a set
@@ -70,7 +69,7 @@ class Images:
     def __init__(self, data: str, work: Path, flow: str) -> None:
         self.name, self.work, self.flow_name = data, work / data, flow
         self.flows: dict[tuple[str, str, int], GLEM] = {}
-        self.folder = find_images(NAME, data, data, FOLDERS.get(data))
+        self.folder = find_images(NAME, data, data)
         self.work.mkdir(parents=True, exist_ok=True)
         model = self.flow(FLOW)
         self.train, self.test = (images_for(model, open_data(self.folder, split)) for split in ("train", "test"))

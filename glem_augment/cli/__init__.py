@@ -25,8 +25,8 @@ class-conditional normalizing flow, whose latents can take the place of the pixe
 
 DATA is one of
   a folder with one folder of images per class, or with such folders in train/ and test/ (or val/);
-  a folder of MNIST-style idx files; a .tar file; a timm data set as NAME@ROOT: torch/cifar10@data (downloaded already),
-  hfds/uoft-cs/cifar100@cache?input_key=img&target_key=fine_label;
+  a .tar file; a timm data set as NAME@ROOT: torch/cifar10@data or torch/fashion_mnist@data (downloaded already), or
+  hfds/ylecun/mnist;
   bundled:fashion-mnist, 100 real images per class and split, or bundled:photographs, three photographs, inside the
   package.
 MODEL is a folder that glem train or glem fit wrote, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub. A

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from glem_augment.model.glem import GLEM
 
 EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
-DATA_HELP = "images or arrays: a folder with a folder per class, NAME@ROOT (timm), or bundled:fashion-mnist"
+DATA_HELP = "images or arrays: a folder with a folder per class, NAME@ROOT (timm), or bundled:NAME"
 MODEL_HELP = "a folder from glem fit or train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
 
 
@@ -87,7 +87,7 @@ def add_image_size(parser: argparse._ActionsContainer, more: str) -> None:
 
 
 def add_value_range(parser: argparse._ActionsContainer) -> None:
-    text = "values of black and white (default: 0 255 of 8 bits, 0 65535 of 16 bits, otherwise measured)"
+    text = "values of black and white (default: 0 255 of 8 bits, 0 65535 of 16, 0 1 of floats)"
     parser.add_argument("--value-range", nargs=2, type=number(), metavar=("LOW", "HIGH"), help=text)
 
 

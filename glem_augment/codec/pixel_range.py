@@ -57,6 +57,11 @@ class PixelRange:
         """Whether the images are floats, which have no levels."""
         return self.dtype == "float32"
 
+    @property
+    def whole(self) -> bool:
+        """Whether the range has all values of the dtype."""
+        return (self.low, self.high) == _ENDS[self.dtype]
+
     @cached_property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
@@ -110,6 +115,8 @@ class PixelRange:
 
 
 UINT8 = PixelRange()
+# The ranges of images of which none is stated.
+DEFAULT_RANGES = {each.dtype: each for each in (UINT8, PixelRange("uint16", 0, 65535), PixelRange("float32", 0, 1))}
 
 
 def to_uint8(x: Tensor) -> Tensor:

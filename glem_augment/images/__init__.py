@@ -2,7 +2,7 @@
 
 from glem_augment.images.dataset import ImageData, images_for, open_data
 from glem_augment.images.matching import match_classes
-from glem_augment.images.readers import FolderSource, to_tensor
+from glem_augment.images.readers import to_tensor
 from glem_augment.images.sources import open_source
 
-__all__ = ["FolderSource", "ImageData", "images_for", "match_classes", "open_data", "open_source", "to_tensor"]
+__all__ = ["ImageData", "images_for", "match_classes", "open_data", "open_source", "to_tensor"]

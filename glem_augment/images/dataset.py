@@ -5,28 +5,28 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from glem_augment.codec.pixel_range import UINT8, PixelRange, dtype_name
+from glem_augment.codec.pixel_range import DEFAULT_RANGES, UINT8, PixelRange, dtype_name
 from glem_augment.distributed import Share, share
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.images.cropping import fit
 from glem_augment.images.matching import ClassMap, Integers, check_names, check_targets, match_classes
-from glem_augment.images.readers import Source, TensorSource
-from glem_augment.images.sources import open_source, tensor_source
+from glem_augment.images.sources import Source, open_source, tensor_source
 from glem_augment.images.threads import in_threads
 
 Limits: TypeAlias = tuple[float, float] | PixelRange
 
 CACHE_BYTES = 2 * 2**30
-_RANGES = {"uint8": UINT8, "uint16": PixelRange("uint16", 0, 65535)}  # the ranges of other dtypes are measured
-ENLARGED = 3  # times: images that are enlarged as much get a warning
-OWN_SIZE, _HEADERS = 224, 32  # the longest side of images in pictures; how many headers `at_own_size` reads
+_STATE = (
+    "give value_range=(low, high) (--value-range LOW HIGH), the values of black and white, for example x.min() and "
+    "x.max() of the training images"
+)
 
 
 class ImageData(Dataset):
@@ -43,28 +43,25 @@ class ImageData(Dataset):
         image_shape: (C,H,W).
         pixel_range: the dtype of the images and the range of their values.
         name: the folder or data set, as text.
-        unstated: of "image_size", "channels" and "classes", what was read from the images, so that one may change it.
+        unstated: of "image_size" and "channels", what `open_data` read from the images, so that one may change it.
     """
 
     def __init__(
         self,
         source: Source,
         image_shape: tuple[int, int, int],
-        rows: np.ndarray | None = None,
         pixels: torch.Tensor | None = None,
         pixel_range: PixelRange = UINT8,
-        unstated: Sequence[str] = (),
+        clip: bool = True,
     ) -> None:
-        """The images `rows` of a source, or all; `pixels`: the same images decoded, [N,C,H,W]."""
-        rows = np.arange(len(source)) if rows is None else rows
-        self._source, self._source_rows = source, rows
-        self._pixels = pixels  # subsets share them
-        self._rows = rows if pixels is None else np.arange(len(rows))  # of `_pixels`, or else of the source
+        """The images of a source. `pixels`: the same images decoded, [N,C,H,W]. `clip`: see `_in_range`."""
+        self._source, self._pixels, self._clip = source, pixels, clip
+        self._rows = np.arange(len(source))  # of `_pixels`, which subsets share
         self.image_shape, self.pixel_range = image_shape, pixel_range
         self.name = _printable(source.name)
-        self.targets, self.named = source.targets[rows], source.named
+        self.targets, self.named = source.targets, source.named
         self.classes, self.class_ids = list(source.classes), list(source.class_ids)
-        self.unstated = tuple(unstated)
+        self.unstated: list[str] = []
 
     @classmethod
     def from_tensors(
@@ -81,18 +78,19 @@ class ImageData(Dataset):
         For dtypes and `value_range` see `open_data`.
         """
         source = tensor_source(x, y, classes, class_ids, name)
-        found = _range_of(source.images.dtype, name, value_range, lambda: _ends(source.images))
-        pixels = _clipped(source.images, found, name)
-        return cls(source, (x.shape[1], x.shape[2], x.shape[3]), pixels=pixels, pixel_range=found)
+        found = _range_of(dtype_name(source.items), name, value_range)
+        pixels = _in_range(source.items, found, name, value_range is not None)
+        return cls(source, (x.shape[1], x.shape[2], x.shape[3]), pixels, found)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         """Image `index` as [C,H,W] (a copy), and its class index."""
-        row = int(self._rows[index])
-        image = self._decoded(row) if self._pixels is None else self._pixels[row].clone()
-        return image, int(self.targets[index])
+        if self._pixels is not None:
+            return self._pixels[self._rows[index]].clone(), int(self.targets[index])
+        image = _read(self._source, range(len(self))[index], self.image_shape, self.pixel_range.torch_dtype)
+        return _in_range(image, self.pixel_range, self.name, self._clip), int(self.targets[index])
 
     def __repr__(self) -> str:
         return f"ImageData({self.name!r}, {len(self)} images {self.image_shape}, {len(self.classes)} classes)"
@@ -100,15 +98,10 @@ class ImageData(Dataset):
     def tensor(self) -> torch.Tensor:
         """All images as [N,C,H,W], in order, decoded if they are not in memory. Do not write to them."""
         if self._pixels is None:
-            pixels = _decode(self._source, self._rows, self.image_shape, self.pixel_range.torch_dtype)
-            return _clipped(pixels, self.pixel_range, self.name)
+            pixels = _decode(self._source, self.image_shape, self.pixel_range.torch_dtype)
+            return _in_range(pixels, self.pixel_range, self.name, self._clip)
         whole = len(self._pixels) == len(self) and bool((self._rows == np.arange(len(self))).all())
         return self._pixels if whole else self._pixels[torch.from_numpy(self._rows)]
-
-    def _decoded(self, row: int) -> torch.Tensor:
-        """Image `row` of the source, read anew."""
-        dtype = self.pixel_range.torch_dtype
-        return _clipped(_read(self._source, row, self.image_shape, dtype), self.pixel_range, self.name)
 
     def batches(
         self, indices: Integers, batch_size: int, workers: int = 0
@@ -145,33 +138,30 @@ class ImageData(Dataset):
         chosen = check_indices(indices, len(self))
         other = copy.copy(self)
         other._rows, other.targets = self._rows[chosen], self.targets[chosen]
-        other._source_rows = self._source_rows[chosen]
+        other._source = self._source.subset(chosen)
         return other
 
     @property
     def repeated(self) -> bool:
         """Whether an image is there several times, as in a subset of repeated indices."""
-        return self._source.repeats(self._source_rows)
+        return self._source.repeated
 
     def where(self, index: int) -> str:
         """The path of image `index`, or a description where it has no path."""
-        return _printable(self._source.where(int(self._source_rows[index])))
+        return _printable(self._source.where(index))
 
-    def at_own_size(self, longest: int = OWN_SIZE) -> ImageData:
-        """The same images at about their stored size, at most `longest` pixels; decoded when they are used.
+    def at_own_size(self, longest: int = 224) -> ImageData:
+        """The same images, decoded when they are used, at about their stored size: at most `longest` pixels a side.
 
         The shape has the aspect of `image_shape` and at least its size. Half of the images are at least as large.
         """
         channels, *shape = self.image_shape
-        headers = [self._source.header(int(row)) for row in self._source_rows[:: max(1, len(self) // _HEADERS)]]
-        largest = np.median([min(height / shape[0], width / shape[1]) for _, height, width, _ in headers])
-        scale = max(1.0, min(float(largest), longest / max(shape)))
-        if scale == 1:
-            return self
+        headers = [self._source.header(index) for index in range(0, len(self), max(1, len(self) // 32))]
+        stored = np.median([min(height / shape[0], width / shape[1]) for _, height, width, _ in headers])
+        scale = max(1.0, min(float(stored), longest / max(shape)))
         other = copy.copy(self)
-        other._pixels, other._rows = None, self._source_rows
-        other.image_shape = (channels, round(scale * shape[0]), round(scale * shape[1]))
-        other.unstated = tuple(dict.fromkeys(("image_size", *self.unstated)))
+        if scale > 1:
+            other._pixels, other.image_shape = None, (channels, round(scale * shape[0]), round(scale * shape[1]))
         return other
 
     def with_targets(
@@ -182,8 +172,6 @@ class ImageData(Dataset):
         other.classes, other.class_ids = list(classes), list(classes if class_ids is None else class_ids)
         check_names(other.classes, other.class_ids)
         other.targets, other.named = check_targets(targets, len(self), len(classes)), True
-        # Labels that were numbered among the labels that occur still are.
-        other.unstated = tuple(name for name in self.unstated if name != "classes" or self.named)
         return other
 
     def with_numbers(self, numbers: torch.Tensor) -> ImageData:
@@ -227,17 +215,16 @@ def open_data(
             - an ImageFolder (any split) of images or arrays, or a folder with ImageFolders named train, test, val,
               validation, ... (test and val stand in for each other if only one is there). Classes are in torchvision's
               order, or, in a folder that `SyntheticDataset.export` wrote, in the order of its classes.json;
-            - a folder with MNIST-style idx files (`train-images-idx3-ubyte[.gz]`, `t10k-...`);
-            - a data set of `timm.data.create_dataset`, as `NAME@ROOT`: `torch/cifar10@data`, `hfds/ylecun/mnist`, or a
-              .tar file with one folder per class. A torch/ data set is never downloaded. Columns that are not called
-              image and label follow a question mark: `hfds/uoft-cs/cifar100?input_key=img&target_key=fine_label`;
+            - a data set of `timm.data.create_dataset`, as `NAME@ROOT`: `torch/cifar10@data` and
+              `torch/fashion_mnist@data` (in torchvision's layout, never downloaded), `hfds/ylecun/mnist`, or a .tar
+              file with one folder per class;
             - a data set of torchvision or timm, or a Subset of one: its images without its transforms;
             - a Hugging Face `Dataset` with one column of images and one of class labels;
             - (images [N,C,H,W], N labels), or any data set that gives (PIL image or tensor [C,H,W], int).
 
-            Arrays are .npy, or .npz of one array: [C,H,W] of 1 to 16 channels, or [H,W]. Images and tensors are uint8,
-            uint16, int16 or float32, all of one dtype; float16 and float64 arrays are read as float32. PNG and TIFF
-            files may be grey of 16 bits, TIFF also of floats.
+            Arrays are .npy: [C,H,W] of 1 to 16 channels, or [H,W]. Images and tensors are uint8, uint16, int16 or
+            float32, all of one dtype; float16 and float64 arrays are read as float32. PNG and TIFF files may be grey of
+            16 bits, TIFF also of floats. More than 4 channels of at most 4 columns are taken for [H,W,C] and refused.
         split: train, test, val, ..., for data given by name.
         image_size: (H,W), or one number for both: images are resized to cover it (bilinear with antialias) and cropped
             at the centre. None: the size that they share.
@@ -248,112 +235,77 @@ def open_data(
         unlabelled: give all images one class, called "image". A folder may then nest its images in any way (folders
             named train, test, ... are splits), and a tensor [N,C,H,W] needs no labels.
         value_range: (low, high), the values of black and white, or the `pixel_range` of a model or of training images,
-            which test images need. None: 0 to 255 for uint8, 0 to 65535 for uint16; for int16 and floats the lowest and
-            the highest value of these images, with a warning that names them. Values outside are clipped, with a
-            warning.
+            which test images need. Values outside are clipped, with a warning. None: the range that an export has
+            stored, 0 to 255 for uint8, 0 to 65535 for uint16, 0 to 1 for floats; floats outside it and int16 are
+            errors.
 
     Returns:
-        The data, decoded if they fit in `cache_bytes`; otherwise every header has been checked.
+        The data, decoded if they fit in `cache_bytes`.
 
     Raises:
         FileNotFoundError: no such file or folder. ValueError: a wrong `image_size`, `channels` or `value_range`.
-        BadImageError: an image that cannot be read, has more than 33.6 million pixels (67.1 of a JPEG, which is
-            decoded at a quarter of its size from 33.6 on), has bits that PIL drops, NaN, or another dtype or number of
-            channels than the first image.
-        DataError: an unknown name or split, a class without images, different sizes without `image_size`.
+        BadImageError: an image that cannot be read, has more pixels than PIL opens, bits that PIL drops, NaN, or
+            another dtype or number of channels than the first image.
+        DataError: an unknown name or split, a class without images, different sizes without `image_size`, a range that
+            must be stated.
         TypeError: another kind of `data`, or labels that are no integers.
     """
-    size = _pair(image_size)
+    size, source = _pair(image_size), open_source(data, split, unlabelled)
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1, 3 or None, got {channels!r}")
-    source = open_source(data, split, unlabelled)
-    rows = np.arange(len(source))
-    if len(rows) == 0:
+    if len(source) == 0:
         raise DataError(f"{source.name} holds no images")
-    sizes = np.zeros((len(rows), 2), dtype=np.int64)  # stored height and width
-    shape: tuple[int, int, int] | None = None if size is None or channels is None else (channels, *size)
-    dtype: torch.dtype = getattr(torch, source.header(int(rows[0]))[3])
-    if shape is None or len(rows) * math.prod(shape) * dtype.itemsize > cache_bytes:
-        found = _look_at_headers(source, rows, size is None, sizes)
-        shape = (channels or found[0], *(size or found[1:]))
+    *shape, dtype = source.header(0)
+    value_range = source.pixel_range if value_range is None else value_range
+    pixel_range = _range_of(dtype, source.name, value_range)
+    if size is None or channels is None:
+        shape = _common_shape(source, size is None)
+    found = (channels or shape[0], *(size or shape[1:]))
     pixels = None
-    if isinstance(source, TensorSource) and source.images.shape[1:] == shape:
-        pixels = source.images.contiguous()
-    elif len(rows) * math.prod(shape) * dtype.itemsize <= cache_bytes:
-        pixels = _decode(source, rows, shape, dtype, sizes)
-
-    def ends() -> tuple[float, float]:
-        if pixels is not None:
-            return _ends(pixels)
-        found: list[tuple[float, float]] = []
-
-        def one(index: int) -> None:
-            found.append(_ends(_read(source, int(rows[index]), shape, dtype)))
-
-        in_threads(one, len(rows), f"measuring {source.name}", source.threads)
-        return min(low for low, _ in found), max(high for _, high in found)
-
-    pixel_range = _range_of(dtype, source.name, value_range, ends)
-    pixels = None if pixels is None else _clipped(pixels, pixel_range, source.name)
-    _warn_enlarged(source.name, sizes, shape[1:])
-    unstated = ["classes"] if source.classes_are_labels and not unlabelled else []
-    if not isinstance(source, TensorSource):  # all its images have one shape
-        unstated += [name for name, value in (("image_size", size), ("channels", channels)) if value is None]
-    unstated = [*dict.fromkeys((*source.unstated, *unstated))]
-    return ImageData(source, shape, rows, pixels, pixel_range, unstated)
+    if isinstance(source.items, torch.Tensor) and source.items.shape[1:] == found:
+        pixels = source.items if len(source.items) == len(source) else source.items[torch.from_numpy(source.rows)]
+    elif len(source) * math.prod(found) * pixel_range.bits // 8 <= cache_bytes:
+        pixels = _decode(source, found, pixel_range.torch_dtype)
+    clip = value_range is not None
+    if pixels is not None:
+        pixels = _in_range(pixels.contiguous(), pixel_range, source.name, clip)
+    out = ImageData(source, found, pixels, pixel_range, clip)
+    if not isinstance(source.items, torch.Tensor):  # all its images have one shape
+        out.unstated = [word for word, value in (("image_size", size), ("channels", channels)) if value is None]
+    return out
 
 
-def _range_of(
-    dtype: torch.dtype, name: str, value_range: Limits | None, ends: Callable[[], tuple[float, float]]
-) -> PixelRange:
-    """The stated range, the default of a dtype, or the range that `ends` measures, with a warning that names it."""
-    kind, name = str(dtype).removeprefix("torch."), _printable(name)
-    if isinstance(value_range, PixelRange) and value_range.dtype != kind:
-        fix = "fit a model to these images (GLEM.fit)"
-        raise DataError(f"{name} has images of {kind}, the model takes {value_range}: {fix}")
-    known = _RANGES.get(kind) if value_range is None else value_range
-    if isinstance(known, PixelRange):
-        return known
-    if known is not None:
-        if np.shape(known) != (2,):
-            raise ValueError(f"value_range must be (low, high), got {known!r}")
-        return PixelRange(kind, *np.asarray(known).tolist())
-    try:
-        found = PixelRange(kind, *ends())
-    except ValueError as error:
-        raise DataError(f"{name}: {error}, or state value_range=(low, high)") from None
-    warnings.warn(f"the range of {name} is measured: {found}; state it with value_range=, --value-range", stacklevel=3)
-    return found
+def _range_of(dtype: str, name: str, value_range: Limits | None) -> PixelRange:
+    """The stated range, or the default of a dtype. DataError: there is none, or images of another dtype."""
+    if isinstance(value_range, PixelRange):
+        if value_range.dtype != dtype:
+            raise DataError(
+                f"{_printable(name)} has images of {dtype}, the model takes {value_range}: fit a model to these images "
+                "(GLEM.fit)"
+            )
+        return value_range
+    if value_range is not None:
+        if np.shape(value_range) != (2,):
+            raise ValueError(f"value_range must be (low, high), got {value_range!r}")
+        return PixelRange(dtype, *np.asarray(value_range).tolist())
+    if dtype not in DEFAULT_RANGES:
+        raise DataError(f"{_printable(name)} has images of {dtype}: {_STATE}")
+    return DEFAULT_RANGES[dtype]
 
 
-def _ends(pixels: torch.Tensor) -> tuple[float, float]:
-    """The lowest and the highest value."""
-    return float(pixels.numpy().min()), float(pixels.numpy().max())  # torch has neither for uint16
-
-
-def _clipped(pixels: torch.Tensor, pixel_range: PixelRange, name: str) -> torch.Tensor:
-    """Images clipped to the range, with a warning if that changes them."""
-    if pixel_range in _RANGES.values():
+def _in_range(pixels: torch.Tensor, pixel_range: PixelRange, name: str, clip: bool) -> torch.Tensor:
+    """The images, clipped to their range with a warning, or without `clip` a DataError that asks for the range."""
+    if pixel_range.whole:
         return pixels
     values = pixels.numpy()
     low, high = np.array([pixel_range.low, pixel_range.high], values.dtype)
     if low <= values.min() and values.max() <= high:
         return pixels
-    warnings.warn(f"{_printable(name)} has values outside {pixel_range}, which are clipped", stacklevel=3)
+    name = _printable(name)
+    if not clip:
+        raise DataError(f"{name} has values from {values.min():.6g} to {values.max():.6g}, outside [0, 1]: {_STATE}")
+    warnings.warn(f"{name} has values outside {pixel_range}, which are clipped", stacklevel=3)
     return torch.from_numpy(values.clip(low, high))
-
-
-def _warn_enlarged(name: str, sizes: np.ndarray, size: tuple[int, int]) -> None:
-    """Warn once if images with stored sizes [N, 2] are enlarged a lot; sizes of 0 are not known."""
-    scale = (np.asarray(size) / np.maximum(sizes, 1)).max(1)
-    count = int(((scale >= ENLARGED) & (sizes > 0).all(1)).sum())
-    if count:
-        height, width = sizes[np.where((sizes > 0).all(1), scale, 0).argmax()]
-        warnings.warn(
-            f"{count} of {len(sizes)} images of {_printable(name)} are enlarged {ENLARGED} times or more, to "
-            f"{size[0]}x{size[1]} (one is {height}x{width}): give a smaller image size, or leave them out",
-            stacklevel=3,
-        )
 
 
 def as_image_data(
@@ -400,62 +352,46 @@ def images_for(model: Any, data: LabelledImages, class_map: ClassMap = None, **o
     return images.with_targets(targets, model.classes, model.class_ids)
 
 
-def _look_at_headers(source: Source, rows: np.ndarray, same_size: bool, sizes: np.ndarray) -> tuple[int, int, int]:
-    """(C, H, W) of the first image; C = 1 of a grey one only if no image is RGB. `sizes` [N, 2] gets all sizes.
+def _common_shape(source: Source, same_size: bool) -> tuple[int, int, int]:
+    """(C, H, W) of the first image; C = 1 of a grey one only if no image is RGB.
 
     BadImageError: a file that is no image. DataError: different sizes, with `same_size`.
     """
-    if isinstance(source, TensorSource):
-        _, channels, height, width = source.images.shape
-        return channels, height, width
-    _, *first, _ = source.header(int(rows[0]))
-    counts = np.empty(len(rows), dtype=np.int64)  # of channels
+    if isinstance(source.items, torch.Tensor):
+        return tuple(source.items.shape[1:])
+    first, counts = source.header(0), np.empty(len(source), dtype=np.int64)  # of channels
 
     def one(index: int) -> None:
-        row = int(rows[index])
-        counts[index], *size, _ = source.header(row)
-        sizes[index] = size
-        if same_size and size != first:
+        counts[index], *size, _ = source.header(index)
+        if same_size and tuple(size) != first[1:3]:
             raise DataError(
-                f"{source.name} holds images of different sizes: {source.where(int(rows[0]))} is "
-                f"{first[0]}x{first[1]}, {source.where(row)} is {size[0]}x{size[1]}; give image_size=(height, width)"
+                f"{source.name} holds images of different sizes: {source.where(0)} is {first[1]}x{first[2]}, "
+                f"{source.where(index)} is {size[0]}x{size[1]}; give image_size=(height, width)"
             )
 
-    in_threads(one, len(rows), f"looking at {source.name}", source.threads)
-    return int(counts[0] if counts[0] not in (1, 3) else max(counts[0], 3 * (counts == 3).any())), first[0], first[1]
+    in_threads(one, len(source), f"looking at {source.name}", source.threads)
+    return (3 if first[0] == 1 and (counts == 3).any() else first[0]), first[1], first[2]
 
 
-def _kind(image: torch.Tensor) -> str:
-    """The channels and the dtype of an image [C,H,W], in words."""
-    return f"{len(image)} {'channel' if len(image) == 1 else 'channels'} of {dtype_name(image)}"
-
-
-def _read(
-    source: Source, row: int, shape: tuple[int, int, int], dtype: torch.dtype, sizes: np.ndarray | None = None
-) -> torch.Tensor:
-    """Image `row` of a source as [C,H,W] of that shape. `sizes` [2] gets its stored size."""
-    pixels = source.pixels(row, shape[0])
-    if (found := _kind(pixels)) != (wanted := _kind(torch.empty(shape, dtype=dtype, device="meta"))):
-        raise BadImageError(f"{source.where(row)} has {found} where {wanted} are wanted: give all images alike")
-    if sizes is not None:
-        sizes[:] = pixels.shape[-2:]
+def _read(source: Source, index: int, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Image `index` of a source as [C,H,W] of that shape. BadImageError: other channels, or another dtype."""
+    pixels = source.pixels(index, shape[0])
+    if len(pixels) != shape[0] or pixels.dtype != dtype:
+        raise BadImageError(
+            f"{source.where(index)} has {len(pixels)} channels of {pixels.dtype}, not {shape[0]} of {dtype}: give all "
+            "images alike"
+        )
     return fit(pixels, *shape[1:])
 
 
-def _decode(
-    source: Source,
-    rows: np.ndarray,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    sizes: np.ndarray | None = None,
-) -> torch.Tensor:
-    """The images at `rows` of a source as [N,C,H,W]. `sizes` [N, 2] gets their stored sizes."""
-    out = torch.empty(len(rows), *shape, dtype=dtype)
+def _decode(source: Source, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    """The images of a source as [N,C,H,W]."""
+    out = torch.empty(len(source), *shape, dtype=dtype)
 
     def one(index: int) -> None:
-        out[index] = _read(source, int(rows[index]), shape, dtype, None if sizes is None else sizes[index])
+        out[index] = _read(source, index, shape, dtype)
 
-    in_threads(one, len(rows), f"decoding {source.name}", source.threads)
+    in_threads(one, len(source), f"decoding {source.name}", source.threads)
     return out
 
 

@@ -171,7 +171,7 @@ def data_name(spec: object) -> str:
     """
     text = str(spec or "").strip().removeprefix("bundled:")
     if text.lower().startswith(TIMM_PREFIXES):
-        text = text.partition("?")[0].partition("@")[0]
+        text = text.partition("@")[0]
     return PurePath(text.replace("\\", "/")).name or "unknown data"
 
 

@@ -321,7 +321,7 @@ class GLEM(ConditionalFlow):
             public: public images like `data`, for a private model's coordinates. None: the autoencoder's coordinates.
             image_size, channels: see `open_data`; by default read from the images. With privacy state them, here or
                 where `data` is opened: everybody will know them, and one image could change them.
-            value_range: see `open_data`.
+            value_range: see `open_data`; int16 images, and floats outside [0, 1], need it.
             classes: names in place of the data's. A pair (images, labels) has none: it gets the names given to `create`
                 if their number fits, or else "0", "1", ...
             split: split to open, for data given by name.

@@ -96,10 +96,10 @@ def check_images(images: ImageData, public: ImageData | None) -> None:
         rows = progress_bar("compare", range(len(images)))
         if any(hash(images[row][0].numpy().tobytes()) in known for row in rows):
             raise DataError("a private image is among the public images (public=, --public): give other images there")
-    if images.unstated:
-        ways = ", ".join(_STATED[name] for name in images.unstated)
+    if unstated := [*images.unstated, *([] if images.named else ["classes"])]:
+        ways = ", ".join(_STATED[name] for name in unstated)
         warnings.warn(
-            f"everybody will know the {' and '.join(images.unstated)} of the private model, but one image could change "
+            f"everybody will know the {' and '.join(unstated)} of the private model, but one image could change "
             f"what was read from the images: state {ways}",
             stacklevel=6,  # the caller of GLEM.fit
         )

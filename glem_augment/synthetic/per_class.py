@@ -10,8 +10,7 @@ import numpy as np
 from glem_augment.checks import check_whole
 from glem_augment.images.dataset import ImageData, LabelledImages
 from glem_augment.images.matching import ClassMap, check_targets, composed, match_classes
-from glem_augment.images.readers import Source
-from glem_augment.images.sources import open_source
+from glem_augment.images.sources import Source, open_source
 from glem_augment.model.glem import GLEM
 
 PerClass = int | Literal["balance"] | Sequence[int] | Mapping[str, int]

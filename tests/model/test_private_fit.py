@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -244,8 +243,7 @@ def test_what_one_image_could_change_is_refused_or_told(model: GLEM, data: Image
     for repeated in (twice, Subset(twice, [0, 1]), Subset(data.subset([0, 0, 1]), [0, 1, 2]), folder, links):
         with pytest.raises(DataError, match="several times"):
             check_images(open_data(repeated, image_size=16, channels=1), None)
-    inside = open_data(Subset(open_data(tmp_path / "good", image_size=16), range(9)), image_size=16, channels=1)
-    assert inside.unstated == ("channels",)
+    assert open_data(tmp_path / "good", image_size=16).unstated == ["channels"]
     same = [ImageData.from_tensors(torch.zeros(2, 1, 16, 16, dtype=torch.uint8), [0, 0], ["a"]) for _ in range(2)]
     check_images(same[0], same[1])  # images of one colour
     linked = open_data(links, image_size=16, channels=1)
@@ -254,24 +252,6 @@ def test_what_one_image_could_change_is_refused_or_told(model: GLEM, data: Image
         GLEM.fit(data, "taef2", parts=300, **promise)
     with pytest.raises(ValueError, match="for private models: give privacy, too"):
         GLEM.fit(data, public=data)
-
-
-def test_classes_that_are_read_from_labels_are_told(tmp_path: Path) -> None:
-    """Where labels are numbered among the labels that occur, stated names do not help: one image moves the names."""
-    write_folder(images(2), tmp_path / "folder")
-    with tarfile.open(tmp_path / "a.tar", "w") as file:
-        file.add(tmp_path / "folder", ".")
-    (tmp_path / "idx").mkdir()
-    pixels = bytes((0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 16, 0, 0, 0, 16)) + bytes(512)
-    (tmp_path / "idx" / "train-images-idx3-ubyte").write_bytes(pixels)
-    (tmp_path / "idx" / "train-labels-idx1-ubyte").write_bytes(bytes((0, 0, 8, 1, 0, 0, 0, 2, 0, 4)))
-    for name in ("a.tar", "idx"):
-        found = open_data(tmp_path / name, image_size=16, channels=1)
-        named = found.with_targets(found.targets, [f"named {k}" for k in range(len(found.classes))])
-        for each in (found, named):
-            with pytest.warns(UserWarning, match="will know the classes of the private model"):
-                check_images(each, None)
-    check_images(open_data(tmp_path / "folder", image_size=16, channels=1), None)
 
 
 def test_a_private_export_says_its_promise(model: GLEM, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from glem_augment.training.checkpoint import has_checkpoint
 
 # name -> folder in $GLEM_DATA, another place, name of the test split
 PLACES = {
-    "fashion-mnist": ("fashion-mnist", "/usr/share/datasets/fashion-mnist", "test"),
+    "fashion-mnist": ("fashion-mnist", None, "test"),
     "cifar10": ("cifar10", None, "test"),
     "imagenette": ("imagenette128", None, "val"),
     "mnist": ("mnist", None, "test"),
