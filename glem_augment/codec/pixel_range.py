@@ -122,8 +122,3 @@ DEFAULT_RANGES = {each.dtype: each for each in (UINT8, PixelRange("uint16", 0, 6
 def to_uint8(x: Tensor) -> Tensor:
     """Decoded 8-bit images, float of any values, as uint8."""
     return UINT8.from_floats(x)
-
-
-def dtype_name(x: Tensor) -> str:
-    """The dtype of a tensor as text, such as "uint8"."""
-    return str(x.dtype).removeprefix("torch.")

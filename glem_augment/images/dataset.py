@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from glem_augment.codec.pixel_range import DEFAULT_RANGES, UINT8, PixelRange, dtype_name
+from glem_augment.codec.pixel_range import DEFAULT_RANGES, UINT8, PixelRange
 from glem_augment.distributed import Share, share
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.images.cropping import fit
 from glem_augment.images.matching import ClassMap, Integers, check_names, check_targets, match_classes
+from glem_augment.images.readers import dtype_of
 from glem_augment.images.sources import Source, open_source, tensor_source
 from glem_augment.images.threads import in_threads
 
@@ -78,7 +79,7 @@ class ImageData(Dataset):
         For dtypes and `value_range` see `open_data`.
         """
         source = tensor_source(x, y, classes, class_ids, name)
-        found = _range_of(dtype_name(source.items), name, value_range)
+        found = _range_of(dtype_of(source.items), name, value_range)
         pixels = _in_range(source.items, found, name, value_range is not None)
         return cls(source, (x.shape[1], x.shape[2], x.shape[3]), pixels, found)
 

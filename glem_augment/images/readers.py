@@ -11,7 +11,6 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as F
 
-from glem_augment.codec.pixel_range import dtype_name
 from glem_augment.images.arrays import read_array
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".npy")
@@ -36,7 +35,7 @@ def read(file: str | IO[bytes]) -> Image.Image | Tensor:
 def dtype_of(image: Image.Image | Tensor) -> str:
     """The dtype of the values of an image."""
     if isinstance(image, Tensor):
-        return dtype_name(image)
+        return str(image.dtype).removeprefix("torch.")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older versions of PIL say I
         return "uint16"
     return "float32" if image.mode == "F" else "uint8"

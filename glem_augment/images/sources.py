@@ -23,7 +23,7 @@ from torchvision.datasets.folder import default_loader, find_classes, make_datas
 from torchvision.transforms.v2 import functional as F
 
 from glem_augment.checks import closest
-from glem_augment.codec.pixel_range import DTYPES, PixelRange, dtype_name
+from glem_augment.codec.pixel_range import DTYPES, PixelRange
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.images.arrays import check_layout
 from glem_augment.images.matching import (
@@ -153,7 +153,7 @@ class Source(Dataset):
                 return read(io.BytesIO(item.read()))
         if isinstance(item, Image.Image):
             return item.copy()  # it is closed after use
-        if isinstance(item, Tensor) and dtype_name(item) in DTYPES:
+        if isinstance(item, Tensor) and dtype_of(item) in DTYPES:
             return as_pil(item.contiguous())
         if isinstance(item, np.ndarray) and item.dtype == np.uint8:
             return F.to_pil_image(item)
@@ -392,7 +392,7 @@ def tensor_source(
 ) -> Source:
     """Images x [N,C,H,W] with labels y. TypeError: a dtype of no images. DataError: other shapes or labels."""
     x = torch.as_tensor(x)
-    if dtype_name(x) not in DTYPES:
+    if dtype_of(x) not in DTYPES:
         raise TypeError(f"images must be {', '.join(DTYPES)}, got {x.dtype}")
     if x.ndim != 4 or len(x) == 0:
         raise DataError(f"images must be [N,C,H,W], and at least one, got shape {tuple(x.shape)}")
