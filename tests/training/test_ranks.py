@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import pickle
-import re
 import shutil
 import signal
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +18,8 @@ from test_training import comparable, tiny_trainer, toy_data
 from torch import Tensor
 
 from glem_augment import GLEM
-from glem_augment.cli import main
 from glem_augment.distributed import share
 from glem_augment.errors import GLEMError
-from glem_augment.evaluation.metrics import evaluate
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.weights import CHECKPOINT, CONFIG, WEIGHTS
 from glem_augment.training.checkpoint import load_checkpoint
@@ -84,11 +79,11 @@ def test_shares_are_whole_and_fall_with_the_total(monkeypatch: pytest.MonkeyPatc
 # ---- training --------------------------------------------------------------------------------------------------------
 
 RUNS: dict[str, dict[str, Any]] = {
-    # 40 steps. Five images of a batch on three ranks, and one rank without an image in the pass over 10 of D_g.
-    "glem": dict(batch_size=5, epochs=2, augment=("flip", "crop", "rotate", "jitter"), memory="recomputed"),
-    # More ranks than images in a batch: the third one has none, ever.
+    # 20 steps. Five images of a batch on several ranks.
+    "glem": dict(batch_size=5, epochs=1, augment=("flip", "crop", "rotate", "jitter"), memory="recomputed"),
+    # A third rank never has an image.
     "hybrid": dict(batch_size=2, epochs=1, objective="hybrid", beta=0.2),
-    "mle": dict(batch_size=50, epochs=6, objective="mle"),
+    "mle": dict(batch_size=50, epochs=2, objective="mle"),
 }
 
 
@@ -130,7 +125,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return runs(tmp_path_factory.mktemp("alone"))
 
 
-@pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_runs_on_several_ranks_are_those_on_one(tmp_path: Path, alone: dict[str, Any], ranks: int) -> None:
     first, *others = on_ranks(ranks, tmp_path / "ranks", runs, tmp_path)
     for name, (losses, state) in alone.items():
@@ -143,7 +138,7 @@ def test_runs_on_several_ranks_are_those_on_one(tmp_path: Path, alone: dict[str,
         assert len([row for row in written if row["kind"] == "epoch"]) == RUNS[name]["epochs"]
         saved = GLEM.from_pretrained(tmp_path / name).state_dict()
         assert all(torch.equal(saved[key], value) for key, value in first[name][1].items())
-    assert len(alone["glem"][0]) == 40
+    assert len(alone["glem"][0]) == 20
 
 
 # ---- deaths ----------------------------------------------------------------------------------------------------------
@@ -164,7 +159,7 @@ def run_until(out: Path, dies: int | None, step: int, resume: bool) -> Any:
 
 
 # The state is whole for another number of ranks too; with as many as before, the end is that of an undisturbed run.
-@pytest.mark.parametrize(("dies", "resumed"), [(1, (3, 2)), pytest.param(0, (1, 2), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("dies", "resumed"), [(1, (2,)), pytest.param(0, (1, 3, 2), marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, dies: int, resumed: tuple[int, ...]) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     ends = on_ranks(2, tmp_path / "dies", run_until, out, dies, 6, False)
@@ -179,45 +174,3 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, dies:
         assert on_ranks(ranks, tmp_path / f"again{ranks}", run_until, out, None, 0, True) == [12] * ranks
     for file in (WEIGHTS, CONFIG):
         assert (out / file).read_bytes() == (whole / file).read_bytes()
-
-
-def mistaken(ranks: tuple[int, ...]) -> tuple[int, str]:
-    """The exit code and the words of a command that these ranks can't find the images of."""
-    data = "/nowhere" if torch.distributed.get_rank() in ranks else "bundled:fashion-mnist"
-    options = ["--limit", "4", "--round-trip", "0", "--device", "cpu"]
-    with redirect_stderr(io.StringIO()) as told:
-        return main(["eval", "bundled:fashion-mnist", data, *options]), told.getvalue()
-
-
-@pytest.mark.parametrize("ranks", [(0, 1), (0,), (1,)])
-def test_one_rank_tells_what_is_wrong(tmp_path: Path, ranks: tuple[int, ...]) -> None:
-    codes, words = zip(*on_ranks(2, tmp_path / "ranks", mistaken, ranks), strict=True)
-    assert codes == (2, 2) and re.fullmatch("glem: error: .*/nowhere.*\n", "".join(words))
-
-
-# ---- what needs no training ------------------------------------------------------------------------------------------
-
-
-def measured(n: int, k: int) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """Measurements of a model, an adapted model, and the model with modes."""
-    images = toy_data(n, k)
-    torch.manual_seed(0)
-    model = GLEM.create("glow_tiny", (1, 8, 8), images.classes, depth=[1, 1], blocks=[1, 1], width=[6, 6])
-    model.initialise(images.tensor())
-    torch.nn.init.normal_(model.gaussians.mu, std=0.3)
-    adapted = model.eval().requires_grad_(False).adapt(images, rank=3)
-    model.fit_modes(images, rank=3, max_per_class=6)
-    blurred = ImageData.from_tensors(images.tensor() // 4 + 90, images.targets, images.classes)
-    found = evaluate(model, blurred, batch_size=8, round_trip=10)
-    return found, adapted.state_dict(), model.state_dict()
-
-
-@pytest.mark.parametrize(("n", "k"), [(7, 2), pytest.param(41, 5, marks=pytest.mark.slow)])
-def test_evaluating_adapting_and_modes_on_several_ranks(tmp_path: Path, n: int, k: int) -> None:
-    """With a rank that has no image of a class, more ranks than classes, and a number that nothing divides."""
-    [(wanted, *models)] = on_ranks(1, tmp_path / "1", measured, n, k)
-    for ranks in (2, 3):
-        for found, *theirs in on_ranks(ranks, tmp_path / str(ranks), measured, n, k):
-            assert found == wanted  # to the last bit
-            for one, other in zip(theirs, models, strict=True):
-                close(one, other, 1e-4)
