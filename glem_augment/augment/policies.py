@@ -31,7 +31,7 @@ from torch.utils.data import get_worker_info
 
 from glem_augment.augment.labels import mixed_labels
 from glem_augment.checks import check_choice, check_number, closest
-from glem_augment.classes.modes import combine_modes, mix_along_modes, project_on_modes
+from glem_augment.classes.modes import combine_modes, project_on_modes
 from glem_augment.model.glem import GLEM
 from glem_augment.tensors import evaluating, frozen, send
 
@@ -60,6 +60,8 @@ class AugmentParams:
 
     def where(self, mask: Tensor) -> AugmentParams:
         """The parameters of the selected rows for which `mask`, bool [n], holds."""
+        if bool(mask.all()):
+            return self
         drawn = {name: value[mask] for name, value in self.drawn.items()}
         return AugmentParams(self.rows[mask], self.cls[mask], drawn)
 
@@ -287,14 +289,20 @@ class Mixup(Policy):
 
     def move(self, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
         basis, keep = batch.basis(), batch.drawn["keep"]
-        moved, along = mix_along_modes(batch.z, _partners(batch), keep, basis.rows, basis.directions)
+        delta = _partners(batch) - batch.z
+        along = basis.project(delta)
+        moved = batch.z + (1.0 - keep)[:, None] * along
         if batch.soft is None:
             return moved
+        # How much of |z_j - z_i|^2 lies along the modes: 0 for no difference.
+        total = delta.square().sum(dim=1)
+        part = along.square().sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
+        away = (1.0 - keep) * part.clamp(max=1.0)
         params, (_, data_cls, classes, _) = batch.params, batch.selected
         # The label of a drawn partner is its class: the row's data class, or the first data class of another class.
         cls = params.drawn["partner_cls"]
         drawn_cls = torch.where(cls == params.cls, data_cls[params.rows], classes.to_data[cls]).clamp(min=0)
-        return moved, mixed_labels(batch.soft, params.rows, params.drawn["partner"], drawn_cls, (1.0 - keep) * along)
+        return moved, mixed_labels(batch.soft, params.rows, params.drawn["partner"], drawn_cls, away)
 
 
 class Noise(Policy):

@@ -279,8 +279,7 @@ class GLEMAugment(nn.Module):
 
     def _images(self, decoded: Tensor, images: Tensor, small: Tensor, dtype: torch.dtype) -> Tensor:
         """Images of the user's size and range, from decoded ones at the model's size; differentiable."""
-        moved = self.model.pixel_range.clamp(decoded)
-        return self.pixels.from_floats(self.pixels.from_model(images, small, moved), dtype)
+        return self.pixels.from_model(images, small, self.model.pixel_range.clamp(decoded), dtype)
 
     # ---- labels and classes ----------------------------------------------------------------------------------
 

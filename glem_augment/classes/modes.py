@@ -48,21 +48,6 @@ def project_on_modes(delta: Tensor, y: Tensor, directions: Tensor, alone: bool =
     return _by_class(lambda rows, modes: (rows @ modes.mT) @ modes, delta, y, directions, alone)
 
 
-def mix_along_modes(
-    z: Tensor, partner: Tensor, keep: Tensor, y: Tensor, directions: Tensor, alone: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Principal-mode mixup z' = z + (1 - keep) P (partner - z) [n, d], with the projection P of `project_on_modes`.
-
-    keep [n] says how much of z stays along the modes. The second result is the fraction [n] of |partner - z|^2 that
-    lies along them, 0 for no difference.
-    """
-    delta = partner - z
-    projected = project_on_modes(delta, y, directions, alone)
-    total = delta.square().sum(dim=1)
-    along = projected.square().sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
-    return z + (1.0 - keep)[:, None] * projected, along.clamp(max=1.0)
-
-
 def _by_class(
     function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, y: Tensor, directions: Tensor, alone: bool
 ) -> Tensor:

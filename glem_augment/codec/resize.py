@@ -125,14 +125,6 @@ class PixelAdapter:
         x = x if x.dtype == torch.float64 else x.float()
         return x if self.std is None else x * _per_channel(self.std, x) + _per_channel(self.mean, x)
 
-    def from_floats(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The inverse of `to_floats` in the dtype that came in; integers are rounded to the nearest level."""
-        if not dtype.is_floating_point:
-            return self.range.from_floats(x)
-        if self.std is not None:
-            x = (x - _per_channel(self.mean, x)) / _per_channel(self.std, x)
-        return x.to(dtype)
-
     # ---- size and channels -----------------------------------------------------------------------------------
 
     def to_model(self, images: Tensor) -> Tensor:
@@ -142,18 +134,24 @@ class PixelAdapter:
             small = (small * _per_channel(LUMA, small)).sum(dim=1, keepdim=True)
         return small.clamp(*self.range.limits).expand(-1, self.shape[0], -1, -1)
 
-    def from_model(self, images: Tensor, small: Tensor, moved: Tensor) -> Tensor:
-        """`images` [n, C, H, W] with the change from `small`, their `to_model`, to `moved`.
+    def from_model(self, images: Tensor, small: Tensor, moved: Tensor, dtype: torch.dtype) -> Tensor:
+        """The results [n, C, H, W] of `to_floats` with the change from `small`, their `to_model`, to `moved`.
 
-        The result lies in the range, or leaves it no further than the original (RandomErasing fills with N(0, 1)).
+        The result has the form of the input, in its dtype; integers are rounded to the nearest level. It lies in the
+        range, or leaves it no further than the original (RandomErasing fills with N(0, 1)).
         """
         change = moved - small
         if change.shape[1] != images.shape[1]:
             # A grey change is the same for every channel. A grey image takes the average of an RGB change.
             change = change.mean(dim=1, keepdim=True).expand(-1, images.shape[1], -1, -1)
         out = images + resized(change, images.shape[2:])
+        if not dtype.is_floating_point:
+            return self.range.from_floats(out)
         low, high = self.range.limits
-        return torch.clamp(out, images.clamp(max=low), images.clamp(min=high))
+        out = torch.clamp(out, images.clamp(max=low), images.clamp(min=high))
+        if self.std is not None:
+            out = (out - _per_channel(self.mean, out)) / _per_channel(self.std, out)
+        return out.to(dtype)
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from glem_augment.checks import SOURCES, DrawSource, check_choice, check_number, check_whole
-from glem_augment.classes.modes import mix_along_modes
+from glem_augment.classes.modes import project_on_modes
 from glem_augment.images.dataset import as_image_data
 from glem_augment.model.glem import GLEM
 from glem_augment.precision import full_precision
@@ -175,7 +175,7 @@ class Draws:
         part = fitted.on_host(y, fitted.covariance_rows(fitted.rows_of(y.to(device), z)))
         keep, directions = 1 - torch.from_numpy(away).to(device), fitted.directions[:, : self.modes]
         with full_precision(device.type):
-            return mix_along_modes(z, other, keep, part, directions, alone=True)[0]
+            return z + (1 - keep)[:, None] * project_on_modes(other - z, part, directions, alone=True)
 
     def _generators(
         self, cls: int, within: np.ndarray, attempt: int
