@@ -3,8 +3,7 @@
 A difference is significant if chance alone gives it in less than 5 % of cases. Over seeds, the test is paired if both
 values come from the same flows, and Welch's test otherwise. Three seeds say little about their variance. In Welch's
 test, the variance is therefore averaged with the mean variance of all methods on the data set, which counts as two more
-seeds (after Smyth 2004). With one run, the standard error is estimated. For accuracies and other shares, it combines
-the number of test images and the spread between runs; for FID, it is a tenth of the value.
+seeds (after Smyth 2004). One run decides nothing.
 
 A claim with several parts holds if all parts hold. It fails if one part is significantly reversed, at 5 % shared among
 the parts. A series rises or falls if the difference of its ends is significant.
@@ -26,16 +25,8 @@ from benchmarks.common import interval
 from glem_augment.io import write_json
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable at this scale"
-# Images behind a share, at least; the scales measure 5,000 to 10,000.
-_IMAGES = 5000
-# Standard deviation between runs, in points, if there is only one run: the largest over three seeds among the methods
-# of Table 8 at "cpu", on Fashion-MNIST and on CIFAR-10.
-_BETWEEN_RUNS = {"main": 1.0, "second": 3.0}
-# The relative standard deviation of FID, from samples, oracle and training together.
-_BETWEEN_FIDS = 0.1
 # Degrees of freedom with which the variance of all methods counts in the variance of one method.
 _PRIOR = 2
-_SHARES = {"NF-A", "CNN-A", "ViT-A", "Cov", "L-R"}
 
 
 @dataclass
@@ -60,14 +51,6 @@ class Comparison(NamedTuple):
 def _chance(t: float, freedom: int) -> float:
     """Probability that Student's t is farther from 0 than this."""
     return float(2 * stats.t.sf(abs(t), freedom))
-
-
-def _one_run(mean: float, metric: str, data: str) -> float:
-    """The standard error of a number that was measured once."""
-    if metric in _SHARES:
-        share = min(1.0, max(0.0, mean / 100))
-        return math.hypot(100 * math.sqrt(share * (1 - share) / _IMAGES), _BETWEEN_RUNS[data])
-    return _BETWEEN_FIDS * abs(mean) if metric == "FID" else math.inf
 
 
 class Runs(list[float]):
@@ -97,19 +80,15 @@ class Measured:
         return statistics.mean(map(statistics.variance, several)) if len(several) > 2 else 0.0
 
     def compare(self, a: Runs, b: Runs, metric: str, data: str) -> Comparison | None:
-        """Compare two methods; None without numbers.
+        """Compare two methods; None with fewer than two runs of each.
 
-        If a method has one run, its standard error is estimated. With several runs, the test is paired if the flows are
-        the same. Otherwise it is Welch's test, and each variance is averaged with the variance of all methods.
+        The test is paired if the flows are the same. Otherwise it is Welch's test, and each variance is averaged with
+        the variance of all methods.
         """
-        if not a or not b:
+        if len(a) < 2 or len(b) < 2:
             return None
         gap = statistics.mean(a) - statistics.mean(b)
         direction = 0 if gap == 0 else int(math.copysign(1, gap))
-        if len(a) < 2 or len(b) < 2:
-            error = math.hypot(*(_one_run(statistics.mean(v), metric, data) / math.sqrt(len(v)) for v in (a, b)))
-            chance = 2 * (1 - statistics.NormalDist().cdf(abs(gap) / error)) if error else float(not gap)
-            return Comparison(direction, chance)
         if a.flows == b.flows and all(a.flows):
             differences = [x - y for x, y in zip(a, b, strict=True)]
             error = statistics.stdev(differences) / math.sqrt(len(differences))
@@ -195,8 +174,9 @@ def _lambda(m: Measured) -> Verdict:
     parts: list[tuple[Comparison | None, str]] = []
     for name in ("NF-A", "CNN-A"):
         best = weights[means[name].index(max(means[name]))]
-        ends = [m.compare(series[name][best], series[name][w], name, "main") for w in (1, 20)]
-        rises, falls = (end for end in ends if end is not None)
+        rises, falls = (m.compare(series[name][best], series[name][w], name, "main") for w in (1, 20))
+        if rises is None or falls is None:
+            return Verdict(OPEN, text)
         # No rise if the smallest is best and significantly better than the largest. Without a fall: no verdict.
         part = Comparison(-1, falls.chance) if best == 1 else Comparison(1, max(rises.chance, falls.chance))
         parts.append((part, f"{name} best at {best}"))

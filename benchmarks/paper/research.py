@@ -322,14 +322,6 @@ class ResearchTrainer(Trainer):
         return True
 
 
-def method_trainer(
-    name: str, data: ImageData, out: str | Path, device: str | None = None, **settings: Any
-) -> ResearchTrainer:
-    """A trainer of the method `name`, with `settings` of `TrainConfig` and `Research` winning over it."""
-    own, research = split_settings({**METHODS[name], **settings})
-    return ResearchTrainer(data, TrainConfig(**own), out, device=device, research=research)
-
-
 def main() -> int:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("data")
