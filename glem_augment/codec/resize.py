@@ -60,22 +60,15 @@ class PixelAdapter:
                 f"x must be a tensor of images [B, C, H, W], got {got}: use torch.from_numpy(x) for an array, "
                 "aug.as_transform() for single images, tuples and dicts"
             )
-        channels = x.shape[1]
+        channels, whole = x.shape[1], not x.is_floating_point()
         if channels != self.shape[0] and {channels, self.shape[0]} != {1, 3}:
-            if x.shape[3] in (1, 3, self.shape[0]):
-                raise ValueError(
-                    f"x has the shape {list(x.shape)}, but channels come first: give x.permute(0, 3, 1, 2)"
-                )
             raise ValueError(
-                f"images have {channels} channels, the model's {self.shape[0]}; "
-                "only grey (1) and RGB (3) are converted into each other"
+                f"x has the shape {list(x.shape)}, the model's images {self.shape[0]} channels: channels come first "
+                "(x.permute(0, 3, 1, 2)), and only grey (1) and RGB (3) are converted into each other"
             )
-        whole = x.dtype == self.range.torch_dtype and not x.is_floating_point()
-        if whole and self.mean is not None:
-            raise TypeError(f"mean and std are for normalised float input, got {self.range.dtype}: leave them out")
-        if not whole and not x.is_floating_point():
-            allowed = "floating point" if self.range.continuous else f"{self.range.dtype} or floating point"
-            raise TypeError(f"x must be {allowed}, got {x.dtype}")
+        if whole and (x.dtype != self.range.torch_dtype or self.mean is not None):
+            allowed = "" if self.range.continuous or self.mean is not None else f"{self.range.dtype} or "
+            raise TypeError(f"x must be {allowed}floating point{', with mean and std' * (not allowed)}, got {x.dtype}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(for_channels(values, channels)) not in (1, channels):
                 raise ValueError(f"{name} has {len(values)} values, the images {channels} channels")
@@ -84,30 +77,22 @@ class PixelAdapter:
             self._seen.add(x.dtype)
 
     def _check_range(self, x: Tensor) -> None:
-        whole, most = not x.is_floating_point(), self.range.high
         (low, high), (bottom, top) = value_range(x), self.range.ends(x)
-        width, slack = top - bottom, 0 if whole else RANGE_SLACK * (top - bottom)
         if self.mean is None or self.std is None:
-            if not (low >= bottom - slack and high <= top + slack):
-                fix = "clip them" if whole else "give mean and std if they are normalised"
-                fix += "" if whole or self.range.continuous else f", and divide images of 0 to {most} by {most}"
+            slack = RANGE_SLACK * (top - bottom) if x.is_floating_point() else 0
+            if low < bottom - slack or high > top + slack:
                 raise ValueError(
-                    f"{'' if whole else 'float '}images must be in [{bottom:g}, {top:g}], got values from {low:.4g} to "
-                    f"{high:.4g}; {fix}"
+                    f"images must be in [{bottom:g}, {top:g}], got values from {low:.4g} to {high:.4g}: clip or "
+                    "scale them, or give mean and std if they are normalised"
                 )
             return
-        x = x.detach().float()
-        unit = (self.to_floats(x) - bottom) / width
+        unit = (self.to_floats(x.detach().float()) - bottom) / (top - bottom)
         share = float(((unit < -UNIT_SLACK) | (unit > 1 + UNIT_SLACK)).float().mean())
-        if share:
-            span = "from {:.3g} to {:.3g}".format(*value_range(unit))
-            text = f"with mean and std undone, {100 * share:.3g} % of the values lie outside [0, 1], {span}"
-            if share > FEW:
-                raise ValueError(
-                    f"{text}: give the mean and std by which the images were normalised; for images in [0, 1] leave "
-                    "them out, for 0 to 255 give uint8"
-                )
-            warnings.warn(f"{text}: this is right after RandomErasing, otherwise check mean and std", stacklevel=4)
+        if share > FEW:
+            raise ValueError(
+                f"with mean and std undone, {100 * share:.3g} % of the values lie outside [0, 1]: give the mean and "
+                "std by which the images were normalised; for images in [0, 1] leave them out, for 0 to 255 give uint8"
+            )
         changes = min(self.mean) > 0 or max(self.std) < 1  # mean 0 and std 1 leave images as they are
         if changes and x.numel() >= 1000 and 0 <= low < high <= 1:
             warnings.warn(

@@ -256,21 +256,21 @@ def open_data(
         raise ValueError(f"channels must be 1, 3 or None, got {channels!r}")
     if len(source) == 0:
         raise DataError(f"{source.name} holds no images")
-    *shape, dtype = source.header(0)
+    channels_found, height, width, dtype = source.header(0)
     value_range = source.pixel_range if value_range is None else value_range
     pixel_range = _range_of(dtype, source.name, value_range)
     if size is None or channels is None:
-        shape = _common_shape(source, size is None)
-    found = (channels or shape[0], *(size or shape[1:]))
-    pixels = None
-    if isinstance(source.items, torch.Tensor) and source.items.shape[1:] == found:
+        channels_found, height, width = _common_shape(source, size is None)
+    height, width = size or (height, width)
+    shape, pixels = (channels or channels_found, height, width), None
+    if isinstance(source.items, torch.Tensor) and source.items.shape[1:] == shape:
         pixels = source.items if len(source.items) == len(source) else source.items[torch.from_numpy(source.rows)]
-    elif len(source) * math.prod(found) * pixel_range.bits // 8 <= cache_bytes:
-        pixels = _decode(source, found, pixel_range.torch_dtype)
+    elif len(source) * math.prod(shape) * pixel_range.bits // 8 <= cache_bytes:
+        pixels = _decode(source, shape, pixel_range.torch_dtype)
     clip = value_range is not None
     if pixels is not None:
         pixels = _in_range(pixels.contiguous(), pixel_range, source.name, clip)
-    out = ImageData(source, found, pixels, pixel_range, clip)
+    out = ImageData(source, shape, pixels, pixel_range, clip)
     if not isinstance(source.items, torch.Tensor):  # all its images have one shape
         out.unstated = [word for word, value in (("image_size", size), ("channels", channels)) if value is None]
     return out
@@ -359,7 +359,7 @@ def _common_shape(source: Source, same_size: bool) -> tuple[int, int, int]:
     BadImageError: a file that is no image. DataError: different sizes, with `same_size`.
     """
     if isinstance(source.items, torch.Tensor):
-        return tuple(source.items.shape[1:])
+        return source.header(0)[:3]
     first, counts = source.header(0), np.empty(len(source), dtype=np.int64)  # of channels
 
     def one(index: int) -> None:

@@ -55,38 +55,32 @@ def match_classes(
     if isinstance(class_map, str) and class_map == "order":
         if len(model.ids) != len(data.ids):
             raise ClassMismatchError(
-                f"class_map='order' needs equally many classes: the data has {len(data.ids)}, the model "
-                f"{len(model.ids)}; give a mapping of names. {model.listing()}"
+                f"class_map='order' needs equally many classes. {data.listing()} {model.listing()}"
             )
         return np.arange(len(data.ids), dtype=np.int64)
     if class_map is not None and not isinstance(class_map, Mapping):
         raise TypeError(f"class_map must be None, 'order' or a mapping of names, got {class_map!r}")
     if model.ids == [ONE_CLASS] and not class_map:
         return np.zeros(len(data.ids), dtype=np.int64)
-    found: dict[int, int] = {}
-    for source, target in (class_map or {}).items():
-        i, j = data.find(str(source)), model.find(str(target))
-        if found.setdefault(i, j) != j:
-            raise ClassMismatchError(f"class_map maps the data's class {data.names[i]!r} twice")
+    stated = {} if class_map is None else {str(theirs): str(ours) for theirs, ours in class_map.items()}
+    found = {data.find(theirs): model.find(ours) for theirs, ours in stated.items()}
+    if len(found) < len(stated):
+        raise ClassMismatchError(f"class_map names a class of the data twice: {_listed(list(stated))}")
     for form in _FORMS:
-        ours, theirs = _unique(data.columns(model), form), _unique(model.columns(data), form)
-        for name, i in ours.items():
-            if name in theirs:
-                found.setdefault(i, theirs[name])
+        ours, theirs = _unique(model.columns(data), form), _unique(data.columns(model), form)
+        found = {i: ours[name] for name, i in theirs.items() if name in ours} | found
     missing = [data.label(i) for i in range(len(data.ids)) if i not in found]
     if missing and (not partial or not found):
         raise ClassMismatchError(
             f"{len(missing)} of the {len(data.ids)} classes of the data have no counterpart in the model: "
             f"{_listed(missing)}. {model.listing()} {fix or _FIX}"
         )
-    owner: dict[int, int] = {}
-    for i, j in sorted(found.items()):
-        other = owner.setdefault(j, i)
-        if other != i:
-            raise ClassMismatchError(
-                f"{data.label(other)} and {data.label(i)} of the data are one class of the model, {model.label(j)}. "
-                f"{fix or 'Give class_map with a different model class for each.'}"
-            )
+    if twice := [j for j, count in Counter(found.values()).items() if count > 1]:
+        same = " and ".join(data.label(i) for i in sorted(found) if found[i] == twice[0])
+        raise ClassMismatchError(
+            f"{same} of the data are one class of the model, {model.label(twice[0])}. "
+            f"{fix or 'Give class_map with a different model class for each.'}"
+        )
     return np.asarray([found.get(i, -1) for i in range(len(data.ids))], dtype=np.int64)
 
 

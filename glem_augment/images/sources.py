@@ -336,11 +336,12 @@ def _timm(spec: str, split: str) -> Source:
     """`NAME[@ROOT]` or a .tar file, opened by `timm.data.create_dataset`; nothing is downloaded to ROOT."""
     from timm.data import create_dataset
 
+    options: dict[str, Any] = {}
     if root := tar_file(spec):
         # Threads and forked workers would share the position of a handle that is kept open.
         name, options = "", {"cache_tarfiles": False}
     else:
-        (name, _, root), options = spec.partition("@"), {}
+        name, _, root = spec.partition("@")
     try:
         path = os.path.expanduser(root) or None
         return _data_set(create_dataset(name, path, split, download=False, input_img_mode="", **options), spec)

@@ -96,8 +96,7 @@ def test_erased_pixels_stay_outside_the_range(rgb: GLEM, size: int) -> None:
     x[:, :, :4, :4] = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     x[0, 0, 0, :2] = torch.tensor([-4.0, 4.0])
     settings: dict[str, Any] = {"p": 1.0, "mean": MEAN, "std": STD}
-    with pytest.warns(UserWarning, match="this is right after RandomErasing"):
-        out = GLEMAugment(rgb, Noise(1e-3), **settings)(x, labels(4))[0]
+    out = GLEMAugment(rgb, Noise(1e-3), **settings)(x, labels(4))[0]
     assert torch.allclose(out, x, atol=1e-2) and not torch.equal(out, x)
 
 
@@ -105,7 +104,7 @@ def test_wrong_ranges_are_noticed_in_the_first_batch(rgb: GLEM, recwarn: pytest.
     settings: dict[str, Any] = {"p": 1.0, "policy": "noise", "mean": MEAN, "std": STD}
     for x, given, message in (
         (images(4, 3) / 255, {"mean": (0.1, 0.2), "std": (1, 1)}, "mean has 2 values, the images 3"),
-        (images(4, 3), {}, "got uint8"),
+        (images(4, 3), {}, "got torch.uint8"),
         (images(8, 3).float(), {}, "for 0 to 255 give uint8"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):

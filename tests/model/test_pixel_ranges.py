@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +32,6 @@ RANGES = {
     "grey16": None,
     "float12": (-1000.0, 1000.0),
     "int2": (-400, 400),
-    "bytes5": None,
 }
 
 
@@ -49,8 +47,7 @@ def arrays(bundled: ImageData, kind: str) -> tuple[np.ndarray, np.ndarray]:
         out = np.concatenate([x.astype(np.float32), gy, gx, gx * gy / 600] * 3, 1) * np.float32(3.1) - 50
         out[:, :, 0, 0] = 7  # a pixel that never varies
         return out, y
-    both = np.concatenate([gx, gy], 1)
-    return (both.astype(np.int16), y) if kind == "int2" else (np.concatenate([x, 255 - x, x // 2, x, x], 1), y)
+    return np.concatenate([gx, gy], 1).astype(np.int16), y
 
 
 @pytest.fixture(scope="module")
@@ -108,19 +105,17 @@ def test_from_files_to_moves_samples_and_files(root: Path, kind: str, tmp_path: 
     assert torch.equal(made.images([8, 0]), drawn[[8, 0]])
     made.export(tmp_path / "made")
     assert {path.suffix for path in (tmp_path / "made").glob("*/*")} == {".png" if kind == "grey16" else ".npy"}
-    again = open_data(tmp_path / "made", value_range=model.pixel_range)
+    again = open_data(tmp_path / "made")  # the export has stored the range
     assert torch.equal(again.tensor(), drawn) and again.pixel_range == model.pixel_range
-    for real in (data, root / kind):
-        for synthetic in (made, again):
-            both = RealAndSynthetic(real, synthetic, ratio=0.1)
-            assert torch.equal(both[len(x)][0], drawn[0]) and torch.equal(torch.as_tensor(both[1][0]), x[1])
-    with pytest.raises(DataError, match=rf"webdataset needs 8-bit grey or RGB.*{data.pixel_range.dtype}"):
+    for real, synthetic in ((data, again), (root / kind, made)):
+        both = RealAndSynthetic(real, synthetic, ratio=0.1)
+        assert torch.equal(both[len(x)][0], drawn[0]) and torch.equal(torch.as_tensor(both[1][0]), x[1])
+    with pytest.raises(DataError, match=data.pixel_range.dtype):
         made.export(tmp_path / "shards", "webdataset")
     mixed = SyntheticDataset(model, 2, source="mixup", real=data)
     assert mixed.images([0]).dtype == x.dtype
-    picture = preview(model, data, rows=3, policies=["noise"], channels=[len(x[0]) - 1])
-    assert picture.size == preview(model, data, rows=3, policies=["noise"]).size
-    with pytest.raises(ValueError, match="channels must be one or three of 0 to"):
+    assert preview(model, data, rows=3, policies=["noise"], channels=[len(x[0]) - 1]).width > 0
+    with pytest.raises(ValueError, match="channels"):
         preview(model, data, channels=[len(x[0])])
 
 
@@ -164,58 +159,44 @@ def test_noise_stays_within_its_level_of_16_bits() -> None:
     )
 
 
-def test_other_images_are_refused_with_the_fix(root: Path) -> None:
+def test_other_images_are_refused(root: Path) -> None:
     data = opened(root, "float12")
     model, x, y = GLEM.fit(data, rank=4), data.tensor(), torch.from_numpy(data.targets)
     aug = GLEMAugment(model, "noise")
-    for call, message in (
-        (lambda: model.encode((x * 255).to(torch.uint8)), "images must be floating point; got torch.uint8"),
-        (lambda: model.encode(x * 2), r"lie in \[-1000,1000\].*value_range=model.pixel_range"),
-        (lambda: aug(x * 2, y), r"must be in \[-1000, 1000\].*give mean and std if they are normalised$"),
-        (lambda: aug(x.to(torch.int16), y), "x must be floating point, got torch.int16"),
-        (lambda: aug(x[:, :, :10].permute(0, 2, 3, 1), y), "channels come first"),
-        (lambda: model.bits_per_dim(x), "numbers without levels"),
-        (lambda: GLEM.fit(root / "grey16", flow=model), "has images of uint16, the model takes float32 from -1000"),
-        (lambda: GLEM.fit(data, autoencoder="taef2"), "an autoencoder .leave it out.* needs 8-bit images.*float32"),
-        (lambda: GLEM.fit(data, "taef2", privacy=Privacy(1.0)), "a private model needs 8-bit images"),
-        (lambda: Trainer(data, TrainConfig(), root / "run"), "GLEM.fit needs no training. needs 8-bit"),
-        (lambda: GLEM.fit("bundled:fashion-mnist", flow=model), "has images of uint8, the model takes float32"),
+    for call, named in (
+        (lambda: model.encode((x * 255).to(torch.uint8)), "uint8"),
+        (lambda: model.encode(x * 2), "1000"),
+        (lambda: aug(x * 2, y), "1000"),
+        (lambda: aug(x.to(torch.int16), y), "int16"),
+        (lambda: aug(x[:, :, :10].permute(0, 2, 3, 1), y), "permute"),
+        (lambda: model.bits_per_dim(x), "levels"),
+        (lambda: GLEM.fit(root / "grey16", flow=model), "uint16"),
+        (lambda: GLEM.fit(root / "int2"), "value_range"),
+        (lambda: GLEM.fit(data, autoencoder="taef2"), "autoencoder"),
+        (lambda: GLEM.fit(data, "taef2", privacy=Privacy(1.0)), "private"),
+        (lambda: Trainer(data, TrainConfig(), root / "run"), "training"),
     ):
-        with pytest.raises((ValueError, TypeError), match=message):
-            call()
-    tens = ImageData.from_tensors(
-        x[:, :2].abs().clamp(100, 190).to(torch.int16), y, data.classes, value_range=(100, 190)
-    )
-    few, eleven = GLEM.fit(tens, rank=4), tens.tensor() + 1
-    for call in (lambda: few.encode(eleven), lambda: GLEMAugment(few)(eleven, y)):
-        with pytest.raises(
-            ValueError, match=r"^images must (be|lie) in \[100, ?190\], got values from 101 to 191; clip"
-        ):
+        with pytest.raises((ValueError, TypeError), match=named):
             call()
     normalised = GLEMAugment(model, "noise", p=1.0, mean=-50.0, std=200.0, seed=0)((x + 50) / 200, y)[0]
     assert torch.allclose(normalised * 200 - 50, GLEMAugment(model, "noise", p=1.0, seed=0)(x, y)[0], atol=0.05)
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        ["uint16", 0, 65535],
-        {"dtype": "uint16", "low": 0},
-        {"dtype": ["uint16"], "low": 0, "high": 1},
-        {"dtype": "uint16", "low": False, "high": 9},
-        {"dtype": "float32", "low": 0, "high": 10**400},
-        {"dtype": "float32", "low": 0, "high": 1},  # the model has 16 bits
-        {"dtype": "uint16", "low": 5, "high": 5},
-    ],
-)
-def test_hostile_ranges_are_refused(root: Path, tmp_path: Path, given: Any) -> None:
-    model = GLEM.fit(opened(root, "grey16"), rank=2)
-    model.save(tmp_path)
+def test_hostile_ranges_are_refused(root: Path, tmp_path: Path) -> None:
+    GLEM.fit(opened(root, "grey16"), rank=2).save(tmp_path)
     values = json.loads((tmp_path / CONFIG).read_text())
     assert values["pixel_range"] == {"dtype": "uint16", "low": 0, "high": 65535}
-    (tmp_path / CONFIG).write_text(json.dumps(values | {"pixel_range": given}))
-    with pytest.raises(ModelFileError, match="config.json"):
-        GLEM.from_pretrained(tmp_path)
+    for given in (
+        ["uint16", 0, 65535],
+        {"dtype": "uint16", "low": 0},
+        {"dtype": "__class__", "low": 0, "high": 1},
+        {"dtype": "uint16", "low": 0, "high": 10**30},
+        {"dtype": "float32", "low": 0, "high": 10**400},
+        {"dtype": "float32", "low": 0, "high": 1},  # bits are 16
+    ):
+        (tmp_path / CONFIG).write_text(json.dumps(values | {"pixel_range": given}))
+        with pytest.raises(ModelFileError):
+            GLEM.from_pretrained(tmp_path)
 
 
 def test_8_bit_models_have_no_range_in_their_file() -> None:
@@ -236,7 +217,6 @@ def test_the_commands(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     picture = ["--rows", "2", "--policy", "noise", "--channels", "0", "11", "5", "--out", str(tmp_path / "p.png")]
     assert main(["preview", model, str(root / "float12"), *picture]) == 0
     assert main(["generate", model, "--per-class", "2", "--out", made]) == 0
-    assert main(["generate", model, "--per-class", "2", "--out", made]) == 0  # nothing is missing
     assert len(list(Path(made).glob("*/*.npy"))) == 6
-    assert main(["generate", model, "--per-class", "2", "--format", "webdataset", "--out", made + "2"]) == 2
-    assert "webdataset needs 8-bit" in capsys.readouterr().err
+    assert main(["fit", str(root / "int2"), "--out", model + "2"]) == 2
+    assert "--value-range" in capsys.readouterr().err
