@@ -3,7 +3,7 @@
 from glem_augment.codec.autoencoder import Autoencoder
 from glem_augment.codec.codec import Codec, to_unit
 from glem_augment.codec.levels import Levels, Values
-from glem_augment.codec.pixel_range import PixelRange, to_uint8
+from glem_augment.codec.pixel_range import PixelRange
 from glem_augment.codec.resize import PixelAdapter
 
-__all__ = ["Autoencoder", "Codec", "Levels", "PixelAdapter", "PixelRange", "Values", "to_uint8", "to_unit"]
+__all__ = ["Autoencoder", "Codec", "Levels", "PixelAdapter", "PixelRange", "Values", "to_unit"]

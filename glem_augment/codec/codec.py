@@ -103,13 +103,10 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int], pixel_range: Pixe
     if x.dtype != torch.uint8 and pixel_range is not None and x.device.type == "cpu" and x.numel():
         (low, high), (bottom, top) = value_range(x), pixel_range.ends(x)
         slack = _RANGE_TOLERANCE * (top - bottom) if x.is_floating_point() else 0
-        if not (low >= bottom - slack and high <= top + slack):
-            fix = f"pass {wanted.dtype} images, divide by {wanted.high}, or undo the normalisation"
-            if wanted.continuous or not x.is_floating_point():
-                fix = "clip them, or open them with open_data(..., value_range=model.pixel_range)"
-            kind = "float images" if x.is_floating_point() else "images"
+        if low < bottom - slack or high > top + slack:
             raise ValueError(
-                f"{kind} must lie in [{bottom:.6g},{top:.6g}], got values from {low:.4g} to {high:.4g}; {fix}"
+                f"images of {x.dtype} must lie in [{bottom:.6g},{top:.6g}], got values from {low:.4g} to {high:.4g}: "
+                "clip or scale them, undo a normalisation, or open them with value_range=model.pixel_range"
             )
 
 

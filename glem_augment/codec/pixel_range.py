@@ -117,8 +117,3 @@ class PixelRange:
 UINT8 = PixelRange()
 # The ranges of images of which none is stated.
 DEFAULT_RANGES = {each.dtype: each for each in (UINT8, PixelRange("uint16", 0, 65535), PixelRange("float32", 0, 1))}
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Decoded 8-bit images, float of any values, as uint8."""
-    return UINT8.from_floats(x)

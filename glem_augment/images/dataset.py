@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,13 +15,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from glem_augment.codec.pixel_range import DEFAULT_RANGES, UINT8, PixelRange
-from glem_augment.distributed import Share, share
+from glem_augment.distributed import Share, progress_bar, share
 from glem_augment.errors import BadImageError, DataError
-from glem_augment.images.cropping import fit
 from glem_augment.images.matching import ClassMap, Integers, check_names, check_targets, match_classes
-from glem_augment.images.readers import dtype_of
+from glem_augment.images.readers import dtype_of, resize_and_crop
 from glem_augment.images.sources import Source, open_source, tensor_source
-from glem_augment.images.threads import in_threads
 
 Limits: TypeAlias = tuple[float, float] | PixelRange
 
@@ -370,7 +370,7 @@ def _common_shape(source: Source, same_size: bool) -> tuple[int, int, int]:
                 f"{source.where(index)} is {size[0]}x{size[1]}; give image_size=(height, width)"
             )
 
-    in_threads(one, len(source), f"looking at {source.name}", source.threads)
+    _for_each(source, one, "looking at")
     return (3 if first[0] == 1 and (counts == 3).any() else first[0]), first[1], first[2]
 
 
@@ -382,7 +382,7 @@ def _read(source: Source, index: int, shape: tuple[int, int, int], dtype: torch.
             f"{source.where(index)} has {len(pixels)} channels of {pixels.dtype}, not {shape[0]} of {dtype}: give all "
             "images alike"
         )
-    return fit(pixels, *shape[1:])
+    return resize_and_crop(pixels, *shape[1:])
 
 
 def _decode(source: Source, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -392,8 +392,19 @@ def _decode(source: Source, shape: tuple[int, int, int], dtype: torch.dtype) -> 
     def one(index: int) -> None:
         out[index] = _read(source, index, shape, dtype)
 
-    in_threads(one, len(source), f"decoding {source.name}", source.threads)
+    _for_each(source, one, "decoding")
     return out
+
+
+def _for_each(source: Source, task: Callable[[int], None], verb: str) -> None:
+    """Run `task` for the index of every image, on threads; the first error in the order of images stops the rest.
+
+    PIL and torch release the GIL while they decode.
+    """
+    threads = min(source.threads, os.cpu_count() or 1)
+    with progress_bar(f"{verb} {source.name}", total=len(source)) as bar, ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(task, range(len(source))):
+            bar.update()
 
 
 def _pair(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -1,7 +1,8 @@
-"""One image from a file, with PIL's view of it as a tensor."""
+"""One image: read from a file, as a tensor, and resized and cropped to a size."""
 
 from __future__ import annotations
 
+import math
 from typing import IO
 
 import numpy as np
@@ -16,6 +17,7 @@ from glem_augment.images.arrays import read_array
 EXTENSIONS = (*IMG_EXTENSIONS, ".npy")
 # PIL goes by content rather than by extension, and some of its formats run other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP")
+_LONGEST = 16  # an image is cropped to this many times the needed length before it is resized
 
 
 def read(file: str | IO[bytes]) -> Image.Image | Tensor:
@@ -67,3 +69,20 @@ def to_tensor(image: Image.Image | Tensor, channels: int) -> Tensor:
 def as_pil(image: Tensor) -> Image.Image | Tensor:
     """uint8 [1,H,W] or [3,H,W] as a PIL image, which can be converted; other images as they are."""
     return F.to_pil_image(image) if image.dtype == torch.uint8 and image.shape[0] in (1, 3) else image
+
+
+def resize_and_crop(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Resize an image [C,H,W] so that it just covers height x width, then crop the centre."""
+    h, w = pixels.shape[-2:]
+    scale = max(height / h, width / w)
+    # Without this crop, resizing an image of 1 x 50 million pixels would take gigabytes.
+    h = min(h, math.ceil(_LONGEST * height / scale))
+    w = min(w, math.ceil(_LONGEST * width / scale))
+    pixels = F.center_crop(pixels, [h, w])
+    target = [max(height, round(h * scale)), max(width, round(w * scale))]
+    if target != [h, w]:
+        if pixels.dtype == torch.uint16:  # torchvision truncates it
+            pixels = F.resize(pixels.float(), target, antialias=True).round().to(pixels.dtype)
+        else:
+            pixels = F.resize(pixels, target, antialias=True)
+    return F.center_crop(pixels, [height, width])

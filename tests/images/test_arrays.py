@@ -23,8 +23,8 @@ from glem_augment.codec.pixel_range import UINT8, PixelRange
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.images import open_data
 from glem_augment.images.arrays import check_layout, read_array
-from glem_augment.images.cropping import fit
 from glem_augment.images.dataset import ImageData, as_image_data
+from glem_augment.images.readers import resize_and_crop
 
 RNG = np.random.default_rng(0)
 X16 = RNG.integers(0, 65536, (4, 6, 7)).astype(np.uint16)
@@ -80,8 +80,8 @@ def test_values_outside_a_stated_range_are_clipped_with_a_warning(tmp_path: Path
 
 def test_resized_values_are_rounded_to_the_nearest() -> None:
     x = torch.from_numpy(X16[:1])
-    wanted = fit(x.float(), 3, 3).round()
-    assert torch.equal(fit(x, 3, 3).float(), wanted) and fit(x, 3, 3).dtype == torch.uint16
+    wanted = resize_and_crop(x.float(), 3, 3).round()
+    assert torch.equal(resize_and_crop(x, 3, 3).float(), wanted) and resize_and_crop(x, 3, 3).dtype == torch.uint16
 
 
 def test_images_of_different_kinds_are_refused(tmp_path: Path) -> None:

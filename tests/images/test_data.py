@@ -25,9 +25,9 @@ from torchvision.transforms.v2 import functional as F
 
 from glem_augment import GLEM
 from glem_augment.errors import BadImageError, DataError
-from glem_augment.images.cropping import fit
 from glem_augment.images.dataset import ImageData, open_data
 from glem_augment.images.matching import match_classes
+from glem_augment.images.readers import resize_and_crop
 from glem_augment.images.sources import CLASS_FILE, PROVENANCE
 
 
@@ -189,7 +189,7 @@ def test_resizing_is_that_of_torchvision(shape, size, covered) -> None:
     x = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
     height, width = size if isinstance(size, tuple) else (size, size)
     wanted = F.center_crop(F.resize(x, covered, antialias=True), [height, width])
-    assert torch.equal(fit(x, height, width), wanted)
+    assert torch.equal(resize_and_crop(x, height, width), wanted)
 
 
 def test_mixed_sizes(image_folder: Path) -> None:
@@ -336,10 +336,10 @@ def test_tensors() -> None:
     for given in ((x, y), (x.numpy(), y.tolist()), TensorDataset(x, y), Subset(TensorDataset(x, y), range(6))):
         data = open_data(given)
         assert torch.equal(data.tensor(), x) and data.targets.tolist() == y.tolist() and not data.named
-        assert torch.equal(open_data(given, image_size=4)[3][0], fit(x[3], 4, 4))
+        assert torch.equal(open_data(given, image_size=4)[3][0], resize_and_crop(x[3], 4, 4))
     assert torch.equal(open_data((x[:, :2], y)).tensor(), x[:, :2])
     many = torch.cat([x, x[:, :2]], 1)  # channels
-    assert torch.equal(open_data((many, y), image_size=4)[3][0], fit(many[3], 4, 4))
+    assert torch.equal(open_data((many, y), image_size=4)[3][0], resize_and_crop(many[3], 4, 4))
     for given in ((x.double(), y), [(x[0].double(), 0)], [5], (i for i in "ab"), (x, y.float())):
         with pytest.raises((TypeError, DataError)):
             open_data(given)

@@ -16,7 +16,7 @@ from model_cases import images, tiny_model
 from safetensors.torch import load_file, save_file
 
 from glem_augment import GLEM
-from glem_augment.codec.pixel_range import to_uint8
+from glem_augment.codec.pixel_range import UINT8
 from glem_augment.errors import ModelFileError
 from glem_augment.model.weights import WEIGHTS, bundled_models, local_folder, stored, weights_sha256
 
@@ -100,7 +100,7 @@ def test_the_flow_of_clothes_classifies_and_inverts(bundled_test) -> None:
 def test_the_flow_of_colour_knows_its_own_samples() -> None:
     model = GLEM.from_pretrained("bundled:cifar10")
     y = torch.arange(10).repeat(5)
-    x = to_uint8(model.sample(y, 0.8, torch.Generator().manual_seed(0), "rfcm"))
+    x = UINT8.from_floats(model.sample(y, 0.8, torch.Generator().manual_seed(0), "rfcm"))
     assert (model.predict(x) == y).float().mean() > 0.7 and x.unique().numel() > 200
     found = model.check_invertibility(x)
     assert found["flow_error"] < 1e-4 and found["psnr"] > 24

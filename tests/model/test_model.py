@@ -13,7 +13,7 @@ from model_cases import images, seeded, tiny_model
 from torch import Tensor
 
 from glem_augment import GLEM, ImageData
-from glem_augment.codec.pixel_range import UINT8, to_uint8
+from glem_augment.codec.pixel_range import UINT8
 from glem_augment.errors import ClassMismatchError, DataError
 from glem_augment.model.glem import as_model
 
@@ -125,7 +125,7 @@ def test_uint8_images_come_back_exactly(preset: str, shape: tuple[int, int, int]
     levels = 2**bits - 1
     assert torch.equal((back * levels).round().to(torch.uint8), x >> (8 - bits))
     if bits == 8:
-        assert torch.equal(to_uint8(back), x)
+        assert torch.equal(UINT8.from_floats(back), x)
     # With dequantisation noise the image stays in its bin.
     noisy = model.decode(model.encode(x, seeded())[0], clamp=False)
     assert ((noisy * levels - (x >> (8 - bits))).abs() <= 0.5 + 1e-2).all()
@@ -179,7 +179,7 @@ def test_ambient_autocast_changes_nothing() -> None:
 def test_decoded_images_as_they_can_be_shown() -> None:
     x = torch.tensor([math.nan, math.inf, -math.inf, -0.1, 0.3, 1.7])
     assert torch.equal(UINT8.clamp(x), torch.tensor([0.5, 1.0, 0.0, 0.0, 0.3, 1.0]))
-    assert to_uint8(x).tolist() == [128, 255, 0, 0, 76, 255] and math.isnan(x[0])
+    assert UINT8.from_floats(x).tolist() == [128, 255, 0, 0, 76, 255] and math.isnan(x[0])
 
 
 def test_check_invertibility_reports_errors_in_uint8_steps() -> None:
@@ -213,7 +213,7 @@ def test_interpolation_is_a_straight_line_between_the_images() -> None:
     model, a, b = tiny_model(), images(3), images(3)
     lines = model.interpolate(a, b, 5)
     assert lines.shape == (3, 5, 1, 4, 4)
-    assert torch.equal(to_uint8(lines[:, 0]), a) and torch.equal(to_uint8(lines[:, -1]), b)
+    assert torch.equal(UINT8.from_floats(lines[:, 0]), a) and torch.equal(UINT8.from_floats(lines[:, -1]), b)
     quarter = model.decode(model.encode(a)[0] * 0.75 + model.encode(b)[0] * 0.25)
     torch.testing.assert_close(lines[:, 1], quarter, rtol=0, atol=1e-5)
 
