@@ -47,6 +47,12 @@ class Flow(nn.Module):
             raise ValueError(f"the activations of {type(self).__name__} can't be recomputed: leave memory at 'stored'")
         self.memory = memory
 
+    def set_dropout(self, part: float) -> None:
+        """Leave out that part of the channels of the subnets, at random. See `Subnet`."""
+        for module in self.modules():
+            if isinstance(module, Subnet):
+                module.dropout = part
+
     def set_autocast(self, dtype: torch.dtype | None) -> None:
         """Run the subnets in `dtype` (float16 or bfloat16) or, with None, in float32. See `Subnet`."""
         self.autocast = dtype

@@ -9,6 +9,7 @@ There are two kinds of blocks:
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 SUBNETS = ("residual", "bottleneck")
@@ -38,6 +39,8 @@ class Subnet(nn.Module):
 
     `forward(x)` maps [B, in_channels, H, W], float32 or float64, to [B, out_channels, H, W] in channels_last format.
 
+    `dropout` is another one: the part of the channels before the last convolution that is left out, per image.
+
     `autocast` (a dtype or None) is a switch for training: the first convolution and the blocks run in that dtype, the
     rest in the dtype of x. Encoding and decoding must use the same value. Only float32 meets the round-trip promise.
 
@@ -59,6 +62,7 @@ class Subnet(nn.Module):
     ) -> None:
         super().__init__()
         self.autocast: torch.dtype | None = None
+        self.dropout = 0.0
         # Sizes of the inner convolutions and of the last one, and the channels between them.
         residual = kind == "residual"
         kernels, last, inner = ((3, 1, 3), 3, width) if residual else ((1, 3, 1), 1, max(1, width // 2))
@@ -76,4 +80,5 @@ class Subnet(nn.Module):
             h = self.head(x)
             for block in self.blocks:
                 h = block(h)
-        return self.tail(self.act(h.to(x.dtype))).contiguous(memory_format=torch.channels_last)
+        h = F.dropout2d(self.act(h.to(x.dtype)), self.dropout, self.dropout > 0)
+        return self.tail(h).contiguous(memory_format=torch.channels_last)

@@ -15,7 +15,6 @@ from glem_augment.images.dataset import ImageData
 from glem_augment.tensors import send
 from glem_augment.training.augmentation import augment_batch
 from glem_augment.training.config import TrainConfig
-from glem_augment.training.latents import choose_views
 
 G_FRACTION, MAX_HELD_OUT = 0.1, 2000
 EVAL_BATCH = 256
@@ -70,6 +69,12 @@ def seeded(seed: int, *key: int) -> torch.Generator:
     """A generator on the CPU, a function of the seed and the key."""
     state = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
+
+
+def choose_views(x: Tensor, generator: torch.Generator, share: Share) -> Tensor:
+    """One random view [b, C, h, w] of each of the images x [b, V, C, h, w], the part `share` of a batch."""
+    view = torch.randint(x.shape[1], (share.total,), generator=generator)[share.rows].to(x.device)
+    return x[torch.arange(len(x), device=x.device), view]
 
 
 class Batches:

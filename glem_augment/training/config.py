@@ -59,6 +59,13 @@ class TrainConfig:
     latent_noise: float = _setting(
         0.0, float, "noise on an autoencoder's latents in training, in standard deviations of the latents"
     )  # fmt: skip
+    views: int = _setting(
+        4, int, "latents of each image, the first of the image and further ones of augmented copies, that an "
+        "autoencoder's run encodes once; flip alone has two", low=1, high=64,
+    )  # fmt: skip
+    dropout: float = _setting(
+        0.0, float, "part of the channels of the flow's networks that each step leaves out in training", high=0.9
+    )
     bits: int = _setting(8, int, "bits per channel that are modelled; the paper uses 5", low=1, high=8)
     objective: Literal["hybrid", "mle", "glem"] = _setting(
         "hybrid", OBJECTIVES, "hybrid: likelihood and cross-entropy, with Gaussians learned jointly; mle: likelihood "
@@ -66,6 +73,9 @@ class TrainConfig:
     )  # fmt: skip
     beta: float | None = _setting(
         None, float, "of hybrid: weight of the cross-entropy, per nat, against NLL per dimension", shown="0.3"
+    )
+    beta_end: float | None = _setting(
+        None, float, "of hybrid: beta at the end of the run, to which it falls linearly", shown="beta"
     )
     kld_weight: float = _setting(10.0, float, "of glem: lambda_0, weight of the repulsion at the start")
     m_steps: int = _setting(
@@ -111,7 +121,9 @@ class TrainConfig:
             setattr(self, name, check_setting(name, getattr(self, name)))
         if self.beta is None:
             self.beta = 0.3 if self.objective == "hybrid" else 0.0
-        if self.beta and self.objective != "hybrid":
+        if self.beta_end is None:
+            self.beta_end = self.beta
+        if (self.beta or self.beta_end) and self.objective != "hybrid":
             raise ValueError(f"objective={self.objective!r} has no cross-entropy, got beta={self.beta}; use 'hybrid'")
         if self.latent_noise and self.autoencoder is None:
             raise ValueError(

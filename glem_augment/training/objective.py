@@ -118,21 +118,31 @@ class Objective:
 class Hybrid(Objective):
     """`mean NLL / d + beta * cross-entropy`, which teaches the flow and the Gaussians together.
 
+    beta falls linearly to `beta_end`. A high beta at the end teaches the training images' classes by heart.
+
     The cross-entropy of the posterior has class scores multiplied by `CE_SCALE`. A sum over d dimensions is
     overconfident, so a scale below 1 teaches wider margins.
     """
 
-    def __init__(self, beta: float) -> None:
-        self.beta = beta
+    def __init__(self, beta: float, beta_end: float | None = None) -> None:
+        self.beta, self.beta_end = beta, beta if beta_end is None else beta_end
+
+    def beta_at(self, progress: Progress) -> float:
+        """beta at a step."""
+        return self.beta + (self.beta_end - self.beta) * progress.step / max(1, progress.steps)
+
+    def weights(self, progress: Progress) -> dict[str, float]:
+        return {} if self.beta_end == self.beta else {"beta": self.beta_at(progress)}
 
     def e_loss(
         self, gaussians: ClassGaussians, z: Tensor, logdet: Tensor, y: Tensor, progress: Progress
     ) -> tuple[Tensor, Tensor]:
-        if not self.beta:
+        beta = self.beta_at(progress)
+        if not beta:
             return super().e_loss(gaussians, z, logdet, y, progress)
         scores = gaussians.log_prob(z)
         nll = -(scores.gather(1, y[:, None])[:, 0] + logdet).mean() / gaussians.dim
-        return nll + self.beta * F.cross_entropy(CE_SCALE * scores, y, label_smoothing=LABEL_SMOOTHING), nll
+        return nll + beta * F.cross_entropy(CE_SCALE * scores, y, label_smoothing=LABEL_SMOOTHING), nll
 
 
 class Repulsion(Objective):
@@ -183,7 +193,7 @@ def objective_of(config: TrainConfig) -> Objective:
     """The objective that the settings name."""
     if config.objective == "glem":
         return Repulsion(config.kld_weight)
-    return Hybrid(config.beta or 0.0) if config.objective == "hybrid" else Objective()
+    return Hybrid(config.beta or 0.0, config.beta_end) if config.objective == "hybrid" else Objective()
 
 
 def encode_with_noise(

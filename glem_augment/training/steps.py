@@ -100,12 +100,16 @@ class EStep:
         loss = nll = torch.zeros((), dtype=model.dtype, device=model.device)
         if len(x):
             shown = self.batches.augmented(x, generator, share)
+            if self.config.dropout:  # M-steps and measurements are without
+                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+                model.flow.set_dropout(self.config.dropout)
             z, logdet = objective.encode(model, shown, generator, share, self.config.latent_noise)
             # Means over the batch are sums of the ranks' means, each times its part of the images.
             means = objective.e_loss(model.gaussians, z, logdet, y, progress)
             loss, nll = (len(x) / share.total * mean for mean in means)
             if loss.requires_grad:  # not so for the identity flow with fixed Gaussians
                 loss.backward()
+            model.flow.set_dropout(0.0)
         loss, nll = loss.detach().clone(), nll.detach().clone()
         add_up_gradients(model, loss, nll)
         norm = nn.utils.clip_grad_norm_(list(model.flow.parameters()), CLIP_NORM)

@@ -129,7 +129,7 @@ class Trainer:
         """Replace the run's images by their latents, so that they are encoded only once; the model of latents."""
         config, model = self.config, self._original
         model.codec.fit(data.some(INIT_IMAGES))
-        views = latent_views(model.codec, data, config.augment, config.seed, self.device)
+        views = latent_views(model.codec, data, config.augment, config.views, config.seed, self.device)
         self.batches.data, self.batches.views = data.with_numbers(views[:, 0]), data.with_numbers(views)
         return model_of_latents(model)
 

@@ -13,7 +13,8 @@ from glem_augment.codec.autoencoder import StandardisedAutoencoder
 from glem_augment.codec.published import open_autoencoder
 from glem_augment.distributed import Share
 from glem_augment.training import TrainConfig, Trainer
-from glem_augment.training.latents import choose_views, latent_views
+from glem_augment.training.batches import choose_views
+from glem_augment.training.latents import latent_views
 
 OPTIONS = dict(preset="latent", autoencoder="taef2", flow_options={"depth": [1, 1], "width": [16, 16]}, batch_size=16,
                modes_rank=4, latent_noise=0.1, augment=("flip",), val_fraction=0.2, sample_every=0)  # fmt: skip
@@ -28,12 +29,12 @@ def test_views_are_the_image_its_flip_and_crops(photos: ImageData) -> None:
     codec = StandardisedAutoencoder(open_autoencoder("taef2", lambda name: (Path(), name))[0], photos.image_shape)
     codec.fit(photos.tensor())
     device = torch.device("cpu")
-    both = latent_views(codec, photos, ("flip",), 0, device)
+    both = latent_views(codec, photos, ("flip",), 4, 0, device)
     assert both.shape == (60, 2, 32, 2, 2) and both.dtype == torch.float16
     x = photos.tensor().float() / 255
     assert torch.allclose(both[:, 0].float(), codec.encode(x), atol=5e-3)
     assert torch.allclose(both[:, 1].float(), codec.encode(x.flip(3)), atol=5e-3)
-    several = latent_views(codec, photos, ("flip", "crop"), 0, device)
+    several = latent_views(codec, photos, ("flip", "crop"), 4, 0, device)
     assert several.shape[1] == 4 and torch.equal(several[:, 0], both[:, 0])
     chosen = choose_views(several, torch.Generator().manual_seed(1), Share(0, 60, 60))
     part = choose_views(several[20:40], torch.Generator().manual_seed(1), Share(20, 40, 60))
