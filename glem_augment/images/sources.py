@@ -64,6 +64,7 @@ class Source(Dataset):
         class_ids, classes: ids and names in index order; both empty if the data names none: they become numbers.
         rows: int64 [N], the items that are the images; all by default.
         pixel_range: the range that an export or an `ImageData` has.
+        threads: how many may open images at once: 1 for data sets, whose items may share one file handle.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Source(Dataset):
     key: int | str | None = None
     rows: Any = None
     pixel_range: PixelRange | None = None
+    threads: int = 1
 
     def __post_init__(self) -> None:
         self.named, self.targets = bool(self.classes), np.asarray(self.targets)
@@ -83,8 +85,8 @@ class Source(Dataset):
         if self.rows is None:
             self.rows = np.arange(len(self.targets))
         self.paths = self.items if isinstance(self.items, list) and self.key is None else None
-        # Items of a data set may share one file handle; timm's readers open a file for each.
-        self.threads = 1 if self.key is not None and not hasattr(self.items, "filename") else 8
+        if self.key is None:
+            self.threads = 8
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -344,7 +346,11 @@ def _timm(spec: str, split: str) -> Source:
         name, _, root = spec.partition("@")
     try:
         path = os.path.expanduser(root) or None
-        return _data_set(create_dataset(name, path, split, download=False, input_img_mode="", **options), spec)
+        data = create_dataset(name, path, split, download=False, input_img_mode="", **options)
+        source = _data_set(data, spec)
+        if hasattr(data, "reader"):  # of timm, without a handle that is kept open
+            source.threads = 8
+        return source
     except DataError:
         raise
     except (Exception, SystemExit) as error:
