@@ -126,7 +126,7 @@ class RealAndSynthetic(Dataset):
         images = drawn.subset(indices).tensor() if isinstance(drawn, ImageData) else drawn.images(indices)
         if transform is None and isinstance(_innermost(self.real), ImageData):
             return images
-        pictures = map(as_pil, images)
+        pictures: Iterable[Any] = map(as_pil, images)
         if self._beside_rgb:
             pictures = (p.convert("RGB") if isinstance(p, Image.Image) else p for p in pictures)
         return pictures if transform is None else map(transform, pictures)
