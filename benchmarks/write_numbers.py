@@ -40,7 +40,10 @@ from benchmarks.proof.private_opponents import report as opponents_page
 from benchmarks.proof.samples_alone import as_long, summary, worth
 from benchmarks.proof.samples_alone import report as samples_page
 from benchmarks.speed.speed import OURS, RECOMPUTED
+from glem_augment import GLEM
+from glem_augment.hub.cards import table_row
 from glem_augment.io import atomic_write, json_text
+from glem_augment.model.weights import bundled_models
 
 PAPER = (*(f"table{n}" for n in range(1, 9)), "pareto")
 REPORTS: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
@@ -253,6 +256,18 @@ def single_files() -> Named:
         yield f"ranks: {row['job']}, communication", f"{100 * row['share of communication']:.0f}"
 
 
+def models() -> Named:
+    """The models in the package, from their files."""
+    rows = [
+        {"name": f"`bundled:{name}`", **table_row(GLEM.from_pretrained(f"bundled:{name}"))} for name in bundled_models()
+    ]
+    for row in rows:
+        row["made by"] = f"`{row['made by']}`"
+    brief = ["name", "images", "size", "codec", "flow", "accuracy", "licence"]
+    for title, columns in (("models", list(rows[0])), ("models in brief", brief)):
+        yield title, table(" | ".join(columns), [[row[column] for column in columns] for row in rows])
+
+
 def counts() -> Named:
     """Counts that sentences have as words."""
     cells = stored("backbones")["cells"]
@@ -346,7 +361,7 @@ def paper() -> Named:
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 MARK = re.compile(r"<!-- (number|table): (.+?) -->((?:(?!<!-- ).)*)<!-- /\1 -->", re.S)
-SOURCES = (samples, private, photographs, latents, single_files, counts, speed, paper)
+SOURCES = (samples, private, photographs, latents, single_files, models, counts, speed, paper)
 
 
 def names() -> dict[str, str]:

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import ROOT, Rows, descend, find_images, over_seeds, parser, processors, publish, usage
 from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
-from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
+from glem_augment import GLEM, GLEMAugment, ImageData, Mixup, SyntheticDataset, open_data
 from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.private import private_classes
 from glem_augment.evaluation.pictures import Section, compose
@@ -142,16 +142,25 @@ class Images:
         return train_classifier(lambda epoch: (x, y), 10, recipe)
 
 
-def draw(images: Images, epsilons: list[float], delta: float, path: Path) -> None:
-    """A picture of real images, and below of samples of new models, a row for each epsilon; two of each class."""
+def draw(images: Images, epsilons: list[float], delta: float) -> Section:
+    """Two cells of each class: images of the bundled flow, and below of new private models, a row for each epsilon.
+
+    Real images of Fashion-MNIST and their moves stand above them. CIFAR-10's images have no licence to be shown.
+    """
     y = torch.arange(10).repeat_interleave(2)
-    first = np.concatenate([np.flatnonzero(images.judged.targets == k)[:2] for k in range(10)])
-    rows, names = [images.judged.subset(first).tensor().float() / 255], ["real"]
+    rows: dict[str, Tensor] = {}
+    if images.name == "fashion-mnist":
+        first = np.concatenate([np.flatnonzero(images.judged.targets == k)[:2] for k in range(10)])
+        rows["real"] = images.judged.subset(first).tensor().float() / 255
+        rows["moved"] = GLEMAugment(f"bundled:{images.name}", Mixup(), p=1.0, seed=0)(rows["real"], y)[0]
+    drawn = SyntheticDataset(f"bundled:{images.name}", 2, seed=0)
+    rows["drawn"] = drawn.images(range(20)).float() / 255
     for epsilon in epsilons:
         model = images.model(epsilon, delta, None)[0]
-        rows.append(model.sample(y, 1.0, torch.Generator().manual_seed(0), "rfcm"))
-        names.append(f"epsilon {epsilon:g}" if epsilon else "no privacy")
-    save_png(compose("", "", [Section("", torch.stack(rows), rows=names)]), path)
+        name = f"private, epsilon {epsilon:g}" if epsilon else "no privacy"
+        rows[name] = model.sample(y, 1.0, torch.Generator().manual_seed(0), "rfcm").cpu()
+    cells = torch.stack([x.expand(-1, 3, -1, -1) for x in rows.values()])
+    return Section("Fashion-MNIST" if images.name == "fashion-mnist" else "CIFAR-10", cells, rows=list(rows))
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -183,20 +192,20 @@ def main() -> None:
     args.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     args.add_argument("--temperature", type=float, default=1.0)
     args.add_argument("--validation", action="store_true", help="judge held-out training images")
-    args.add_argument("--picture", type=Path, help="draw samples of each epsilon beside real images, and do no more")
+    args.add_argument("--picture", type=Path, help="draw README's picture, and do no more")
     args.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder for latents (%(default)s)")
     args = args.parse_args()
     if "real" in args.method and any(args.epsilon):
         raise SystemExit("private: real images keep no promise: give --epsilon 0 with --method real")
     torch.set_num_threads(args.threads)
-    rows = Rows(args.out / f"{NAME}.json")
+    rows, sections = Rows(args.out / f"{NAME}.json"), list[Section]()
     asked = {"judged": "validation" if args.validation else "test", "delta": args.delta}
     asked |= {"cells asked": args.cells, "temperature": args.temperature}
     for data, method in itertools.product(args.data, args.method):
         images = Images(data, method, args.work, args.validation)
         if args.picture is not None:
-            draw(images, args.epsilon, args.delta, args.picture)
-            return
+            sections.append(draw(images, args.epsilon, args.delta))
+            continue
         for seed, epsilon in itertools.product(args.seeds, args.epsilon):
 
             def measure(images: Images = images, seed: int = seed, epsilon: float = epsilon) -> dict[str, Any]:
@@ -204,6 +213,9 @@ def main() -> None:
                 return {"accuracy": images.accuracy(model, seed, args.temperature), **facts}
 
             rows.row({"data": data, "method": method, "epsilon": epsilon, "seed": seed} | asked, measure)
+    if args.picture is not None:
+        save_png(compose("", "", sections), args.picture)
+        return
     publish(args.out, NAME, report(rows.all()), rows.all())
 
 

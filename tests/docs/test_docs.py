@@ -54,7 +54,7 @@ SMALLER: dict[str, dict[str, str]] = {
         "glem fit private/": "# glem fit private/",  # a few images are noise
         "glem generate runs/shareable": "# glem generate runs/shareable",
         "glem info runs/shareable": "# glem info runs/shareable",
-        "image_size=64": "image_size=32",
+        "--image-size 64": "--image-size 16",
     },
     "docs/index.md": {
         "--per-class 100": "--per-class 1",
