@@ -254,8 +254,8 @@ def _image_folder(folder: Path) -> Source:
         samples = make_dataset(folder, labels, EXTENSIONS, allow_empty=manifest is not None)
     except FileNotFoundError as error:
         raise DataError(
-            f"{folder} must be an ImageFolder, one folder of images per class (idx files: torch/fashion_mnist@ROOT, "
-            f"torch/mnist@ROOT, with ROOT/MNIST/raw): {error}"
+            f"{folder} must be an ImageFolder, one folder of images per class (MNIST's files: torch/mnist@ROOT, with "
+            f"ROOT/MNIST/raw): {error}"
         ) from None
     paths, targets = [path for path, _ in samples], [label for _, label in samples]
     source = Source(str(folder), paths, targets, ids, readable_names(ids))

@@ -73,13 +73,9 @@ def test_names_in_any_script_and_spelling() -> None:
     assert match_classes(["Café au lait"], side([apart[0] + "_au_lait"], ["x"])).tolist() == [0]
 
 
-def test_mismatch_lists_both_sides_and_the_fix() -> None:
-    model = [f"c{i}" for i in range(30)]
-    with pytest.raises(ClassMismatchError) as caught:
-        match_classes(model, ["c3", "zebra"])
-    text = str(caught.value)
-    assert "1 of the 2 classes" in text and "'zebra'" in text and "'c0'" in text and "10 more" in text
-    assert "class_map" in text and isinstance(caught.value, ValueError)
+def test_mismatch_and_partial_match() -> None:
+    with pytest.raises(ClassMismatchError, match="'zebra'.*'c0'"):
+        match_classes([f"c{i}" for i in range(30)], ["c3", "zebra"])
     # A partial match leaves out what the model lacks.
     model, data = ["cat", "dog", "bird"], ["dog", "wolf", "bird"]
     assert match_classes(model, data, partial=True).tolist() == [1, -1, 2]
