@@ -401,7 +401,7 @@ def test_torch_fashion_mnist(tmp_path: Path) -> None:
     data = open_data(f"torch/fashion_mnist@{tmp_path}", "test")
     assert np.array_equal(data.tensor()[:, 0], images) and data.targets.tolist() == labels.tolist()
     assert data.classes[9] == "Ankle boot" and data.class_ids == list("0123456789")
-    with pytest.raises(DataError, match="torch/fashion_mnist@"):
+    with pytest.raises(DataError, match="torch/mnist@"):
         open_data(tmp_path)
 
 
