@@ -401,10 +401,17 @@ def _for_each(source: Source, task: Callable[[int], None], verb: str) -> None:
 
     PIL and torch release the GIL while they decode.
     """
+    blocks = [range(i, min(i + 32, len(source))) for i in range(0, len(source), 32)]  # a million tasks take a gigabyte
+
+    def run(block: range) -> int:
+        for index in block:
+            task(index)
+        return len(block)
+
     threads = min(source.threads, os.cpu_count() or 1)
     with progress_bar(f"{verb} {source.name}", total=len(source)) as bar, ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(task, range(len(source))):
-            bar.update()
+        for done in pool.map(run, blocks):
+            bar.update(done)
 
 
 def _pair(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
