@@ -184,7 +184,6 @@ def waits_once(host: GLEM, data: ImageData, device: torch.device) -> None:
     """An ordinary call waits for the device once, to have the labels on the CPU."""
     x, y = data.tensor()[:12].to(device), torch.from_numpy(data.targets[:12]).to(device)
     parts = host.adapt(data, rank=4, parts=2)
-    moves(parts, data, device)
     soft = torch.nn.functional.one_hot(y, host.num_classes).float()
     for model, policy in product((host, parts), (Mixup(partner="any"), Mixup(labels="mix"), Noise(0.1))):
         for labels in (y, soft):
@@ -195,6 +194,11 @@ def waits_once(host: GLEM, data: ImageData, device: torch.device) -> None:
             waits.clear()
             aug(normalised, labels)
             assert waits == {"copy to the host": 1}, (policy, waits)
+
+
+def moves_of_parts(host: GLEM, data: ImageData, device: torch.device) -> None:
+    """Several Gaussians per class."""
+    moves(host.adapt(data, rank=4, parts=2), data, device)
 
 
 def behind_an_autoencoder(_: GLEM, data: ImageData, device: torch.device) -> None:
@@ -243,6 +247,7 @@ def training(_: GLEM, data: ImageData, device: torch.device) -> None:
 
 PARTS = {
     "moves": moves,
+    "parts": moves_of_parts,
     "waits": waits_once,
     "autoencoder": behind_an_autoencoder,
     "synthetic": synthetic_sets,
