@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ def preview(
     model: GLEM,
     data: ImageData,
     rows: int = 6,
-    policies: Sequence[Literal["mixup", "noise"]] = ("mixup", "noise"),
+    policies: Sequence[str] = ("mixup", "noise"),
     seed: int = 0,
     name: str = "",
     channels: Sequence[int] | None = None,
