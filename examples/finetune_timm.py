@@ -41,7 +41,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from glem_augment import GLEM, GLEMAugment
-from glem_augment.images.matching import match_classes
+from glem_augment.images import match_classes
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:

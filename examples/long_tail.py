@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from _common import BUNDLED, arguments, batches, check_classes, check_splits, predictions, tensors, train
 
-from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
-from glem_augment.images.matching import match_classes
-from glem_augment.synthetic.combined import RealAndSynthetic
+from glem_augment import GLEM, RealAndSynthetic, SyntheticDataset, open_data
+from glem_augment.images import ImageData, match_classes
 
 
 def long_tailed(data: ImageData, imbalance: float) -> ImageData:
@@ -83,8 +82,7 @@ def main() -> None:
         per_class="balance",
         real=tail,
         source=args.source,
-        modes=None if model.modes is None else model.modes.rank,
-        temperature=args.temperature,
+        temperature=None if args.source == "mixup" else args.temperature,
         seed=args.seed,
         transform=tensors,
     )

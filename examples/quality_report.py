@@ -20,7 +20,7 @@ import torch
 from _common import MEAN, STD, fit, new_network, normalised
 from torch import Tensor, nn
 
-from glem_augment import GLEMError, match_classes, open_data
+from glem_augment import GLEMError, open_data
 from glem_augment.evaluation import (
     Section,
     compose,
@@ -33,6 +33,7 @@ from glem_augment.evaluation import (
     nearest,
     spread,
 )
+from glem_augment.images import match_classes
 
 NETWORK, STEPS, BATCH = "test_byobnet", 1500, 64  # the judge: a small network of timm, and its training
 NEIGHBOURS, FITTED = 5, 500  # of coverage and density; real images to which `latent_features` are fitted

@@ -14,7 +14,7 @@ from _common import arguments, batches, check_splits, predictions, tensors, trai
 from torch.utils.data import TensorDataset
 
 from glem_augment import GLEM, Privacy, SyntheticDataset, open_data
-from glem_augment.images.matching import match_classes
+from glem_augment.images import match_classes
 
 
 def main() -> None:

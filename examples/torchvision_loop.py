@@ -22,7 +22,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from glem_augment import GLEM, Adversarial, GLEMAugment, Mixup, Noise
-from glem_augment.images.matching import match_classes
+from glem_augment.images import match_classes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 POLICIES = {"mixup": Mixup, "noise": Noise, "adversarial": Adversarial}
