@@ -63,7 +63,7 @@ class PixelAdapter:
         channels, whole = x.shape[1], not x.is_floating_point()
         if channels != self.shape[0] and {channels, self.shape[0]} != {1, 3}:
             raise ValueError(
-                f"x has the shape {list(x.shape)}, the model's images {self.shape[0]} channels: channels come first "
+                f"images {list(x.shape)} have {channels} channels, the model's {self.shape[0]}: channels come first "
                 "(x.permute(0, 3, 1, 2)), and only grey (1) and RGB (3) are converted into each other"
             )
         if whole and (x.dtype != self.range.torch_dtype or self.mean is not None):
@@ -81,9 +81,10 @@ class PixelAdapter:
         if self.mean is None or self.std is None:
             slack = RANGE_SLACK * (top - bottom) if x.is_floating_point() else 0
             if low < bottom - slack or high > top + slack:
+                scaled = "" if self.range.continuous else f"divide 0 to {self.range.high} by {self.range.high}, "
                 raise ValueError(
-                    f"images must be in [{bottom:g}, {top:g}], got values from {low:.4g} to {high:.4g}: clip or "
-                    "scale them, or give mean and std if they are normalised"
+                    f"images must be in [{bottom:g}, {top:g}], got values from {low:.4g} to {high:.4g}: clip them, "
+                    f"{scaled}or give mean and std if they are normalised"
                 )
             return
         unit = (self.to_floats(x.detach().float()) - bottom) / (top - bottom)
