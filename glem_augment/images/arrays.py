@@ -43,6 +43,6 @@ def check_layout(shape: tuple[int, ...], where: str) -> None:
     channels, _, columns = shape
     if channels > MOST_CHANNELS or columns <= _FEW_COLUMNS < channels:
         raise BadImageError(
-            f"{where} has the shape {list(shape)}, but an image is [C,H,W] of at most {MOST_CHANNELS} channels: if they "
-            "are last, give x.permute(0, 3, 1, 2), or numpy.moveaxis(x, -1, 0) of one array"
+            f"{where} has the shape {list(shape)}, but an image is [C,H,W] of at most {MOST_CHANNELS} channels: if "
+            "they are last, give x.permute(0, 3, 1, 2), or numpy.moveaxis(x, -1, 0) of one array"
         )
