@@ -43,7 +43,7 @@ from benchmarks.speed.speed import OURS, RECOMPUTED
 from glem_augment import GLEM
 from glem_augment.hub.cards import table_row
 from glem_augment.io import atomic_write, json_text
-from glem_augment.model.weights import bundled_models
+from glem_augment.model.files import bundled_models
 
 PAPER = (*(f"table{n}" for n in range(1, 9)), "pareto")
 REPORTS: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {

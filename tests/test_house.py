@@ -30,7 +30,7 @@ ROOMS = (
 )
 # Imports inside functions: downloads of GLEM.from_pretrained, GLEM.push_to_hub, and aug.wrap with its siblings.
 AUG_WRAP = {("augment.transform", f"augment.{name}") for name in ("loops", "structures")}
-LOOK_UPS = {("model.weights", "hub.client"), ("model.glem", "hub.client"), *AUG_WRAP}
+LOOK_UPS = {("model.files", "hub.client"), ("model.glem", "hub.client"), *AUG_WRAP}
 
 
 @cache

@@ -23,13 +23,14 @@ from torch.utils.data import get_worker_info
 from glem_augment.augment.counts import MoveCounts
 from glem_augment.augment.labels import soft_labels
 from glem_augment.augment.policies import AugmentParams, Batch, Classifier, ClassIndex, Policy, Selected, as_policy
-from glem_augment.checks import PolicyName, check_number, check_whole
+from glem_augment.checks import check_number, check_whole
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.distributed import rank
 from glem_augment.errors import ClassMismatchError
 from glem_augment.flows.linear import FlatIdentity
 from glem_augment.images.matching import check_class_map, match_classes, named_classes
 from glem_augment.model.glem import GLEM, as_model
+from glem_augment.names import PolicyName
 from glem_augment.tensors import evaluating, send, weights_key
 
 _MAP = (

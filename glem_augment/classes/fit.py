@@ -30,12 +30,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from glem_augment.checks import HIGHEST_TEMPERATURE, INITIAL_VARIANCE, LOWEST_SHARE
 from glem_augment.classes.classes import Classes
 from glem_augment.classes.gaussians import INNER, ClassGaussians
 from glem_augment.classes.modes import ClassModes
 from glem_augment.classes.statistics import ClassStatistics, Moments
 from glem_augment.errors import DataError
+from glem_augment.names import HIGHEST_TEMPERATURE, INITIAL_VARIANCE, LOWEST_SHARE
 
 # The least variance of a dimension outside the modes. It keeps densities finite. Its root is far below one uint8 step
 # (4e-3), so it is invisible in a decoded image.

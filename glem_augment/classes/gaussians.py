@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from glem_augment.checks import INITIAL_VARIANCE, LOWEST_SHARE, check_number
+from glem_augment.checks import check_number
+from glem_augment.names import INITIAL_VARIANCE, LOWEST_SHARE
 from glem_augment.precision import full_precision
 from glem_augment.tensors import send
 

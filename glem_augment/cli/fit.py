@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from glem_augment.checks import MAX_PARTS
 from glem_augment.cli import common
+from glem_augment.names import MAX_PARTS
 
 DESCRIPTION = """\
 Make a model of your labelled images in one pass; nothing is trained. Each class gets a mean, variances and principal
@@ -77,8 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from glem_augment.io import LEFT_OVER, remove_left_overs
+    from glem_augment.model.files import CONFIG, WEIGHTS
     from glem_augment.model.glem import GLEM
-    from glem_augment.model.weights import CONFIG, WEIGHTS
 
     if args.epsilon is None and (args.delta or args.images_per_person or args.images or args.public):
         raise ValueError(

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from glem_augment.checks import DEFAULT_MODES, FORMATS, SOURCES
 from glem_augment.cli import common
+from glem_augment.names import DEFAULT_MODES, FORMATS, SOURCES
 
 DESCRIPTION = """\
 Draw new images of every class from a model. glem-provenance.json records the model and the settings. The same seed

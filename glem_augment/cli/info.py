@@ -65,8 +65,8 @@ def together(promises: list[dict[str, Any] | None]) -> dict[str, Any] | None:
 def model_facts(name: str) -> dict[str, Any]:
     """Everything that `glem info` shows, as JSON can hold it. Raises ModelFileError for a damaged model."""
     from glem_augment.io import finite
+    from glem_augment.model.files import CONFIG
     from glem_augment.model.glem import GLEM
-    from glem_augment.model.weights import CONFIG
 
     model = GLEM.from_pretrained(name)
     assert model.origin_file is not None

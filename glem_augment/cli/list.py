@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from glem_augment.hub.cards import table_row
     from glem_augment.hub.client import published_models
+    from glem_augment.model.files import bundled_models
     from glem_augment.model.glem import GLEM
-    from glem_augment.model.weights import bundled_models
 
     if args.hub:
         rows = published_models()

@@ -14,8 +14,8 @@ from glem_augment.classes.fit import fit_temperature
 from glem_augment.distributed import Share, add_up, progress_bar
 from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData, LabelledImages, images_for
-from glem_augment.model.conditional_flow import psnr, summarise_errors
 from glem_augment.model.glem import GLEM
+from glem_augment.model.latent_model import psnr, summarise_errors
 
 __all__ = ["calibrate", "calibration_error", "evaluate", "spread"]
 

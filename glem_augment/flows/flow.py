@@ -7,8 +7,9 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from glem_augment.checks import Memory, check_choice
+from glem_augment.checks import check_choice
 from glem_augment.flows.subnets import Subnet
+from glem_augment.names import Memory
 
 
 class Flow(nn.Module):

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from glem_augment.checks import Memory
 from glem_augment.errors import DataError
 from glem_augment.flows.flow import Flow
+from glem_augment.names import Memory
 from glem_augment.precision import full_precision
 
 # Of equal images whose numbers differ by rounding, the variance is below the second number.

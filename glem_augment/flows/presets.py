@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from glem_augment.checks import Preset, check_choice
+from glem_augment.checks import check_choice
 from glem_augment.flows.build import DEFAULTS, build_flow, check_spec
 from glem_augment.flows.coupling import COUPLINGS, WITHOUT_COUPLINGS, find_coupling
 from glem_augment.flows.flow import Flow
+from glem_augment.names import Preset
 
 # depth, blocks and width hold one number per level.
 PRESETS: dict[str, dict[str, Any]] = {

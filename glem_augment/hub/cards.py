@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from glem_augment.classes.privacy import promise
 from glem_augment.model.config import data_names, licence_id, records
+from glem_augment.model.files import stored
 from glem_augment.model.glem import GLEM
-from glem_augment.model.weights import stored
 
 LIBRARY, SAMPLES = "glem-augment", "samples.png"
 # The Hub's task for models that draw images. The model classifies too, but the Hub's widgets cannot run it for

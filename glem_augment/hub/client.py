@@ -21,8 +21,8 @@ from torchvision.utils import save_image
 from glem_augment.errors import GLEMError, HubError, ModelFileError
 from glem_augment.hub.cards import LIBRARY, SAMPLES, model_card
 from glem_augment.io import expand
+from glem_augment.model.files import CONFIG, WEIGHTS, bundled_models, read_config
 from glem_augment.model.glem import GLEM
-from glem_augment.model.weights import CONFIG, WEIGHTS, bundled_models, read_config
 from glem_augment.tensors import evaluating
 
 PREFIX, CARD = "hf-hub:", "README.md"

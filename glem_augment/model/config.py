@@ -10,13 +10,13 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import PurePath
 from typing import Any
 
-from glem_augment.checks import HIGHEST_TEMPERATURE, MAX_PARTS
 from glem_augment.classes.privacy import promised
 from glem_augment.classes.statistics import can_be_whole
 from glem_augment.codec.pixel_range import UINT8, PixelRange
 from glem_augment.errors import GLEMError, ModelFileError
 from glem_augment.flows.build import check_spec, is_whole
 from glem_augment.images.sources import TIMM_PREFIXES
+from glem_augment.names import HIGHEST_TEMPERATURE, MAX_PARTS
 
 FORMAT_VERSION = 1
 # Far above any real use. The limits keep a hostile config from demanding absurd amounts of memory.

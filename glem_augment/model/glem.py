@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from glem_augment.checks import DEFAULT_MODES, MAX_PARTS, Preset, check_whole
+from glem_augment.checks import check_whole
 from glem_augment.classes.classes import Classes
 from glem_augment.classes.fit import KEPT, fit_classes, fit_modes
 from glem_augment.classes.gaussians import ClassGaussians
@@ -31,10 +31,8 @@ from glem_augment.errors import ModelFileError
 from glem_augment.flows import Flow, build_flow, check_flow, resolve_preset
 from glem_augment.images.dataset import ImageData, LabelledImages, Limits, as_image_data, images_for, open_data
 from glem_augment.images.matching import ONE_CLASS, ClassMap
-from glem_augment.model.conditional_flow import ConditionalFlow
 from glem_augment.model.config import GLEMConfig
-from glem_augment.model.private_fit import check_arguments, fit_private
-from glem_augment.model.weights import (
+from glem_augment.model.files import (
     CUSTOM,
     WEIGHTS,
     autoencoder_of,
@@ -47,6 +45,9 @@ from glem_augment.model.weights import (
     weights_sha256,
     write_model,
 )
+from glem_augment.model.latent_model import LatentModel
+from glem_augment.model.private_fit import check_arguments, fit_private
+from glem_augment.names import DEFAULT_MODES, MAX_PARTS, Preset
 
 STANDARDISED_BY = 64  # images that standardise an autoencoder's latents, each at many positions
 # Least images per dimension of full covariances. At 4 plain variances do as well (benchmarks/results/covariances.md).
@@ -56,7 +57,7 @@ _IMAGES_PER_DIMENSION = 8
 _LEAST_VARIANCE = 1e-5
 
 
-class GLEM(ConditionalFlow):
+class GLEM(LatentModel):
     """A codec, a flow f and Gaussians of classes, `p(x | y) = N(f(x); mu_y, Sigma_y) |det df/dx|` (Eq. 2).
 
     Densities are over pixel *levels*, bins of width 1 of which there are 2^bits, so that
@@ -433,7 +434,7 @@ class GLEM(ConditionalFlow):
         Args:
             data: an `ImageData` of the model's shape, or anything else that `open_data` takes, which is then resized.
                 Labels of data that name no classes are the model's indices.
-            rank, max_per_class, seed, progress: see `fit`.
+            rank, max_per_class, seed: see `fit`.
             class_map: how the data's classes map to the model's, see `match_classes`.
 
         All ranks call this together. Each encodes its share of the images, and all get the modes.

@@ -22,7 +22,7 @@ from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData
 
 if TYPE_CHECKING:
-    from glem_augment.model.conditional_flow import ConditionalFlow
+    from glem_augment.model.latent_model import LatentModel
 
 BATCH = 16  # images per pass; every pass has so many, so that no image's latent depends on the number of images
 _PUBLIC_IMAGES = 2000
@@ -37,7 +37,7 @@ _CLIP_SHARE = 0.95  # the share of public latents that the first clip leaves as 
 
 @torch.no_grad()
 def fit_private(
-    model: ConditionalFlow,
+    model: LatentModel,
     images: ImageData,
     privacy: Privacy,
     parts: int | None,
@@ -105,7 +105,7 @@ def check_images(images: ImageData, public: ImageData | None) -> None:
         )
 
 
-def set_coordinates(model: ConditionalFlow, public: ImageData | None) -> tuple[Tensor, float]:
+def set_coordinates(model: LatentModel, public: ImageData | None) -> tuple[Tensor, float]:
     """Set the codec and the flow of `model` from public numbers alone: their variances [d], and the norm to clip to.
 
     ValueError: there are no stored coordinates, and no public images.
@@ -139,7 +139,7 @@ def clip_ratio(flow: Any, h: Tensor) -> float:
     return float(torch.quantile(norms, _CLIP_SHARE) / flow.prior().sum().sqrt())
 
 
-def latents_alone(model: ConditionalFlow, images: ImageData) -> tuple[Tensor, Tensor]:
+def latents_alone(model: LatentModel, images: ImageData) -> tuple[Tensor, Tensor]:
     """Latents [n, d] and labels of this rank's images; each latent is a function of its image alone."""
     own = torch.arange(len(images)).numpy()[share(len(images)).rows]
     size = BATCH if rows_are_independent(model) else 1
@@ -154,7 +154,7 @@ def latents_alone(model: ConditionalFlow, images: ImageData) -> tuple[Tensor, Te
     return torch.cat(z), torch.cat(labels)
 
 
-def rows_are_independent(model: ConditionalFlow) -> bool:
+def rows_are_independent(model: LatentModel) -> bool:
     """Whether the latent of an image has the same bits whatever the other images of a pass, and at any place.
 
     ValueError: not even the same image alone has the same latent each time, or another machine gives another one. The

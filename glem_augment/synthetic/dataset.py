@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from glem_augment.checks import FORMATS, DrawSource, Format, check_choice, check_whole
+from glem_augment.checks import check_choice, check_whole
 from glem_augment.distributed import progress_bar
 from glem_augment.images.dataset import check_indices
 from glem_augment.images.matching import ClassMap
 from glem_augment.images.readers import as_pil
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
+from glem_augment.names import FORMATS, DrawSource, Format
 from glem_augment.synthetic.draws import Drawn, Draws
 from glem_augment.synthetic.export import export_set
 from glem_augment.synthetic.per_class import PerClass, class_counts, label_order, open_real

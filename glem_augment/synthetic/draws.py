@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glem_augment.checks import SOURCES, DrawSource, check_choice, check_number, check_whole
+from glem_augment.checks import check_choice, check_number, check_whole
 from glem_augment.classes.modes import project_on_modes
 from glem_augment.images.dataset import as_image_data
 from glem_augment.model.glem import GLEM
+from glem_augment.names import SOURCES, DrawSource
 from glem_augment.precision import full_precision
 from glem_augment.synthetic.per_class import Real
 from glem_augment.tensors import evaluating

@@ -25,13 +25,13 @@ from torchvision.io import encode_png
 
 from glem_augment import __version__
 from glem_augment.augment.counts import MOST_REJECTED
-from glem_augment.checks import Format
 from glem_augment.classes.privacy import promise
 from glem_augment.distributed import gather, progress_bar, rank, world_size
 from glem_augment.images.sources import CLASS_FILE, PROVENANCE
 from glem_augment.io import atomic_write, expand, file_sha256, remove_left_overs, write_json
 from glem_augment.model.config import data_name, data_names, licence_id
-from glem_augment.model.weights import weights_sha256
+from glem_augment.model.files import weights_sha256
+from glem_augment.names import Format
 from glem_augment.synthetic.draws import Draws
 
 # Many shards, since a loader gives each worker whole shards; a shard has 4 blocks or more.

@@ -13,7 +13,7 @@ import torch
 from glem_augment.errors import TrainingError
 from glem_augment.images.dataset import ImageData
 from glem_augment.io import atomic_write
-from glem_augment.model.weights import CHECKPOINT, CONFIG, WEIGHTS
+from glem_augment.model.files import CHECKPOINT, CONFIG, WEIGHTS
 
 # Settings that may change when a run is resumed. "threads" and "memory" change the last bits of the weights.
 FREE = {"lr", "sample_every", "workers", "threads", "memory", "modes_rank"}

@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from glem_augment.checks import PRESET_NAMES, Memory, Preset, check_choice, check_number, check_whole
+from glem_augment.checks import check_choice, check_number, check_whole
+from glem_augment.names import PRESET_NAMES, Memory, Preset
 
 OBJECTIVES = ("hybrid", "mle", "glem")
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")

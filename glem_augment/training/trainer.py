@@ -23,8 +23,8 @@ from glem_augment.evaluation.pictures import compose
 from glem_augment.evaluation.preview import class_samples
 from glem_augment.images.dataset import ImageData
 from glem_augment.io import expand, finite, lock_folder, remove_left_overs, save_png
+from glem_augment.model.files import weights_sha256
 from glem_augment.model.glem import GLEM
-from glem_augment.model.weights import weights_sha256
 from glem_augment.training.batches import EVAL_BATCH, Augment, Batches
 from glem_augment.training.checkpoint import (
     check_same_run,

@@ -27,7 +27,7 @@ from torchvision.datasets import ImageFolder
 from glem_augment import GLEM, GLEMAugment, open_data
 from glem_augment.cli import COMMANDS, build_parser, main
 from glem_augment.hub.cards import model_card
-from glem_augment.model.weights import CHECKPOINT, CONFIG, WEIGHTS
+from glem_augment.model.files import CHECKPOINT, CONFIG, WEIGHTS
 from glem_augment.training.checkpoint import load_checkpoint
 
 TINY = ["--flow", "depth=[1,1]", "--flow", "width=[8,8]", "--threads", "1", "--sample-every", "0"]

@@ -17,7 +17,7 @@ from test_cli import TINY, write_images
 from test_training import comparable, tiny_trainer
 
 from glem_augment import GLEM
-from glem_augment.model.weights import CHECKPOINT, CONFIG, WEIGHTS
+from glem_augment.model.files import CHECKPOINT, CONFIG, WEIGHTS
 from glem_augment.training.checkpoint import has_checkpoint, load_checkpoint
 
 # In the fast suite, and in the slow one.

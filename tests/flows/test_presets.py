@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from glem_augment.checks import PRESET_NAMES
 from glem_augment.flows import PRESETS, build_flow, create_flow, resolve_preset
 from glem_augment.flows.build import check_spec
+from glem_augment.names import PRESET_NAMES
 
 SMALL = dict(depth=[1, 2], blocks=[1, 1], width=[6, 8])
 

@@ -18,7 +18,7 @@ from glem_augment.cli import main
 from glem_augment.codec.published import TAESD
 from glem_augment.hub.cards import base_model, model_card, table_row
 from glem_augment.model.config import data_name, data_names
-from glem_augment.model.weights import CONFIG, WEIGHTS
+from glem_augment.model.files import CONFIG, WEIGHTS
 
 server = hub_server.server  # the fixture: a Hub on the loopback interface
 

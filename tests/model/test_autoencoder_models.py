@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from glem_augment import GLEM, Adversarial, GLEMAugment, Mixup, Noise, Policy
 from glem_augment.errors import ModelFileError
-from glem_augment.model.weights import CONFIG, WEIGHTS
+from glem_augment.model.files import CONFIG, WEIGHTS
 
 
 class Blocks(nn.Module):

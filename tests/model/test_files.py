@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from glem_augment import GLEM
 from glem_augment.codec.pixel_range import UINT8
 from glem_augment.errors import ModelFileError
-from glem_augment.model.weights import WEIGHTS, bundled_models, local_folder, stored, weights_sha256
+from glem_augment.model.files import WEIGHTS, bundled_models, local_folder, stored, weights_sha256
 
 BEFORE = Path(__file__).parent / "before"
 

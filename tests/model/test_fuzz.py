@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from glem_augment import GLEM, ModelFileError
 from glem_augment.cli.info import model_facts
 from glem_augment.hub.cards import model_card
-from glem_augment.model.weights import CONFIG, WEIGHTS
+from glem_augment.model.files import CONFIG, WEIGHTS
 
 # Beside twice the file: what Python's own objects may take, the parsed config above all.
 SLACK = 128 * 2**20

@@ -17,7 +17,7 @@ from test_autoencoder_models import Blocks
 from torch import Tensor
 
 from glem_augment import GLEM, ModelFileError
-from glem_augment.model.weights import CONFIG, WEIGHTS
+from glem_augment.model.files import CONFIG, WEIGHTS
 
 Change = Callable[[Tensor], Tensor]
 

@@ -24,7 +24,7 @@ from glem_augment.evaluation.metrics import evaluate
 from glem_augment.evaluation.preview import preview
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.config import GLEMConfig
-from glem_augment.model.weights import CONFIG
+from glem_augment.model.files import CONFIG
 from glem_augment.training import TrainConfig, Trainer
 
 SIDE = 12

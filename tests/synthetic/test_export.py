@@ -23,11 +23,11 @@ from torchvision.transforms.functional import to_pil_image
 from walk import files_passed, returns
 
 from glem_augment import GLEM, DataError, ImageData, SyntheticDataset, open_data
-from glem_augment.checks import FORMATS
 from glem_augment.cli import main
 from glem_augment.images.matching import match_classes
 from glem_augment.images.sources import PROVENANCE
-from glem_augment.model.weights import WEIGHTS
+from glem_augment.model.files import WEIGHTS
+from glem_augment.names import FORMATS
 from glem_augment.synthetic.draws import REAL_IMAGES
 from glem_augment.synthetic.export import class_folders, export_set
 

@@ -14,7 +14,7 @@ from test_training import tiny_trainer, toy_data
 
 from glem_augment.errors import TrainingError
 from glem_augment.images.dataset import ImageData
-from glem_augment.model.weights import CHECKPOINT
+from glem_augment.model.files import CHECKPOINT
 from glem_augment.training.checkpoint import data_fingerprint, load_checkpoint
 
 

@@ -21,7 +21,7 @@ from glem_augment import GLEM
 from glem_augment.distributed import share
 from glem_augment.errors import GLEMError
 from glem_augment.images.dataset import ImageData
-from glem_augment.model.weights import CHECKPOINT, CONFIG, WEIGHTS
+from glem_augment.model.files import CHECKPOINT, CONFIG, WEIGHTS
 from glem_augment.training.checkpoint import load_checkpoint
 from glem_augment.training.trainer import Trainer
 

@@ -21,7 +21,7 @@ from glem_augment.distributed import share
 from glem_augment.errors import TrainingError
 from glem_augment.evaluation import calibrate
 from glem_augment.images.dataset import ImageData
-from glem_augment.model.weights import CONFIG, WEIGHTS, weights_sha256
+from glem_augment.model.files import CONFIG, WEIGHTS, weights_sha256
 from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.objective import Progress
 

@@ -27,10 +27,10 @@ from glem_augment.model.config import GLEMConfig
 
 _CHUNK = 256  # images per pass through the flow, which bounds the memory of activations
 
-_Flow = TypeVar("_Flow", bound="ConditionalFlow")
+_Flow = TypeVar("_Flow", bound="LatentModel")
 
 
-class ConditionalFlow(nn.Module):
+class LatentModel(nn.Module):
     """A codec, a flow, and class densities in its latents, for images of one shape.
 
     Images are [B,C,H,W], uint8 or float in [0,1]; float input is not rounded. A model of images of another dtype takes
@@ -316,7 +316,7 @@ def psnr(error: Tensor) -> float:
 
 
 def summarise_errors(error: Tensor) -> dict[str, float]:
-    """The four numbers of `ConditionalFlow.check_invertibility`, from the errors of all pixels."""
+    """The four numbers of `LatentModel.check_invertibility`, from the errors of all pixels."""
     finite, count = error[torch.isfinite(error)], max(1, error.numel())
     return {
         "max_error": float(finite.max()) if finite.numel() else math.inf,
