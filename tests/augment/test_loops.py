@@ -88,20 +88,6 @@ class Pair(NamedTuple):
     label: Any
 
 
-def test_batches_keep_their_structure_and_go_to_the_device(model: GLEM) -> None:
-    x, y, names = images(4) / 255, labels(4), ["a", "b", "c", "d"]
-    moved, soft = make(model, policy=ModeMixup(partner="any"))(x, y)
-    for batch in (Pair(x, y), [x, y, names], (x, y, 5), {"name": names, "image": x, "label": y}):
-        for off_epoch, image, label in ((None, moved, soft), (0, x, F.one_hot(y, 3).float())):
-            (out,) = make(model, policy=ModeMixup(partner="any")).wrap([batch], off_epoch=off_epoch)
-            assert type(out) is type(batch) and len(out) == len(batch)
-            assert torch.equal(out["image" if isinstance(out, dict) else 0], image)
-            assert torch.equal(out["label" if isinstance(out, dict) else 1], label)
-            assert out["name"] == names if isinstance(out, dict) else out[2:] == batch[2:]
-    wrapped = make(model, policy="noise").wrap([(x, F.one_hot(y, 3).float())], device="meta", off_epoch=0)
-    assert all(item.is_meta for item in next(iter(wrapped)))
-
-
 def test_images_are_not_moved_twice_nor_by_a_classifier_in_workers(model: GLEM) -> None:
     aug = make(model)
     for twice in (aug.wrap(loader()), loader(collate_fn=aug.collate_fn())):

@@ -77,28 +77,12 @@ def test_memory_format_autocast_gradients_and_inference_mode(rgb: GLEM) -> None:
 
 
 def test_the_flow_is_not_part_of_the_transform() -> None:
-    model = make_model()
+    model = make_model().train()
     aug = GLEMAugment(model)
-    assert not list(aug.parameters()) and not list(aug.buffers())
-    assert list(aug.state_dict()) == ["_extra_state"] and list(aug.modules()) == [aug]
-    seen: list[torch.nn.Module] = []
-    torch.nn.Sequential(aug).apply(seen.append)  # nn.Module's own apply still works
-    assert seen[0] is aug
-    assert torch.nn.Sequential(aug).to("cpu", torch.float64)[0] is aug and aug.model is model
-    model.train()
+    assert list(aug.state_dict()) == ["_extra_state"] and list(aug.modules()) == [aug] and not list(aug.parameters())
     model.flow.eval()
     aug.eval()(images(4), labels(4))
     assert model.training and not model.flow.training  # left as they were
-
-
-def test_a_copy_on_another_device_follows_its_original() -> None:
-    model = make_model(rank=4)
-    aug = GLEMAugment(model, p=1.0, seed=0)
-    there = torch.device("meta")  # stands for an accelerator; nobody asks for its values
-    found = aug._model_on(there)
-    assert aug._model_on(there) is found and found is not model
-    model.gaussians.s.add_(0.1)
-    assert aug._model_on(there) is not found
 
 
 def test_seeds_generators_copies_and_state(model: GLEM, tmp_path: Path) -> None:
@@ -211,13 +195,6 @@ def test_a_drawn_partner_brings_the_label_of_its_class_alone(model: GLEM, smooth
     w = ((target - mixed) * (drawn - mixed)).sum(1) / (drawn - mixed).square().sum(1)  # how much of the draw
     assert ((w > 0.01) & (w <= 1 - params.drawn["keep"] + 1e-5)).all()
     assert torch.allclose(target, mixed + w[:, None] * (drawn - mixed), atol=1e-5)
-    # In a batch of two classes the mixtures themselves must not be taken for smoothing.
-    two = GLEMAugment(make_model(classes=["a", "b"]), "mixup", p=1.0, modes=64, seed=0)
-    mixed = torch.tensor([[0.7, 0.3], [0.3, 0.7]])
-    params = two.draw(images(2), mixed)
-    target = two.replay(images(2) / 255, mixed, params)[1]
-    weight = 1 - params.drawn["keep"]
-    assert torch.allclose(target.amax(1), 0.7 + weight * 0.3, atol=1e-4)
 
 
 def test_partial_class_map(model: GLEM) -> None:
@@ -233,16 +210,8 @@ def test_partial_class_map(model: GLEM) -> None:
     assert (out[~absent] != x[~absent]).flatten(1).any(1).all()
     assert aug.stats == {"selected": 20, "rejected": 0, "unmapped": 8}
     # A batch of one has no other row: its partner is then drawn, from any of the classes that the data has.
-    aug = GLEMAugment(model, Mixup(partner="any"), p=1.0, modes=64, class_map=given, seed=0)
-    seen = set()
-    for _ in range(40):
-        params = aug.draw(x[:1], y[:1])
-        target = aug.replay(x[:1], y[:1], params)[1]
-        partner_cls, keep = int(params.drawn["partner_cls"]), params.drawn["keep"]
-        other = torch.eye(5)[{2: 0, 0: 2, 3: 4}[partner_cls]]
-        assert torch.allclose(target[0], keep * torch.eye(5)[0] + (1 - keep) * other, atol=1e-4)
-        seen.add(partner_cls)
-    assert seen == {0, 2, 3}
+    aug = GLEMAugment(model, Mixup(partner="any"), p=1.0, class_map=given, seed=0)
+    assert {int(aug.draw(x[:1], y[:1]).drawn["partner_cls"]) for _ in range(40)} == {0, 2, 3}
 
 
 def test_data_classes_of_the_same_class_of_the_model() -> None:
@@ -253,9 +222,6 @@ def test_data_classes_of_the_same_class_of_the_model() -> None:
         params = aug.draw(x[:n], y[:n])
         assert (params.drawn["partner"] >= 0).all() == (n == 16)
         assert torch.allclose(aug.replay(x[:n], y[:n], params)[1], torch.eye(3)[y[:n]])
-    aug = GLEMAugment(own, Mixup(partner="any"), p=1.0, class_map=[0, 0, 2], seed=0)
-    for _ in range(20):  # draws of another class bring the first of its data classes
-        assert aug(x[:1], torch.tensor([2]))[1][0, 1] == 0
 
 
 @pytest.mark.parametrize(
@@ -287,10 +253,6 @@ def test_bad_moves_are_rejected_with_their_labels(
     assert torch.equal(out[0], x[0]) and torch.equal(out[1:], fine[1:])
     assert torch.equal(target[0], torch.eye(4)[y[0]]) and torch.equal(target[1:], soft[1:])
     assert aug.stats["rejected"] == 1
-    inside = GLEMAugment(model, Mixup(partner="any"), p=1.0, seed=0)
-    monkeypatch.setattr("glem_augment.codec.pixel_range.MARGIN", 2.5)
-    inside.replay(x, y, params)
-    assert inside.stats["rejected"] == int(not moved or not abs(bad) < 3)
 
 
 def test_strength_zero_lets_no_wrong_pixel_out(bundled_test: Any) -> None:
@@ -398,17 +360,6 @@ def test_empty_and_single_batches_and_rows_of_no_class(model: GLEM, policy: Poli
     assert aug(images(1), labels(1))[0].shape == (1, 1, 8, 8)
 
 
-def test_torchs_defaults_change_nothing(rgb: GLEM) -> None:
-    x, y = images(6, 3) / 255, labels(6)
-    settings: dict[str, Any] = {"policy": Mixup(partner="any"), "p": 1.0, "seed": 0, "mean": 0.0, "std": 1.0}
-    expected = GLEMAugment(rgb, **settings)(x, y)
-    torch.set_default_dtype(torch.float64)
-    with torch.device("meta"):  # this device can't hold a value, so nothing may be made there
-        got = GLEMAugment(rgb, **settings)(x, y)
-    torch.set_default_dtype(torch.float32)
-    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
 def test_a_users_compiled_step_gives_what_the_plain_one_gives(model: GLEM) -> None:
     x, y = images(6) / 255, labels(6)
     plain, inside = (GLEMAugment(model, "noise", seed=0) for _ in range(2))
@@ -424,12 +375,3 @@ def test_a_batch_enters_few_files_of_the_package(bundled_train: Any) -> None:
     aug(x, y)  # constants are computed once
     passed, moves = files_passed(lambda: aug(x, y), leave_out=("flows/", "classes/"))
     assert len(set(passed)) <= 11 and moves <= 120 and passed.count("precision.py") <= 4, (sorted(set(passed)), moves)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("policy", ALL)
-def test_cuda_gives_what_the_cpu_gives(model: GLEM, policy: Policy) -> None:
-    x, y = images(32) / 255, labels(32)
-    host, soft = GLEMAugment(model, policy, p=0.6, seed=0)(x, y)
-    out, target = GLEMAugment(model, policy, p=0.6, seed=0)(x.cuda(), y.cuda())
-    assert torch.allclose(out.cpu(), host, atol=1e-4) and torch.allclose(target.cpu().float(), soft.float(), atol=1e-4)
