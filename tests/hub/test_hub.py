@@ -155,7 +155,7 @@ def test_data_are_named_without_their_folders() -> None:
     for spec, name in (
         ("private/me@there.example/flowers", "flowers"),
         ("torch/cifar10@private/me", "cifar10"),
-        ("hfds/ylecun/mnist?input_key=img", "mnist"),
+        ("hfds/ylecun/mnist", "mnist"),
         ("bundled:fashion-mnist", "fashion-mnist"),
         ("", "unknown data"),
     ):
