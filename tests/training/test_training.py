@@ -286,7 +286,7 @@ def test_a_small_class_leaves_the_others_their_modes(tmp_path: Path) -> None:
 
 
 def test_images_of_five_channels_train_and_are_drawn(tmp_path: Path) -> None:
-    data = toy_data(60, k=3, shape=(5, 8, 4))
+    data = toy_data(60, k=3, shape=(5, 8, 8))
     trainer = tiny_trainer(tmp_path, data, epochs=1, sample_every=1)
     assert trainer.fit().check_invertibility(data.tensor())["within_half_step"] == 1
     Image.open(tmp_path / "samples" / "epoch_0001.png").verify()
