@@ -39,6 +39,7 @@ from benchmarks.proof.private import summary as private_rows
 from benchmarks.proof.private_opponents import report as opponents_page
 from benchmarks.proof.samples_alone import as_long, summary, worth
 from benchmarks.proof.samples_alone import report as samples_page
+from benchmarks.speed.overhead import PER_IMAGE
 from benchmarks.speed.speed import OURS, RECOMPUTED
 from glem_augment import GLEM
 from glem_augment.hub.cards import table_row
@@ -235,13 +236,22 @@ def single_files() -> Named:
             continue
         yield f"{name}: largest error", f"{trip['max_error']:.3f}"
         yield f"{name}: pixels back", f"{100 * trip['within_half_step']:.4f}".rstrip("0").rstrip(".")
-    _, *rows = stored("overhead")["rows"]
     share = {
-        (row["codec"], row["policy"]): f"{row['% of the step']:.{int(row['% of the step'] < 10)}f}" for row in rows
+        (f"{row['codec']}, {row['size']} px", row["policy"]): f"{percent:.{int(percent < 10)}f}"
+        for row in stored("overhead")["rows"]
+        if (percent := row["% of the step"]) is not None
     }
     policies = list(dict.fromkeys(policy for _, policy in share))
     lines = [[codec, *(share[codec, each] for each in policies)] for codec in dict.fromkeys(c for c, _ in share)]
     yield "costs", table(" | ".join(["modes of", *policies]), lines)
+    each = {(row["side"], row["size"]): row for row in stored("overhead")[PER_IMAGE]}
+    sizes = sorted({size for _, size in each})
+    lines = [
+        [side, *(f"{each[side, size][column]:.2f}" for size in sizes for column in ("ms", "of ColorJitter"))]
+        for side in dict.fromkeys(side for side, _ in each)
+    ]
+    header = [f"{size} px: {column}" for size in sizes for column in ("ms", "of ColorJitter")]
+    yield "costs per image", table(" | ".join(["", *header]), lines)
     for row in stored("kld")["rows"]:
         yield f"kld: {row['pass']}, seconds", f"{row['median s']:.1f}"
         yield f"kld: {row['pass']}, memory", f"{row['peak extra memory / mu']:.1f}"

@@ -105,8 +105,8 @@ def make_flow() -> tuple[GLEM, float]:
 
 
 def fitted(size: int, autoencoder: str | None = None) -> GLEM:
-    """A model of images of this size without a flow."""
-    x, y = images(100 * CLASSES, size, SEED + 1)
+    """A model of images of this size without a flow, with 64 modes per class."""
+    x, y = images(65 * CLASSES, size, SEED + 1)
     return GLEM.fit((as_uint8(x), y), autoencoder)
 
 
