@@ -18,6 +18,7 @@ from torch import Tensor
 
 # The least variance in any direction, as a share of what uncorrelated coordinates would have there.
 LEAST_VARIANCE = 0.02
+_LEAST_SCALE = 0.02  # of shifts: where noise hides them all, they are not taken for zero
 # The least variance of a coordinate, as a share of the scaled prior.
 LEAST_OF_PRIOR = 0.1
 
@@ -46,8 +47,21 @@ def class_means(counts: Tensor, sums: Tensor, sd_sum: float, prior: Tensor) -> t
 
 
 def scale_of_prior(shifts: Tensor, noise: Tensor, weight: Tensor, prior: Tensor) -> Tensor:
-    """t >= 0, where shifts [.., d] without their noise variance have the variances t * prior [d]."""
-    return ((weight * (shifts.square() - noise)).sum() / (weight * prior).sum()).clamp_min(0)
+    """t, where shifts [.., d] without their noise variance have the variances t * prior [d]."""
+    return ((weight * (shifts.square() - noise)).sum() / (weight * prior).sum()).clamp_min(_LEAST_SCALE)
+
+
+def energies_of_classes(counts: Tensor, sums: Tensor, sd_sum: float, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squares in bands of coordinates, of all images [B] and of each class [K, B], from noisy sums [K, B].
+
+    The first are shrunk to a multiple of the public ones, `prior` [B], and the second to the first.
+    """
+    images = counts.sum()
+    pooled = shrink_variances(sums.sum(0) / images, sd_sum * math.sqrt(len(counts)) / float(images), prior)
+    difference, noise = sums / counts[:, None] - pooled, (sd_sum / counts).square()[:, None]
+    t = scale_of_prior(difference, noise, counts[:, None].square(), pooled.square())
+    own = pooled + difference * _share(t * pooled.square(), noise)
+    return pooled, torch.maximum(own, LEAST_OF_PRIOR * pooled)
 
 
 def denoise(counts: Tensor, seconds: Tensor, sd_second: float, prior: Tensor) -> Denoised:

@@ -4,7 +4,8 @@
 
 1. *Statistic.* An image with latent u in class y is clipped to |u| <= R. With v = u / R = (p, w), p the leading
    coordinates, the image adds t = (a0, a1 v, a2 svec(p p^T), a2 w^2) in the place of class y, and zeros elsewhere. svec
-   is the lower triangle with its off-diagonal elements times sqrt(2), so |svec(p p^T)| = |p|^2.
+   is the lower triangle with its off-diagonal elements times sqrt(2), so |svec(p p^T)| = |p|^2. Any function of one
+   image and of public or released numbers may be u: leading coordinates, z less a released mean, energies.
 2. *Norm.* |t|^2 = a0^2 + a1^2 |v|^2 + a2^2 (|p|^4 + sum w_i^4), and |p|^4 + sum w_i^4 <= (|p|^2 + |w|^2)^2 <= 1. With
    a0^2 + a1^2 + a2^2 = 1, |t| <= 1. Places of classes are disjoint. One image thus changes the sum of all t by at most
    1 in L2, and m images of one person change it by at most m.
@@ -56,7 +57,6 @@ __all__ = [
     "delta_of",
     "describe",
     "epsilon_of",
-    "noisy_histogram",
     "promise",
     "promised",
     "round_of",
@@ -197,19 +197,6 @@ def _deviation(privacy: Privacy, part: float, share: float = 1.0) -> float:
 def _from_primary(draw: Callable[[], Any]) -> Any:
     """What rank 0 draws, on all ranks. Noise of several ranks could be averaged."""
     return distributed.gather(draw() if distributed.is_primary() else None)[0]
-
-
-def noisy_histogram(values: Tensor, edges: Tensor, privacy: Privacy, part: float) -> Tensor:
-    """How many `values` [n] are in each of the bins between public, ascending `edges` [B - 1]; float64 [B], noisy.
-
-    A value is in one bin, so the sensitivity is 1. NaN is in the last. It spends `part` of mu^2. All ranks call it
-    together, once.
-    """
-    values, edges = values.detach().cpu().double().contiguous(), edges.detach().cpu().double()
-    counts = torch.bincount(torch.bucketize(values, edges), minlength=len(edges) + 1)
-    sd = _deviation(privacy, part)
-    distributed.add_up(counts)
-    return _from_primary(lambda: _noisy(counts << _BITS, _BITS, sd))
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------

@@ -2,10 +2,13 @@
 
 Latents z are in public coordinates (`flows.stationary`) with public variances, the prior. Of the promise's mu^2,
 
-- counts and sums of z, clipped to a public norm, take `FIRST`. They give the class means m_y.
-- a histogram of |z - m_y| takes `NORMS`. It gives the norm to which the next two are clipped.
+- counts take `COUNTS`. They say how much noise the classes bear, so the rest follows from them.
+- sums of z, clipped to a public norm, give the class means m_y. Small classes have sums of the leading coordinates
+  alone: they vary most, and each further one raises the clip and with it the noise on all.
+- sums of |z - m_y|^2 in bands of coordinates take `BANDS`. They scale the prior to each class, and give the next clip.
 - second moments of z - m_y take the rest. About the means they have a third of the noise that they would have about a
-  public point. `denoise` makes covariances of them.
+  public point. `denoise` makes covariances of them. Small classes share their correlations, of the leading coordinates;
+  the smallest have none, and spend this part on the means.
 - where the noise allows cells, counts and sums of z - m_y in the cells of each class take `CELLS`. k-means finds the
   cells on samples of the Gaussians so far. The covariance within cells is the class's less that between its cells.
 
@@ -17,13 +20,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from glem_augment.classes.classes import Classes
-from glem_augment.classes.denoise import cell_means, class_means, denoise, within_cells
+from glem_augment.classes.denoise import Denoised, cell_means, class_means, denoise, energies_of_classes, within_cells
 from glem_augment.classes.fit import fit_classes
 from glem_augment.classes.groups import k_means
 from glem_augment.classes.modes import ClassModes
@@ -34,17 +38,19 @@ from glem_augment.classes.privacy import (
     Release,
     describe,
     epsilon_of,
-    noisy_histogram,
     round_of,
 )
 from glem_augment.classes.statistics import ClassStatistics, Moments, can_be_whole
 from glem_augment.errors import DataError
 
-# Parts of mu^2, and the shares of counts, sums and second moments within a part.
-FIRST, NORMS, CELLS = 0.20, 0.01, 0.30
-_FIRST_SHARES, _SECOND_SHARES, _CELL_SHARES = (0.18, 0.82, 0), (0, 0, 1), (0.1, 0.9, 0)
+# Parts of mu^2. The smaller the classes, the more is for means; the second moments have what is left.
+COUNTS, BANDS, CELLS, FIRST, FIRST_SHARED = 0.03, 0.02, 0.30, 0.17, 0.50
+_COUNTS, _SUMS, _SECONDS, _CELLS = (1, 0, 0), (0, 1, 0), (0, 0, 1), (0.1, 0.9, 0)  # shares of statistics in a release
+_MEAN_NOISE = 0.25  # the most noise in the mean of a coordinate, as a share of its public variance
+_EDGE = 4.0  # the most that noise may add to an eigenvalue of a covariance, in mean variances
+_OWN, _SHARED = 500, 100  # images of a class times mu from which classes have covariances, or share correlations
 _CLIP = 0.9  # the second clip, in roots of the mean squared norm
-_BINS = 64  # of the histogram of norms, up to twice the public norm
+_BAND = 8  # coordinates of the first band; the others double
 _CELL_COUNTS, _CELL_NOISE = (32, 16, 8, 4), 0.04
 _DRAWS = 4000  # samples of a class on which k-means finds its cells
 
@@ -103,24 +109,50 @@ def private_classes(
         rounds.append(round_of(name, privacy, part, clip=clip, shares=list(shares)))
         return sums.release()
 
-    start = released("counts and sums", z, y, num_classes, clip, _FIRST_SHARES, FIRST)
-    drowned = _drowned(start, privacy)
+    start = released("counts", z, y, num_classes, clip, _COUNTS, COUNTS)
     counts = start.counts.clamp_min(max(start.sd_count, 1.0))
-    means, noise = class_means(counts, start.sums, start.sd_sum, prior)
+    size = float(counts.median()) * privacy.mu_per_image
+    if cells is None:
+        cells = _cells(size, len(prior))
+    left = 1 - COUNTS - BANDS - (CELLS if cells > 1 else 0)
+    shared = size < _OWN
+    part = FIRST if not shared else FIRST_SHARED if size >= _SHARED else left
+    k = _coordinates_of_means(size, part, prior, clip)
+    drowned = _drowned(start, privacy, k, part)
+
+    first_clip = clip * float((prior[:k].sum() / prior.sum()).sqrt())
+    first = released("sums", z[:, :k], y, num_classes, first_clip, _SUMS, part)
+    means, noise = class_means(counts, first.sums, first.sd_sum, prior[:k])
+    means = torch.nn.functional.pad(means, (0, len(prior) - k))
     z = z.double() - means[y]
 
-    edges = torch.linspace(0, 2 * clip, _BINS, dtype=torch.float64)
-    rounds.append(round_of("histogram of norms", privacy, NORMS))
-    clip = _CLIP * _root_mean_square(noisy_histogram(z.norm(dim=1), edges[1:-1], privacy, NORMS), edges)
+    bands = _bands(len(prior))
+    energies = torch.stack([sum(z[:, band].square().unbind(1)) for band in bands], 1)  # no row depends on another
+    energy = released("energies", energies, y, num_classes, clip**2, _SUMS, BANDS)
+    public = torch.stack([prior[band].sum() for band in bands])
+    pooled, own = energies_of_classes(counts, energy.sums, energy.sd_sum, public)
+    widths = torch.tensor([len(prior[band]) for band in bands])
+    own = (own / pooled).repeat_interleave(widths, 1)  # [K, d]
+    prior = prior * (pooled / public).repeat_interleave(widths)
 
-    if cells is None:
-        cells = _cells(float(counts.median()), len(prior), privacy)
-    part = 1 - FIRST - NORMS - (CELLS if cells > 1 else 0)
-    second = released("second moments", z, y, num_classes, clip, _SECOND_SHARES, part)
-    leading = second.seconds.shape[1]
-    found = denoise(counts, second.seconds, second.sd_second, prior[:leading])
-    rest = prior[leading:] * float(found.pooled.diagonal().sum() / prior[:leading].sum())
-    rest = _rest(second, counts, rest)
+    part = left - part
+    images = counts.sum()
+    leading = _coordinates_of_covariance(size * num_classes, part, len(prior)) if shared else len(prior)
+    clip = _CLIP * float(prior[:leading].sum().sqrt())
+    slots, sizes = (torch.zeros_like(y), images[None]) if shared else (y, counts)
+    if part > 0:
+        second = released("second moments", z[:, :leading], slots, len(sizes), clip, _SECONDS, part)
+        leading = second.seconds.shape[1]
+        found = denoise(sizes, second.seconds, second.sd_second, prior[:leading])
+    else:
+        found = Denoised(prior.new_zeros(0), prior[:leading].diag(), 0, counts)
+    if shared:
+        rest = own[:, leading:] * prior[leading:]
+        unit = own[:, :leading].sqrt()
+        covariances = unit[:, :, None] * found.pooled * unit[:, None]
+        found = found._replace(covariances=covariances, modes=torch.zeros_like(counts).int())
+    else:
+        rest = _rest(second, counts, prior[leading:])
     classes = _gaussians(counts, means, found.covariances, found.pooled, rest, drowned)
 
     if cells > 1:
@@ -130,7 +162,7 @@ def private_classes(
         for k in range(num_classes):
             cell[y == k] = nearest(z[y == k], centres[k])
         slots = y * cells + cell
-        own = released("cells", z - centres[y, cell], slots, num_classes * cells, clip, _CELL_SHARES, CELLS)
+        own = released("cells", z - centres[y, cell], slots, num_classes * cells, clip, _CELLS, CELLS)
         weights = own.counts.clamp_min(1).unflatten(0, (-1, cells))
         shifts = cell_means(centres, weights, own.sums.unflatten(0, (-1, cells)), own.sd_sum, prior)
         classes.modes = _tied_modes(classes.modes, found.covariances, weights, means, shifts, rest, drowned)
@@ -145,33 +177,42 @@ def nearest(z: Tensor, centres: Tensor) -> Tensor:
     return torch.cdist(z, centres, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
 
 
-def _drowned(start: Release, privacy: Privacy) -> list[int]:
-    """Classes of which the noisy mean has more noise than the clip."""
-    images = float(start.counts.sum())
-    least = start.sd_sum * math.sqrt(start.sums.shape[1]) / start.clip
-    drowned = [k for k, count in enumerate(start.counts.tolist()) if count < max(least, 3 * start.sd_count)]
+def _drowned(start: Release, privacy: Privacy, coordinates: int, part: float) -> list[int]:
+    """Classes of which the noisy mean will have more noise than the clip."""
+    least = max(math.sqrt(coordinates / part) / privacy.mu_per_image, start.sd_count)
+    drowned = [k for k, count in enumerate(start.counts.tolist()) if count < least]
     if len(drowned) == len(start.counts):
+        images = max(float(start.counts.mean()), 0)
         raise DataError(
-            f"at epsilon={privacy.epsilon:g} classes of about {max(images, 0) / len(drowned):.0f} images are noise; "
-            f"{least:.0f} would be needed: merge classes, add images, or raise epsilon. This run has "
-            f"spent epsilon={epsilon_of(privacy.mu * math.sqrt(FIRST), privacy.delta):.2g}, which adds to another run's"
+            f"at epsilon={privacy.epsilon:g} classes of about {images:.0f} images are noise; {least:.0f} would be "
+            "needed: merge classes, add images, or raise epsilon. This run has spent "
+            f"epsilon={epsilon_of(privacy.mu * math.sqrt(COUNTS), privacy.delta):.2g}, which adds to another run's"
         )
     return drowned
 
 
-def _cells(images: float, dim: int, privacy: Privacy) -> int:
-    """The most cells of a class of so many images in which noise is a small part of the squared norm of a mean."""
+def _cells(size: float, dim: int) -> int:
+    """The most cells in which noise is a small part of the squared norm of a mean; `size`: images times mu."""
     # Sums are clipped to `_CLIP` roots of the mean squared norm, and their noise falls on every dimension.
-    noise = dim * _CLIP**2 / (privacy.mu_per_image**2 * CELLS * _CELL_SHARES[1] * images**2)
+    noise = dim * _CLIP**2 / (CELLS * _CELLS[1] * size**2)
     return next((cells for cells in _CELL_COUNTS if cells**2 * noise <= _CELL_NOISE), 1)
 
 
-def _root_mean_square(histogram: Tensor, edges: Tensor) -> float:
-    """The root of the mean square of the numbers in a noisy histogram; the last bin has no upper edge."""
-    counts = histogram.clamp_min(0)
-    middles = (edges[1:] + edges[:-1]) / 2
-    counts = counts / counts.sum().clamp_min(1)
-    return float((counts * middles.square()).sum().sqrt().clamp_min(edges[1]))
+def _coordinates_of_means(size: float, part: float, prior: Tensor, clip: float) -> int:
+    """How many coordinates the class means have, of classes with `size` images times mu."""
+    noise = clip**2 * prior.cumsum(0) / prior.sum() / (part * size**2)  # variance in each, if so many are released
+    return max(1, int((noise <= _MEAN_NOISE * prior).sum()))
+
+
+def _coordinates_of_covariance(size: float, part: float, dim: int) -> int:
+    """How many coordinates the covariance of all classes has; its noise adds up to 2 sd sqrt(k) to an eigenvalue."""
+    most = (_EDGE * size * math.sqrt(part) / (math.sqrt(2) * _CLIP**2)) ** (2 / 3)
+    return min(max(_BAND, int(most)), dim, LEADING)
+
+
+def _bands(dim: int) -> list[slice]:
+    edges = [0, *(_BAND << i for i in range(dim.bit_length()) if _BAND << i < dim), dim]
+    return [slice(*pair) for pair in pairwise(edges)]
 
 
 def _rest(second: Release, counts: Tensor, prior: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ EXAMPLES = """\
   glem generate runs/shareable --per-class 2000 --out shareable/
 """
 EXCLUDED = "not with --epsilon"
+EXPECTED = (
+    "of ten kinds of clothes with 300 images each, samples' latents taught a perceptron about 78, 82 and 85 % at "
+    "epsilon 1, 3 and 10; fewer images teach less, and photographs are harder: docs/privacy.md has the curve"
+)
 _NOISY = 0.9  # the share of noise in the differences of class means from which samples teach little
 
 
@@ -102,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in names}
     if args.epsilon is not None:
         given |= private_arguments(args)
+        common.note(f"glem: {EXPECTED}")  # before anything is spent
     began = time.monotonic()
     model = GLEM.fit(
         args.data,

@@ -28,11 +28,11 @@ from glem_augment.classes.privacy import (
     delta_of,
     describe,
     epsilon_of,
-    noisy_histogram,
     promised,
     round_of,
     total,
 )
+from glem_augment.classes.private import private_classes
 from glem_augment.errors import DataError, GLEMError
 
 EPSILONS = (0.01, 0.05, 0.2, 1.0, 3.0, 10.0, 25.0, 50.0)
@@ -402,12 +402,16 @@ def test_a_statistic_with_the_share_zero_is_not_released() -> None:
         assert tuple(tensor.numel() for tensor in sums.release().tensors().values()) == sizes
 
 
-def test_a_histogram_counts_each_value_once() -> None:
-    values, edges = torch.tensor([0.5, 1.5, 1.5, 9.0, math.nan, math.inf, -math.inf]), torch.tensor([1.0, 2.0, 3.0])
-    privacy = Privacy(50)
-    found = torch.stack([noisy_histogram(values, edges, privacy, 0.5) for _ in range(200)])
-    truth = torch.tensor([2.0, 2.0, 0.0, 3.0]).double()
-    assert_variance_is_one((found - truth) * privacy.mu * math.sqrt(0.5))
+@pytest.mark.parametrize(("images", "cells"), [(20, None), (60, None), (60, 2), (300, None), (2000, None)])
+def test_every_branch_of_a_fit_spends_the_promise(images: int, cells: int | None) -> None:
+    """Classes of each size have other coordinates, correlations and parts of mu^2."""
+    y = torch.arange(3).repeat_interleave(images)
+    prior = torch.linspace(2, 0.2, 40, dtype=torch.float64)
+    z = (torch.randn(len(y), 40) * prior.sqrt() + 2 * torch.nn.functional.one_hot(y, 40)).float()
+    found = private_classes(z, y, 3, prior, 10.0, Privacy(10), cells)
+    assert promised(found.privacy) == Privacy(10) and found.classes.modes is not None
+    drawn = found.classes.modes.sample(y, 1.0, torch.Generator().manual_seed(0))
+    assert drawn.isfinite().all() and 0.3 < float(drawn.square().sum() / z.square().sum()) < 3
 
 
 @pytest.mark.slow

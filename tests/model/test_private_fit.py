@@ -94,7 +94,6 @@ def test_nothing_but_the_releases_depends_on_the_images(
         return give
 
     monkeypatch.setattr(private_module.PrivateSums, "release", replayed(private_module.PrivateSums.release))
-    monkeypatch.setattr(private_module, "noisy_histogram", replayed(private_module.noisy_histogram))
     shifted = ImageData.from_tensors(255 - data.tensor()[:-20], data.targets[:-20], data.classes)
     for name, images in (("a", data), ("b", shifted)):
         GLEM.fit(images, "taef2", privacy=Privacy(10)).save(tmp_path / name)
