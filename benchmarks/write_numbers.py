@@ -36,6 +36,7 @@ from benchmarks.proof.augmentation.report import results_of, signed
 from benchmarks.proof.photographs import TUNING
 from benchmarks.proof.private import report as private_page
 from benchmarks.proof.private import summary as private_rows
+from benchmarks.proof.private_curve import report as curve_page
 from benchmarks.proof.private_opponents import report as opponents_page
 from benchmarks.proof.samples_alone import as_long, summary, worth
 from benchmarks.proof.samples_alone import report as samples_page
@@ -53,6 +54,7 @@ REPORTS: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
     "fine_tuned": pretrained.report,
     "long_tails": long_tails.report,
     "private": private_page,
+    "private_curve": curve_page,
     "private_opponents": opponents_page,
     "samples_alone": samples_page,
 }
@@ -148,6 +150,15 @@ def private() -> Named:
     epsilons = " | ".join(f"ε = {epsilon:g}" for epsilon in columns)
     yield "private controls", table(f"data | judge | {epsilons} | no privacy", controls)
     yield "private sets", table(f" | {epsilons} | real images", rows)
+    curve: dict[str, dict[float, str]] = {}
+    for n in curve_page(stored("private_curve"))["rows"]:
+        half = f"± {n['+/-']:.1f}" if n["+/-"] else "(one)"
+        cell = "refused" if n["accuracy"] is None else f"{n['accuracy']:.1f} {half}"
+        curve.setdefault(f"{n['set']}, {n['per class']:,}", {})[n["epsilon"]] = cell
+    columns = sorted({e for own in curve.values() for e in own})
+    epsilons = " | ".join(f"ε = {epsilon:g}" for epsilon in columns)
+    cells = [[name, *(own.get(e, "") for e in columns)] for name, own in curve.items()]
+    yield "private curve", table(f"images of each class | {epsilons}", cells)
     methods = {"probe": "a linear layer on the latents", "dp-sgd": "a small network with tanh, on images"}
     found = []
     for row in opponents_page(stored("private_opponents"))["rows"]:
