@@ -184,8 +184,8 @@ def _drowned(start: Release, privacy: Privacy, coordinates: int, part: float) ->
     images = float(start.counts.mean())
     if len(drowned) == len(start.counts) or images < 4 * start.sd_count / math.sqrt(len(start.counts)):
         raise DataError(
-            f"at epsilon={privacy.epsilon:g} classes of about {max(images, 0):.0f} images are noise; {least:.0f} would be "
-            "needed: merge classes, add images, or raise epsilon. This run has spent "
+            f"at epsilon={privacy.epsilon:g} classes of about {max(images, 0):.0f} images are noise; {least:.0f} would "
+            "be needed: merge classes, add images, or raise epsilon. This run has spent "
             f"epsilon={epsilon_of(privacy.mu * math.sqrt(COUNTS), privacy.delta):.2g}, which adds to another run's"
         )
     return drowned
