@@ -11,74 +11,37 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # type checkers do not follow `__getattr__`
-    from glem_augment.augment.policies import Adversarial, Mixup, Noise, Policy
-    from glem_augment.augment.transform import GLEMAugment
-    from glem_augment.classes.gaussians import ClassGaussians
-    from glem_augment.classes.privacy import Privacy
-    from glem_augment.errors import (
-        BadImageError,
-        ClassMismatchError,
-        DataError,
-        GLEMError,
-        HubError,
-        ModelFileError,
-        TrainingError,
-    )
-    from glem_augment.flows import create_flow
-    from glem_augment.images.dataset import ImageData, open_data
-    from glem_augment.images.matching import match_classes
-    from glem_augment.model.glem import GLEM
-    from glem_augment.synthetic.combined import RealAndSynthetic
-    from glem_augment.synthetic.dataset import SyntheticDataset
-    from glem_augment.training import TrainConfig as TrainConfig
-    from glem_augment.training import Trainer as Trainer
+    from glem_augment.augment.policies import *  # noqa: F403
+    from glem_augment.augment.transform import *  # noqa: F403
+    from glem_augment.classes.privacy import *  # noqa: F403
+    from glem_augment.errors import *  # noqa: F403
+    from glem_augment.images.dataset import *  # noqa: F403
+    from glem_augment.model.glem import *  # noqa: F403
+    from glem_augment.synthetic.combined import *  # noqa: F403
+    from glem_augment.synthetic.dataset import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "GLEM",
-    "Adversarial",
-    "BadImageError",
-    "ClassGaussians",
-    "ClassMismatchError",
-    "DataError",
-    "GLEMAugment",
-    "GLEMError",
-    "HubError",
-    "ImageData",
-    "Mixup",
-    "ModelFileError",
-    "Noise",
-    "Policy",
-    "Privacy",
-    "RealAndSynthetic",
-    "SyntheticDataset",
-    "TrainingError",
-    "create_flow",
-    "match_classes",
-    "open_data",
-]
 _MODULES = {
-    "augment.transform": "GLEMAugment",
-    "augment.policies": "Adversarial Mixup Noise Policy",
-    "images.matching": "match_classes",
-    "images.dataset": "ImageData open_data",
-    "errors": "BadImageError ClassMismatchError DataError GLEMError HubError ModelFileError TrainingError",
-    "flows": "create_flow",
-    "classes.gaussians": "ClassGaussians",
-    "classes.privacy": "Privacy",
-    "model.glem": "GLEM",
-    "synthetic.combined": "RealAndSynthetic",
-    "synthetic.dataset": "SyntheticDataset",
-    "training": "TrainConfig Trainer",  # not in __all__, because they import timm
+    "GLEM": "model.glem",
+    "GLEMAugment": "augment.transform",
+    "Noise": "augment.policies",
+    "Mixup": "augment.policies",
+    "Adversarial": "augment.policies",
+    "Policy": "augment.policies",
+    "Privacy": "classes.privacy",
+    "SyntheticDataset": "synthetic.dataset",
+    "RealAndSynthetic": "synthetic.combined",
+    "open_data": "images.dataset",
+    "GLEMError": "errors",
 }
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names.split():
-            globals()[name] = value = getattr(import_module(f"{__name__}.{module}"), name)
-            return value
+    if name in _MODULES:
+        globals()[name] = value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        return value
     if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

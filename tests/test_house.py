@@ -139,7 +139,7 @@ def test_public_names_are_imported_when_first_used_and_light(tmp_path: Path) -> 
     script = f"""
 import sys, glem_augment
 from glem_augment.cli import main
-glem_augment.DataError
+glem_augment.errors.DataError
 try:
     main(["--help"])
 except SystemExit:

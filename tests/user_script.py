@@ -6,16 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from glem_augment import (
-    GLEM,
-    ClassGaussians,
-    GLEMAugment,
-    GLEMError,
-    ImageData,
-    Noise,
-    SyntheticDataset,
-    open_data,
-)
+from glem_augment import GLEM, GLEMAugment, GLEMError, Noise, SyntheticDataset, open_data
+from glem_augment.classes.gaussians import ClassGaussians
+from glem_augment.images.dataset import ImageData
 
 
 def train(classifier: nn.Module, loader: DataLoader[tuple[Tensor, ...]], augment: GLEMAugment) -> float:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.paper.research import Research, ResearchTrainer
-from glem_augment import GLEM, ImageData
+from glem_augment import GLEM
 from glem_augment.distributed import Share
 from glem_augment.errors import DataError
 from glem_augment.flows import resolve_preset
+from glem_augment.images.dataset import ImageData
 from glem_augment.training import TrainConfig
 from glem_augment.training.augmentation import augment_batch
 

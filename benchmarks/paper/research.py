@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import TimeUpError
 from benchmarks.paper.methods import HYBRID_JOINT, METHODS, PAPER
-from glem_augment import GLEM, ImageData, open_data
+from glem_augment import GLEM, open_data
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.cli.common import table
 from glem_augment.distributed import Share
+from glem_augment.images.dataset import ImageData
 from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.checkpoint import has_checkpoint
 from glem_augment.training.moments import LatentStatistics

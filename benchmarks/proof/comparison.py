@@ -15,7 +15,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from benchmarks.common import descend
-from glem_augment import GLEM, GLEMAugment, ImageData, Noise, Policy
+from glem_augment import GLEM, GLEMAugment, Noise, Policy
+from glem_augment.images.dataset import ImageData
 
 BATCH, MEAN, STD = 64, 0.5, 0.25  # images per step; by which images are normalised
 NETWORK, RATE = "test_resnet", 5e-3  # a small ResNet of timm, and its highest learning rate

@@ -26,7 +26,8 @@ from benchmarks.proof.augmentation.named import bold
 from benchmarks.proof.augmentation.settings import SETTINGS
 from benchmarks.proof.comparison import PLAIN, Comparison, Stack
 from benchmarks.proof.photographs import COPIES, JITTERED, POOLED, SMOOTH, STEPS, TUNING, fit, fit_pooled, on
-from glem_augment import ImageData, Noise
+from glem_augment import Noise
+from glem_augment.images.dataset import ImageData
 
 NAME = "directions"
 NAMES = ("fashion-10", "fashion-50", "cifar10-50", "imagenette32-20")

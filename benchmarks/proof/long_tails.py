@@ -31,7 +31,8 @@ from benchmarks.proof.augmentation.data import Task, make_task
 from benchmarks.proof.augmentation.ops import Component
 from benchmarks.proof.augmentation.settings import Setting
 from benchmarks.proof.augmentation.train import accuracy, train
-from glem_augment import GLEM, ImageData, SyntheticDataset
+from glem_augment import GLEM, SyntheticDataset
+from glem_augment.images.dataset import ImageData
 from glem_augment.training import TrainConfig, Trainer
 
 NAME, LARGEST, TUNING_SEED = "long_tails", 500, 1000

@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import Interval, Rows, find_images, interval, parser, write_results
 from benchmarks.proof.comparison import NETWORK, PLAIN, Comparison, Stack, moves
-from glem_augment import GLEM, Adversarial, ImageData, Mixup, Noise, Policy, open_data
+from glem_augment import GLEM, Adversarial, Mixup, Noise, Policy, open_data
+from glem_augment.images.dataset import ImageData
 
 NAME, SIZE, HELD, STEPS = "photographs", 64, 100, 300
 TUNING = 100  # the seed of the choice

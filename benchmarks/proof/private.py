@@ -36,10 +36,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import ROOT, Rows, descend, find_images, over_seeds, parser, processors, publish, usage
 from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
-from glem_augment import GLEM, GLEMAugment, ImageData, Mixup, SyntheticDataset, open_data
+from glem_augment import GLEM, GLEMAugment, Mixup, SyntheticDataset, open_data
 from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.private import private_classes
 from glem_augment.evaluation.pictures import Section, compose
+from glem_augment.images.dataset import ImageData
 from glem_augment.io import save_png
 from glem_augment.model.private_fit import latents_alone, set_coordinates
 

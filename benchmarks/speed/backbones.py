@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import find_images, parser, write_results
 from benchmarks.paper.research import ResearchTrainer, split_settings
-from glem_augment import ImageData, open_data
+from glem_augment import open_data
 from glem_augment.distributed import share
 from glem_augment.errors import TrainingError
 from glem_augment.evaluation import evaluate
+from glem_augment.images.dataset import ImageData
 from glem_augment.training import TrainConfig, Trainer
 
 BASE: dict[str, Any] = {"depth": [8, 8], "width": [48, 64], "blocks": [1, 1]}

@@ -386,13 +386,14 @@ class GLEM(LatentModel):
         if not base.codec.ready:
             base.codec.fit(images.some(STANDARDISED_BY))
             latent_shape(base.codec, shape)  # what it says of itself can be tried now
-        counts, parts = np.bincount(images.targets, minlength=len(images.classes)), parts or 1
+        parts = parts or 1
         statistics = base._statistics(images, rank, parts, max_per_class, seed)
         if pooled:
             statistics = statistics.as_one_class()
         found = base._fit_classes(statistics, rank)
         assert found.modes is not None
-        counts = counts.clip(max=max_per_class).tolist()
+        totals = np.bincount(images.targets, minlength=len(images.classes)).tolist()
+        counts = [min(total, max_per_class or total) for total in totals]
         config = replace(
             base.config,
             privacy=None,  # a private model's promise says nothing about these images

@@ -21,9 +21,10 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset, d
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from glem_augment import GLEM, ClassMismatchError, GLEMAugment, open_data
+from glem_augment import GLEM, GLEMAugment, open_data
 from glem_augment import Mixup as ModeMixup
 from glem_augment.augment.loops import AugmentedLoader
+from glem_augment.errors import ClassMismatchError
 
 CLASSES = ["bird", "cat", "dog"]
 images, labels = partial(any_images, channels=3), partial(any_labels, classes=3)

@@ -9,7 +9,8 @@ from model_cases import photos
 from torch import Tensor
 
 from benchmarks.proof import photographs
-from glem_augment import GLEMAugment, ImageData, Noise, Policy
+from glem_augment import GLEMAugment, Noise, Policy
+from glem_augment.images.dataset import ImageData
 
 
 def test_drawn_images_and_the_rest_are_disjoint() -> None:

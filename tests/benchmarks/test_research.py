@@ -21,10 +21,11 @@ from benchmarks.paper.research import (
     saturating_kld,
     split_settings,
 )
-from glem_augment import GLEM, ImageData
+from glem_augment import GLEM
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.distributed import share
 from glem_augment.errors import TrainingError
+from glem_augment.images.dataset import ImageData
 from glem_augment.training import TrainConfig
 from glem_augment.training.moments import LatentStatistics
 from glem_augment.training.objective import Progress

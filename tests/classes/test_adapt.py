@@ -12,13 +12,14 @@ from model_cases import tiny_model
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
-from glem_augment import GLEM, GLEMAugment, ImageData, Noise, open_data
+from glem_augment import GLEM, GLEMAugment, Noise, open_data
 from glem_augment.classes.classes import Classes
 from glem_augment.classes.fit import KEPT, REST_FLOOR, fit_classes, fit_modes, fit_temperature, psi_that_holds
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import SHRUNK
 from glem_augment.classes.statistics import ClassStatistics, Moments, class_statistics
 from glem_augment.errors import DataError
+from glem_augment.images.dataset import ImageData
 
 Psi = tuple[float, float, float] | None
 PAPER: Psi = (0.5, 0.2, 0.05)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassCalibrationError
 
-from glem_augment import GLEM, ImageData
+from glem_augment import GLEM
 from glem_augment.errors import DataError
 from glem_augment.evaluation import calibrate, evaluate
 from glem_augment.evaluation.metrics import calibration_error, spread
+from glem_augment.images.dataset import ImageData
 
 
 @pytest.fixture(scope="module")

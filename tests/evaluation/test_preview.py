@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from glem_augment import GLEM, DataError, ImageData, open_data
+from glem_augment import GLEM, open_data
 from glem_augment.cli import main
+from glem_augment.errors import DataError
 from glem_augment.evaluation import preview as preview_module
 from glem_augment.evaluation.pictures import LARGEST, SMALLEST, Section, compose
 from glem_augment.evaluation.preview import preview
+from glem_augment.images.dataset import ImageData
 
 
 def small(

@@ -13,9 +13,10 @@ from hub_server import HubServer, close_session
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import save as safetensors_bytes
 
-from glem_augment import GLEM, HubError, ModelFileError
+from glem_augment import GLEM
 from glem_augment.cli import main
 from glem_augment.codec.published import TAESD
+from glem_augment.errors import HubError, ModelFileError
 from glem_augment.hub.cards import base_model, model_card, table_row
 from glem_augment.model.config import data_name, data_names
 from glem_augment.model.files import CONFIG, WEIGHTS

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from glem_augment import GLEM, GLEMAugment, ModelFileError, SyntheticDataset
+from glem_augment import GLEM, GLEMAugment, SyntheticDataset
+from glem_augment.errors import ModelFileError
 from glem_augment.flows import Coupling, Flow, check_flow, create_flow, register_coupling
 from glem_augment.flows.coupling import COUPLINGS
 

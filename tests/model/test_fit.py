@@ -12,10 +12,11 @@ from model_cases import tiny_model
 from torch import Tensor
 from walk import files_passed, returns
 
-from glem_augment import GLEM, GLEMAugment, ImageData, open_data
+from glem_augment import GLEM, GLEMAugment, open_data
 from glem_augment.cli import main
 from glem_augment.codec.codec import Codec, Dequantisation, to_unit
 from glem_augment.errors import DataError
+from glem_augment.images.dataset import ImageData
 
 
 def images(n: int = 40, shape: tuple[int, int, int] = (3, 16, 16)) -> ImageData:

@@ -20,8 +20,9 @@ import yaml
 from model_cases import images, tiny_model
 from safetensors.torch import load, save
 
-from glem_augment import GLEM, ModelFileError
+from glem_augment import GLEM
 from glem_augment.cli.info import model_facts
+from glem_augment.errors import ModelFileError
 from glem_augment.hub.cards import model_card
 from glem_augment.model.files import CONFIG, WEIGHTS
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from test_autoencoder_models import Blocks
 from torch import Tensor
 
-from glem_augment import GLEM, ModelFileError
+from glem_augment import GLEM
+from glem_augment.errors import ModelFileError
 from glem_augment.model.files import CONFIG, WEIGHTS
 
 Change = Callable[[Tensor], Tensor]

@@ -12,9 +12,10 @@ import torch
 from model_cases import images, seeded, tiny_model
 from torch import Tensor
 
-from glem_augment import GLEM, ImageData
+from glem_augment import GLEM
 from glem_augment.codec.pixel_range import UINT8
 from glem_augment.errors import ClassMismatchError, DataError
+from glem_augment.images.dataset import ImageData
 from glem_augment.model.glem import as_model
 
 # ---- densities -------------------------------------------------------------------------------------------------------

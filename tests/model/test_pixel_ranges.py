@@ -14,12 +14,12 @@ from model_cases import TINY
 from PIL import Image
 from torchvision import tv_tensors
 
-from glem_augment import GLEM, GLEMAugment, ModelFileError, RealAndSynthetic, SyntheticDataset, open_data
+from glem_augment import GLEM, GLEMAugment, RealAndSynthetic, SyntheticDataset, open_data
 from glem_augment.classes.privacy import Privacy
 from glem_augment.cli import main
 from glem_augment.codec.levels import Levels, Values, draw_noise
 from glem_augment.codec.pixel_range import PixelRange
-from glem_augment.errors import DataError
+from glem_augment.errors import DataError, ModelFileError
 from glem_augment.evaluation.metrics import evaluate
 from glem_augment.evaluation.preview import preview
 from glem_augment.images.dataset import ImageData

@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
-from glem_augment import GLEM, ImageData, SyntheticDataset, open_data
+from glem_augment import GLEM, SyntheticDataset, open_data
 from glem_augment.classes import private as private_module
 from glem_augment.classes.privacy import Privacy, epsilon_of
 from glem_augment.classes.private import nearest
 from glem_augment.cli import main
 from glem_augment.codec.codec import Codec
 from glem_augment.errors import DataError, ModelFileError
+from glem_augment.images.dataset import ImageData
 from glem_augment.model.private_fit import check_images, latents_alone, rows_are_independent, set_coordinates
 
 SIZE = (1, 16, 16)

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from glem_augment import GLEM, ImageData
+from glem_augment import GLEM
 from glem_augment.codec.pixel_range import UINT8
+from glem_augment.images.dataset import ImageData
 from glem_augment.synthetic.dataset import SyntheticDataset
 
 NAMES = ["T-shirt/top", "Ankle boot", "Bag"]

@@ -22,8 +22,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_pil_image
 from walk import files_passed, returns
 
-from glem_augment import GLEM, DataError, ImageData, SyntheticDataset, open_data
+from glem_augment import GLEM, SyntheticDataset, open_data
 from glem_augment.cli import main
+from glem_augment.errors import DataError
+from glem_augment.images.dataset import ImageData
 from glem_augment.images.matching import match_classes
 from glem_augment.images.sources import PROVENANCE
 from glem_augment.model.files import WEIGHTS

@@ -16,15 +16,9 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_tensor
 
-from glem_augment import (
-    GLEM,
-    ClassMismatchError,
-    DataError,
-    ImageData,
-    RealAndSynthetic,
-    SyntheticDataset,
-    open_data,
-)
+from glem_augment import GLEM, RealAndSynthetic, SyntheticDataset, open_data
+from glem_augment.errors import ClassMismatchError, DataError
+from glem_augment.images.dataset import ImageData
 from glem_augment.synthetic.per_class import class_counts, open_real
 
 NAMES = ["dog", "cat", "bird"]

@@ -8,10 +8,11 @@ import model_cases
 import pytest
 import torch
 
-from glem_augment import GLEM, ImageData
+from glem_augment import GLEM
 from glem_augment.codec.autoencoder import StandardisedAutoencoder
 from glem_augment.codec.published import open_autoencoder
 from glem_augment.distributed import Share
+from glem_augment.images.dataset import ImageData
 from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.batches import choose_views
 from glem_augment.training.latents import latent_views

@@ -22,7 +22,8 @@ from benchmarks.proof.augmentation.settings import (
     FlowRecipe,
     Setting,
 )
-from glem_augment import GLEM, ImageData, open_data
+from glem_augment import GLEM, open_data
+from glem_augment.images.dataset import ImageData
 from glem_augment.training import TrainConfig
 from glem_augment.training.checkpoint import has_checkpoint
 
