@@ -75,14 +75,9 @@ class Level(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": {}}
 
-    def mixing_weights(self) -> list[nn.Parameter]:
-        """The weights behind `mixings`."""
-        pairs = zip(self.norms, self.mixing_layers, strict=True)
-        return [w for norm, mixing in pairs for w in (norm.bias, norm.log_scale, mixing.weight)]
-
     def mixings(self, inverse: bool) -> tuple[list[Mixing], Tensor]:
         """ActNorm and mixing of every step, and their log|det| in nats, which all images share. Differentiable."""
-        weights = self.mixing_weights()
+        weights = [w for layer in (*self.norms, *self.mixing_layers) for w in layer.parameters()]
         # Fused optimizers change a weight without raising its version, and one made under inference_mode has none.
         if any(w.requires_grad or w.is_inference() for w in weights):
             self._cache = {}

@@ -27,7 +27,7 @@ from glem_augment.images.readers import as_pil
 from glem_augment.io import expand
 from glem_augment.model.glem import GLEM, as_model
 from glem_augment.names import FORMATS, DrawSource, Format
-from glem_augment.synthetic.draws import Drawn, Draws
+from glem_augment.synthetic.draws import Draws
 from glem_augment.synthetic.export import export_set
 from glem_augment.synthetic.per_class import PerClass, class_counts, label_order, open_real
 
@@ -100,7 +100,6 @@ class SyntheticDataset(Dataset):
         self.class_to_idx = dict(self.model.class_to_idx)
         self.targets: list[int] = np.repeat(np.arange(self.model.num_classes), self.counts).tolist()
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
-        self._out_of_range: set[int] = set()  # items decoded so far
         self._preloaded: Tensor | None = None
 
     def __len__(self) -> int:
@@ -111,14 +110,6 @@ class SyntheticDataset(Dataset):
         drawn = f"source {self.source!r}, temperature {self.temperature:g}, seed {self.seed}"
         classes = sum(count > 0 for count in self.counts)
         return f"SyntheticDataset({len(self)} images {c}x{h}x{w} of {classes} classes, {drawn}, from {self.model!r})"
-
-    @property
-    def out_of_range(self) -> list[int]:
-        """Items whose draws are all not finite or leave [0, 1] by more than 1, of the items decoded so far here.
-
-        This finds numerical failures. It says nothing about how real the other images look.
-        """
-        return sorted(self._out_of_range)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """Item `index`: (image, label) after the transforms."""
@@ -148,7 +139,7 @@ class SyntheticDataset(Dataset):
         chosen = check_indices(indices, len(self))
         out = torch.empty(len(chosen), self.model.dim, device=self.model.device)
         for block, rows, places in self._blocks(chosen):
-            out[rows] = self._draw(*block).latents[places]
+            out[rows] = self.draws.draw(*block).latents[places]
         return out
 
     def preload(self) -> None:
@@ -156,7 +147,7 @@ class SyntheticDataset(Dataset):
         out = torch.empty(len(self), *self.image_shape, dtype=self.pixel_range.torch_dtype)
         for block in progress_bar("preload", self.draws.blocks(), unit="block"):
             rows = self._rows(*block)
-            out[rows.start : rows.stop] = self._draw(*block).images
+            out[rows.start : rows.stop] = self.draws.draw(*block).images
         self._preloaded = out
         self._cached.cache_clear()
 
@@ -188,19 +179,13 @@ class SyntheticDataset(Dataset):
         export_set(self.draws, folder, format, license)
         return expand(folder)
 
-    def _draw(self, cls: int, number: int) -> Drawn:
-        """Draw a block, without the cache."""
-        drawn = self.draws.draw(cls, number)
-        self._out_of_range.update((self._rows(cls, number).start + np.flatnonzero(drawn.out_of_range)).tolist())
-        return drawn
-
     @functools.cached_property
     def _cached(self) -> Any:
         """The images of a block, of which the last ones are kept."""
         edges = self.draws.edges
         largest = (edges[-1] - edges[-2]) * math.prod(self.image_shape) * self.pixel_range.torch_dtype.itemsize
         blocks = max(1, self.cache_bytes // largest)
-        return functools.lru_cache(blocks)(lambda cls, number: self._draw(cls, number).images)
+        return functools.lru_cache(blocks)(lambda cls, number: self.draws.draw(cls, number).images)
 
     def _rows(self, cls: int, number: int) -> range:
         """The items of a block."""

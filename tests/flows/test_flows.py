@@ -138,7 +138,8 @@ def test_the_affine_coupling_is_its_formula(bound: float) -> None:
 def test_what_is_kept_of_frozen_weights_follows_every_change() -> None:
     flow = perturbed(create_flow("mef_tiny", (1, 8, 8), **TINY), 0.1)
     x = torch.rand(2, 1, 8, 8) - 0.5
-    weights = flow.levels[0].mixing_weights()
+    first = flow.levels[0]
+    weights = [w for layer in (*first.norms, *first.mixing_layers) for w in layer.parameters()]
     seen: list[Tensor] = []
 
     def check(target: Flow = flow) -> None:

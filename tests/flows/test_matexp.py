@@ -62,15 +62,12 @@ def test_the_error_is_below_one_in_a_million_in_float32_and_rounding_in_float64(
                 assert error < limit, (name, dtype, sign, error)
 
 
-def test_the_plan_grows_with_the_bound_and_refuses_nonsense() -> None:
+def test_the_plan_grows_with_the_bound() -> None:
     assert taylor_plan(1.0, torch.float32) == (1, 10)
     for bound in BOUNDS:
         segments, terms = taylor_plan(bound, torch.float32)
         assert segments == math.ceil(bound) and terms <= 11
         assert taylor_plan(bound, torch.float64)[1] > terms
-    for bad in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="positive"):
-            taylor_plan(bad, torch.float32)
 
 
 @pytest.mark.parametrize("inverse", [False, True])
