@@ -117,10 +117,8 @@ def _check_features(first: Tensor, second: Tensor, least: int = 1) -> tuple[Tens
     The mean of the first set becomes the origin: no measure depends on it, and sums of squares keep more digits.
     """
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise ValueError(
-            f"features must be [N, m] and [M, m], got {list(first.shape)} and {list(second.shape)}: "
-            "take both from one network"
-        )
+        shapes = f"{list(first.shape)} and {list(second.shape)}"
+        raise ValueError(f"features must be [N, m] and [M, m], got {shapes}: take both from one network")
     pair = first.detach().to("cpu", torch.float64), second.detach().to("cpu", torch.float64)
     for features in pair:
         if len(features) < least:

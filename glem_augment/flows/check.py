@@ -48,10 +48,8 @@ def check_flow(flow: Flow, image_shape: tuple[int, int, int]) -> None:
     if not float((back - x).abs().median()) < _WRONG_INVERSE * float(x.abs().median()):
         raise ValueError(f"the inverse of {name} does not give random images back")
     if not float((logdet + back_logdet).abs().max()) < _WRONG_LOGDET * dim:
-        raise ValueError(
-            f"the log-determinants of {name} do not cancel: forward gives {float(logdet[0]):.4g} nats and inverse "
-            f"{float(back_logdet[0]):.4g} for the same image"
-        )
+        both = f"forward gives {float(logdet[0]):.4g} nats and inverse {float(back_logdet[0]):.4g}"
+        raise ValueError(f"the log-determinants of {name} do not cancel: {both} for the same image")
     if dim <= _MOST_NUMBERS:
         exact, found = float(torch.linalg.slogdet(_jacobian(flow, x[:1]))[1]), float(logdet[0])
         if not abs(found - exact) < _WRONG_LOGDET * dim:

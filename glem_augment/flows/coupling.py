@@ -91,10 +91,8 @@ def register_coupling(name: str) -> Callable[[_Kind], _Kind]:
         if not (isinstance(kind, type) and issubclass(kind, Coupling)):
             raise TypeError(f"{kind!r} is no subclass of Coupling")
         before = COUPLINGS.get(name, kind)
-        same = (before.__module__, before.__qualname__) == (
-            kind.__module__,
-            kind.__qualname__,
-        )  # a cell that runs twice
+        # A cell that runs twice registers the same class again.
+        same = (before.__module__, before.__qualname__) == (kind.__module__, kind.__qualname__)
         if not re.fullmatch(r"[A-Za-z][\w-]{0,39}", name) or name in WITHOUT_COUPLINGS or not same:
             raise ValueError(f"the name {name!r} is taken, or no word: choose another name for {kind.__qualname__}")
         for option, default in kind.options.items():
