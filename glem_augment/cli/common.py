@@ -18,8 +18,6 @@ import yaml
 if TYPE_CHECKING:
     import torch
 
-    from glem_augment.images.dataset import ImageData
-    from glem_augment.images.matching import ClassMap
     from glem_augment.model.glem import GLEM
 
 EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
@@ -27,9 +25,9 @@ DATA_HELP = "images or arrays: a folder with a folder per class, NAME@ROOT (timm
 MODEL_HELP = "a folder from glem fit or train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
 
 
-def describe(parser: argparse.ArgumentParser, description: str, examples: str, exit_codes: str = EXIT_CODES) -> None:
+def describe(parser: argparse.ArgumentParser, description: str, examples: str) -> None:
     """Give the parser of a command its texts."""
-    parser.description, parser.epilog = description, f"examples:\n{examples}\n{exit_codes}"
+    parser.description, parser.epilog = description, f"examples:\n{examples}\n{EXIT_CODES}"
 
 
 # ---- arguments that commands share -----------------------------------------------------------------------------------
@@ -84,11 +82,6 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_image_size(parser: argparse._ActionsContainer, more: str) -> None:
     text = f"height and width in pixels, or one number for both; images are resized, then cropped at the centre; {more}"
     parser.add_argument("--image-size", nargs="+", type=whole(1), metavar="N", help=text)
-
-
-def add_value_range(parser: argparse._ActionsContainer) -> None:
-    text = "values of black and white (default: 0 255 of 8 bits, 0 65535 of 16, 0 1 of floats)"
-    parser.add_argument("--value-range", nargs=2, type=number(), metavar=("LOW", "HIGH"), help=text)
 
 
 # ---- types of arguments ----------------------------------------------------------------------------------------------
@@ -183,20 +176,6 @@ def uncovered(args: argparse.Namespace, model: GLEM, *written: Path | None) -> N
         if path is not None and path.resolve().is_relative_to(expand(args.model).resolve()):
             raise ValueError(f"{path} would show real images in a folder that is shared: write it elsewhere")
     note("glem: this uses real images, so the model's privacy does not cover it: share it only if they are public")
-
-
-def open_resized(model: GLEM, spec: str, split: str, **options: Any) -> ImageData:
-    """Data resized to the model's size and converted to its channels."""
-    from glem_augment.images.dataset import as_image_data
-
-    return as_image_data(spec, model.image_shape, pixel_range=model.pixel_range, split=split, **options)
-
-
-def open_for(model: GLEM, spec: str, split: str, class_map: ClassMap = None, **options: Any) -> ImageData:
-    """Data in the model's shape with the model's class indices as labels; see `open_resized` and `images_for`."""
-    from glem_augment.images.dataset import images_for
-
-    return images_for(model, spec, class_map, split=split, **options)
 
 
 def print_json(obj: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from glem_augment.cli import common
 
@@ -20,7 +19,7 @@ Images are converted to the model's size and channels.
 """
 EXAMPLES = """\
   glem eval bundled:fashion-mnist bundled:fashion-mnist
-  glem eval runs/photos photos/ --split val --out photos.json
+  glem eval runs/photos photos/ --split val
   glem eval runs/cifar torch/cifar10@data --limit 1000 --class-map order
 """
 
@@ -32,21 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_class_map(parser)
     common.add_count(parser, "--limit", "use N images, evenly spread (default: all)")
     common.add_count(parser, "--round-trip", "images for the round trip, evenly spread; 0 for none", 1000, low=0)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON to FILE too")
     common.add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from glem_augment.evaluation import metrics
+    from glem_augment.images.dataset import images_for
     from glem_augment.images.sources import without_splits
-    from glem_augment.io import finite, write_json
 
     model = common.load_model(args)
-    common.uncovered(args, model, args.out)
+    common.uncovered(args, model)
     whole_folder = without_splits(args.data)
     if whole_folder and args.split is not None:
         raise ValueError(f"{args.data} has no splits, such as train/ and test/ folders: leave --split out")
-    data = common.open_for(model, args.data, args.split or "test", args.class_map)
+    data = images_for(model, args.data, args.class_map, split=args.split or "test")
     if whole_folder and data.name == model.config.training.get("data"):
         common.note(f"the model may have been trained on these images ({data.name}): measure it on other images")
     if args.limit is not None and args.limit < len(data):
@@ -54,13 +52,4 @@ def run(args: argparse.Namespace) -> None:
     split = None if whole_folder else args.split or "test"
     result = {"model": args.model, "data": args.data, "split": split}
     result |= metrics.evaluate(model, data, round_trip=args.round_trip)
-    if result.get("bits_per_dim", 0) > model.bits:
-        common.note(
-            f"glem: {result['bits_per_dim']:.2f} bits/dim is more than {model.bits}, the bits of a pixel as it is: "
-            "the model does not fit these images; fit it to them (glem fit)"
-        )
-    if model.num_classes == 1:
-        common.note("glem: the model has one class, so accuracy, top5 and ece say nothing")
-    if args.out is not None:  # first, since printing to a closed pipe ends the command
-        write_json(args.out, finite(result))
     common.print_json(result)

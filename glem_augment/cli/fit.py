@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from glem_augment.cli import common
@@ -56,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     channels = "1: grey, 3: colour (default: 1 if all images are grey, otherwise 3)"
     parser.add_argument("--channels", type=int, choices=(1, 3), help=channels)
     common.add_image_size(parser, "without a flow (default: the common size of the images)")
-    common.add_value_range(parser)
+    limits = "values of black and white (default: 0 255 of 8 bits, 0 65535 of 16, 0 1 of floats)"
+    parser.add_argument("--value-range", nargs=2, type=common.number(), metavar=("LOW", "HIGH"), help=limits)
     common.add_out(parser, "folder for the model")
     common.add_count(parser, "--rank", f"modes per class, or per part; {EXCLUDED}", 64)
     parts = "Gaussians per class, one per group of similar images (default: 1; with --epsilon as many as noise allows)"
@@ -64,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pooled = f"one class for all images, with modes from all classes: for moves of any image; {EXCLUDED}"
     parser.add_argument("--pooled", action="store_true", help=pooled)
     common.add_count(parser, "--max-per-class", f"images of a class at most; {EXCLUDED} (default: all)")
-    parser.add_argument("--overwrite", action="store_true", help="write over a model in DIR")
     common.add_device(parser)
     group = parser.add_argument_group("differential privacy")
     epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak; state --image-size and --channels, too"
@@ -92,16 +89,11 @@ def run(args: argparse.Namespace) -> None:
     folder = args.out
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     # A run that was killed leaves temporary files.
-    others = {name for name in found - {CONFIG, WEIGHTS} if not LEFT_OVER.fullmatch(name)}
+    others = {name for name in found if not LEFT_OVER.fullmatch(name)}
+    if found & {CONFIG, WEIGHTS}:
+        raise FileExistsError(f"{folder} holds a model already: give another folder")
     if args.epsilon is not None and others:
         raise FileExistsError(f"{folder} holds {min(others)}, which no promise covers: give a new folder")
-    if args.epsilon is not None and is_private(folder):
-        raise FileExistsError(
-            f"{folder} holds a private model, whose promise still counts: give another folder, and glem info of both "
-            "says the total"
-        )
-    if not args.overwrite and any((folder / name).exists() for name in (WEIGHTS, CONFIG)):
-        raise FileExistsError(f"{folder} holds a model already: give another folder, or --overwrite")
     names = ("autoencoder", "flow", "rank", "parts", "pooled", "max_per_class")
     given = {name: getattr(args, name) for name in names}
     if args.epsilon is not None:
@@ -148,13 +140,6 @@ def private_arguments(args: argparse.Namespace) -> dict[str, Any]:
     names = ("delta", "images_per_person", "images")
     stated = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return {"privacy": Privacy(args.epsilon, **stated), "public": args.public}
-
-
-def is_private(folder: Path) -> bool:
-    """Whether a folder holds a private model."""
-    with suppress(OSError, ValueError, AttributeError):
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("privacy") is not None
-    return False
 
 
 def tell(privacy: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from glem_augment.cli import common
-from glem_augment.names import DEFAULT_MODES, FORMATS, SOURCES
+from glem_augment.names import FORMATS, SOURCES
 
 DESCRIPTION = """\
 Draw new images of every class from a model. glem-provenance.json records the model and the settings. The same seed
@@ -56,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # The default None marks an option as not given: options without effect are refused.
     temperature = "for gaussian and rfcm: factor on the standard deviation (default: 0.9; 1 for a private model)"
     source.add_argument("--temperature", type=common.number(0), metavar="T", help=temperature)
-    common.add_count(source, "--modes", f"for mixup: number of modes (default: {DEFAULT_MODES}, or all)")
     real = parser.add_argument_group("real images, for --per-class balance and --source mixup")
     real.add_argument("--real", metavar="DATA", help=common.DATA_HELP)
     real.add_argument("--split", metavar="SPLIT", help="split of DATA (default: train)")
@@ -84,6 +83,7 @@ def per_class(text: str) -> Any:
 
 
 def run(args: argparse.Namespace) -> None:
+    from glem_augment.images.dataset import as_image_data
     from glem_augment.synthetic.dataset import SyntheticDataset
     from glem_augment.synthetic.export import export_set, read_provenance
 
@@ -92,10 +92,11 @@ def run(args: argparse.Namespace) -> None:
     model = common.load_model(args, ranks=True)
     if args.per_class == "balance" or args.source == "mixup":
         model.refuse_if_private("real=")  # before images are read
-    given = ("temperature", "modes", "class_map")
+    given = ("temperature", "class_map")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     if args.real is not None:
-        options["real"] = common.open_resized(model, args.real, args.split or "train")
+        looks = {"pixel_range": model.pixel_range, "split": args.split or "train"}
+        options["real"] = as_image_data(args.real, model.image_shape, **looks)
     dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, **options)
     began = time.monotonic()
     command = shlex.join(["glem", *args.argv])

@@ -12,14 +12,13 @@ likelihood are measured on test images. The licence is the licence of the traini
 """
 EXAMPLES = """\
   glem list
-  glem list --hub --json
+  glem list --hub
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.describe(parser, DESCRIPTION, EXAMPLES)
     parser.add_argument("--hub", action="store_true", help="models on the Hub, with the size of their weights")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,9 +32,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         names = [f"bundled:{name}" for name in bundled_models()]
         rows = [{"name": name, **table_row(GLEM.from_pretrained(name))} for name in names]
-    if args.json:
-        common.print_json({"models": rows})
-    elif rows:
+    if rows:
         lines = [list(rows[0]), *(list(row.values()) for row in rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:

@@ -23,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.describe(parser, DESCRIPTION, EXAMPLES)
     common.add_model(parser)
     common.add_data(parser)
-    common.add_class_map(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture")
     common.add_count(parser, "--rows", "real images to move", 6)
     moves = "mixup with an image of the class, or noise along the modes (default: both)"
@@ -35,14 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from glem_augment.evaluation.preview import preview
+    from glem_augment.images.dataset import images_for
     from glem_augment.io import save_png
 
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {args.out}")
     model = common.load_model(args)
     common.uncovered(args, model, args.out)
-    reading = {"cache_bytes": 0}  # it shows few of the images
-    data = common.open_for(model, args.data, args.split, args.class_map, **reading).at_own_size()
+    data = images_for(model, args.data, split=args.split, cache_bytes=0).at_own_size()  # it shows few of the images
     policies = (args.policy,) if args.policy else ("mixup", "noise")
     picture = preview(model, data, args.rows, policies, 0, args.model, args.channels)
     save_png(picture, args.out)

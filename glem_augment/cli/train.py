@@ -34,14 +34,11 @@ EXAMPLES = """\
   glem train --unlabelled unsorted/ --image-size 32 --out runs/unsorted
   glem train photos/ --init runs/photos --lr 3e-3 --warmup-steps 100 --out runs/tuned
 """
-EXIT_CODES = "Exit codes: 0 finished, 2 an error, 130 stopped by Ctrl-C or SIGTERM."
 METAVARS = {int: "N", float: "X", "names": "LIST", "text": "NAME"}  # of settings, by kind
-LARGE = 64  # pixels above which a flow is slow on a CPU
-FEW_STEPS = 500  # fewer steps are not enough for any flow of images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.describe(parser, DESCRIPTION, EXAMPLES, EXIT_CODES)
+    common.describe(parser, DESCRIPTION, EXAMPLES)
     # A usage line with all flags would fill half a screen.
     parser.usage = "glem train DATA --out DIR [--resume] [--config FILE] [options]"
     parser.add_argument("data", metavar="DATA", help=common.DATA_HELP)
@@ -126,9 +123,9 @@ def run(args: argparse.Namespace) -> None:
     # The folder is locked before the images are decoded, which may take minutes. The first rank locks it for all ranks.
     with lock_folder(out) if is_primary() else nullcontext():
         data = open_data(args.data, args.split, size, args.channels, unlabelled=args.unlabelled)
-        trainer = Trainer(data, config, out, args.resume, init_model, device, ready=_header)
+        trainer = Trainer(data, config, out, args.resume, init_model, device, ready=_tell)
         if args.resume:
-            common.say(summary(trainer))
+            _tell(trainer)
         model = trainer.fit()
     common.say(f"saved {out} after {tqdm.format_interval(trainer.seconds())}: {_held_out(model)}")
     if model.config.training["worse_than_independent_pixels"]:
@@ -138,20 +135,8 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def _header(trainer: Trainer) -> None:
-    """Print the summary before the flow is initialised."""
+def _tell(trainer: Trainer) -> None:
     common.say(summary(trainer))
-    model = trainer.model
-    if max(model.image_shape[1:]) > LARGE and trainer.device.type == "cpu" and model.codec.levels:
-        common.note(
-            f"glem: above {LARGE} pixels a CPU takes minutes to start, and long for each step: give --image-size 32 or "
-            "64. glem fit needs no training"
-        )
-    if trainer.total_steps < FEW_STEPS:
-        common.note(
-            f"glem: {trainer.total_steps} steps are few: a flow takes thousands. Give more --epochs, or give a trained "
-            "model your classes in seconds with glem fit"
-        )
 
 
 def summary(trainer: Trainer) -> str:

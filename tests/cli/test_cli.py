@@ -129,14 +129,6 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, output: Output) -
     fails(["fit", str(tmp_path / "photos"), "--out", str(tmp_path / "out")], output, "broken.png")
 
 
-def test_a_model_that_does_not_fit_its_images_is_remarked(
-    trained: Path, output: Output, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("glem_augment.evaluation.metrics.evaluate", lambda *_, **__: {"bits_per_dim": 9.5})
-    assert main(["eval", str(trained), images_of(trained)]) == 0
-    assert "9.50 bits/dim is more than 8" in output()[1]
-
-
 def test_fit_makes_a_model_of_pixels(trained: Path, tmp_path: Path, output: Output) -> None:
     write_images(tmp_path / "photos", ("cat", "dog"), (20, 12), 4)
     argv = ["fit", str(tmp_path / "photos"), "--rank", "2", "--out"]
@@ -154,8 +146,8 @@ def test_fit_makes_a_model_of_pixels(trained: Path, tmp_path: Path, output: Outp
     fails([*wrong, "--parts", "300"], output, "--parts", "at most 256")
 
 
-def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Output) -> None:
-    argv = ["eval", str(trained), images_of(trained), "--out", str(tmp_path / "e.json")]
+def test_eval_prints_one_json_object(trained: Path, output: Output) -> None:
+    argv = ["eval", str(trained), images_of(trained)]
     output()
     assert main(argv) == 0
     out, err = output()
@@ -167,7 +159,6 @@ def test_eval_prints_one_json_object(trained: Path, tmp_path: Path, output: Outp
     assert result["model"] == str(trained)
     assert result["bits_per_dim_marginal"] > 0 and np.isfinite(result["bits_per_dim"])
     assert result["round_trip"]["images"] == 18 and result["round_trip"]["within_half_step"] == 1.0
-    assert json.loads((tmp_path / "e.json").read_text()) == result
 
     model = GLEM.from_pretrained(trained)
     data = open_data(images_of(trained))
@@ -253,11 +244,10 @@ def test_generate_counts_by_class(
 
 
 def test_generate_from_pairs_of_real_images(trained: Path, tmp_path: Path, output: Output) -> None:
-    argv = [str(trained), "--per-class", "2", "--source", "mixup", "--modes", "2"]
+    argv = [str(trained), "--per-class", "2", "--source", "mixup"]
     argv += ["--out", str(tmp_path / "a"), "--real"]
     summary = generated([*argv, images_of(trained)], output)
     assert summary["source"] == "mixup" and summary["temperature"] is None and summary["real"] == images_of(trained)
-    fails(["generate", *argv, images_of(trained), "--modes", "1"], output, "modes 2 (not 1)")
     write_images(tmp_path / "other", ("bird", "cat", "dog"), (8, 8), 5)
     fails(["generate", *argv, str(tmp_path / "other")], output, "real_images_sha256")
 
@@ -299,7 +289,6 @@ def test_generate_refuses_what_would_have_no_effect(trained: Path, tmp_path: Pat
     fails([*base, "balance"], output, "--per-class balance", "--real")
     fails([*base, "2", "--source", "mixup"], output, "--source mixup", "--real")
     fails([*base, "2", *real], output, "--real has no effect", "--source mixup")
-    fails([*base, "2", "--modes", "2"], output, "source='rfcm' takes no modes")
     fails([*base, "2", "--class-map", "order"], output, "--class-map", "--real")
     fails([*base, "2", *real, "--source", "mixup", "--temperature", "1"], output, "source='mixup' takes no temperature")
     fails([*base, "cat=1,cat=2"], output, "has cat twice")
@@ -547,7 +536,6 @@ def test_a_flow_that_has_learned_nothing_says_so(image_folder: Path, tmp_path: P
     argv = ["train", str(image_folder), "--epochs", "1", *TINY, "--val-fraction", "0.4"]
     assert main([*argv, "--out", str(tmp_path / "run")]) == 0
     out, err = output()
-    assert "steps are few" in err and "glem fit" in err
     line = r"epoch 1/1: ([0-9.]+) bits/dim \(independent pixels: ([0-9.]+)\), accuracy [0-9.]+ % on held-out images"
     bits, pixels = re.search(line, out).groups()  # type: ignore[union-attr]
     assert float(bits) > float(pixels) and f"worse than independent pixels, {pixels}: " in err.splitlines()[-1]
@@ -560,9 +548,7 @@ def test_a_run_says_what_it_trains_before_the_flow_is_initialised(
 ) -> None:
     run = str(tmp_path / "run")
     argv = ["train", str(image_folder), "--out", run, "--epochs", "1", "--batch-size", "4", *TINY]
-    monkeypatch.setattr("glem_augment.cli.train.LARGE", 4)
     with monkeypatch.context() as patch:
         patch.setattr(GLEM, "initialise", Mock(side_effect=KeyboardInterrupt))
         assert main(argv) == 130
-    out, err = output()
-    assert "12 images, 3x8x8" in out and "--image-size" in err
+    assert "12 images, 3x8x8" in output()[0]

@@ -59,9 +59,8 @@ def test_push_list_pull_and_offline(
     assert server.repos["org/flow"][second]["README.md"] == b"mine"  # an edited card is kept
     with pytest.raises(HubError, match="private"):
         new.push_to_hub("org/flow", private=False)
-    assert main(["list", "--hub", "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)["models"]
-    assert row["name"] == "org/flow" and row["MiB"] != "-"
+    assert main(["list", "--hub"]) == 0
+    assert "org/flow" in capsys.readouterr().out
 
     pulled = GLEM.from_pretrained("org/flow")
     assert same(pulled, new) and pulled.origin == f"org/flow@{second}" and old.origin is None
@@ -144,12 +143,10 @@ def test_the_card_says_what_is_known(caplog: pytest.LogCaptureFixture, tmp_path:
 
 
 def test_the_list_of_models_has_no_null(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list", "--json"]) == 0
-    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["models"]}
-    assert {"bundled:cifar10", "bundled:fashion-mnist", "bundled:photographs"} <= set(rows)
-    assert all(isinstance(value, str) and value for row in rows.values() for value in row.values())
     assert main(["list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert {"bundled:cifar10", "bundled:fashion-mnist", "bundled:photographs"} <= {line.split()[0] for line in lines}
+    assert not any("None" in line for line in lines)
 
 
 def test_data_are_named_without_their_folders() -> None:

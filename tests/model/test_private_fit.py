@@ -207,8 +207,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
     assert main([*argv, "--rank", "3", "--out", str(tmp_path / "x")]) == 2
     assert "a private model takes no rank: leave it out" in capsys.readouterr().err
-    assert main([*argv, "--overwrite", "--out", str(tmp_path / "model")]) == 2
-    assert "holds a private model, whose promise still counts" in capsys.readouterr().err
+    assert main([*argv, "--out", str(tmp_path / "model")]) == 2
+    assert "holds a model already" in capsys.readouterr().err
     shown = ["preview", str(tmp_path / "model"), str(folder), "--out", str(tmp_path / "model" / "look.png")]
     assert main(shown) == 2 and "in a folder that is shared" in capsys.readouterr().err
     assert main(["fit", str(folder), "--images-per-person", "3", "--out", str(tmp_path / "x")]) == 2
