@@ -105,9 +105,12 @@ def samples() -> Named:
                 [data, method.replace("identity", "pixels"), setting, f"{mean.text()} %", share, str(mean.seeds)]
             )
     subsets = summary(stored("samples_alone"), False)
-    for line in (line for line in subsets if line["method"] == "bundled"):
+    for line in (line for line in subsets if line["method"] in ("bundled", "taef2")):
         data, setting = line["data"], line["setting"]
-        yield f"samples, {data}: bundled {setting}, worth", worth(subsets, data, line["CNN-A"], as_long(setting))
+        yield (
+            f"samples, {data}: {line['method']} {setting}, worth",
+            worth(subsets, data, line["CNN-A"], as_long(setting)),
+        )
     deep, flat = (
         found["fashion-mnist", method, setting, "CNN-A"]
         for method, setting in (("bundled", "rfcm T=0.85 parts=32"), ("identity", "rfcm T=1 parts=64"))
@@ -230,7 +233,7 @@ def latents() -> Named:
 
 def single_files() -> Named:
     """Results of one file and one run."""
-    for name in ("bundled_fashion-mnist", "bundled_cifar10"):
+    for name in ("bundled_fashion-mnist", "bundled_cifar10", "gaussians_cifar10"):
         record = stored(name)
         for key, digits, factor in (
             ("accuracy", 2, 100),
@@ -247,6 +250,15 @@ def single_files() -> Named:
             continue
         yield f"{name}: largest error", f"{trip['max_error']:.3f}"
         yield f"{name}: pixels back", f"{100 * trip['within_half_step']:.4f}".rstrip("0").rstrip(".")
+    lines = []
+    for name, what in (
+        ("gaussians_cifar10", "four full Gaussians per class"),
+        ("bundled_cifar10", "`bundled:cifar10`"),
+    ):
+        record = stored(name)
+        numbers = f"{record['nats_per_number']:.3f}", f"{record['ece']:.3f}"
+        lines.append([what, f"{100 * record['accuracy']:.1f} %", *numbers])
+    yield "flow of latents", table("model | NF accuracy | nats per number | calibration error", lines)
     share = {
         (f"{row['codec']}, {row['size']} px", row["policy"]): f"{percent:.{int(percent < 10)}f}"
         for row in stored("overhead")["rows"]
