@@ -2,8 +2,10 @@
 
     python benchmarks/recipes/cifar10.py runs/cifar10 CIFAR10 --out runs/bundled-cifar10   # CIFAR10/{train,test}/<class>/*
 
-Weights of the flow's networks and modes are stored in half precision, all other tensors in full. The test images are
-measured with these weights, and the record gets the result.
+The classes are fitted to the latents of all training images, with full covariances: on the held-out images of the
+training, these were more accurate and more likely than the Gaussians that were learned with the flow. Weights of the
+flow's networks and modes are stored in half precision, all other tensors in full. The test images are measured with
+these weights, and the record gets the result.
 """
 
 from __future__ import annotations
@@ -35,11 +37,13 @@ def main() -> None:
     parser.add_argument("--out", default="runs/bundled-cifar10")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    save(GLEM.from_pretrained(args.run), args.out)
+    trained = GLEM.from_pretrained(args.run).config.training
+    save(GLEM.fit(open_data(args.data, "train", image_size=32), flow=args.run, rank=128), args.out)
     model = GLEM.from_pretrained(args.out)
     found = evaluate(model, open_data(args.data, "test", image_size=32))
     measured = {"images": found["n"], "accuracy": found["accuracy"], "nats_per_number": found["nats_per_number"]}
-    model.config.training |= {"data": "cifar10", "license": "unknown", "command": COMMAND, "test": measured}
+    facts = {"data": "cifar10", "license": "unknown", "command": COMMAND, "test": measured}
+    model.config.training = {**trained, "fitted": model.config.training["adapt"], **facts}
     save(model, args.out)
 
 

@@ -12,7 +12,8 @@ import argparse
 
 import torch
 
-from glem_augment import GLEM, ImageData, open_data
+from glem_augment import GLEM, open_data
+from glem_augment.images.dataset import ImageData
 
 
 def main() -> None:

@@ -337,7 +337,7 @@ class GLEM(LatentModel):
             device: where the model computes.
 
         Every class gets the mean of its latents, shrunk variances, and principal modes (`classes.fit`). A model without
-        a flow gets full covariances if there are at least eight images per dimension. The posterior's temperature is
+        a flow of pixels gets full covariances if there are at least eight images per dimension. The posterior's temperature is
         fitted to latents that are left out.
 
         Returns:
@@ -472,10 +472,11 @@ class GLEM(LatentModel):
             return class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
 
     def _fit_classes(self, statistics: ClassStatistics, rank: int) -> Classes:
-        # A flow leaves the dimensions of a class nearly independent. Pixels and latents of an autoencoder are not.
-        identity, images = self.config.flow["coupling"] == "identity", int(statistics.counts().sum())
-        eight = self.pixel_range.bits == 8
-        full = eight and identity and statistics.whole and images >= _IMAGES_PER_DIMENSION * self.dim
+        # A flow of pixels leaves the dimensions of a class nearly independent. Pixels and latents of an autoencoder are
+        # not, and a flow of these latents gains accuracy and likelihood by full covariances, too.
+        dependent = self.config.flow["coupling"] == "identity" or not self.codec.levels
+        eight, images = self.pixel_range.bits == 8, int(statistics.counts().sum())
+        full = eight and dependent and statistics.whole and images >= _IMAGES_PER_DIMENSION * self.dim
         return fit_classes(statistics, rank, self.config.psi, full, 0.0 if eight else _LEAST_VARIANCE)
 
     @classmethod
