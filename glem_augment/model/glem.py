@@ -337,8 +337,8 @@ class GLEM(LatentModel):
             device: where the model computes.
 
         Every class gets the mean of its latents, shrunk variances, and principal modes (`classes.fit`). A model without
-        a flow of pixels gets full covariances if there are at least eight images per dimension. The posterior's temperature is
-        fitted to latents that are left out.
+        a flow of pixels gets full covariances if there are at least eight images per dimension. The posterior's
+        temperature is fitted to latents that are left out.
 
         Returns:
             A new GLEM in eval mode. `config.training["adapted_from"]` names the model of the flow.
