@@ -127,7 +127,8 @@ def private_classes(
     z = z.double() - means[y]
 
     bands = _bands(len(prior))
-    energies = torch.stack([sum(z[:, band].square().unbind(1)) for band in bands], 1)  # no row depends on another
+    nothing = z.new_zeros(len(z))  # sums of columns: no row depends on another
+    energies = torch.stack([sum(z[:, band].square().unbind(1), nothing) for band in bands], 1)
     energy = released("energies", energies, y, num_classes, clip**2, _SUMS, BANDS)
     public = torch.stack([prior[band].sum() for band in bands])
     pooled, own = energies_of_classes(counts, energy.sums, energy.sd_sum, public)
@@ -162,9 +163,9 @@ def private_classes(
         for k in range(num_classes):
             cell[y == k] = nearest(z[y == k], centres[k])
         slots = y * cells + cell
-        own = released("cells", z - centres[y, cell], slots, num_classes * cells, clip, _CELLS, CELLS)
-        weights = own.counts.clamp_min(1).unflatten(0, (-1, cells))
-        shifts = cell_means(centres, weights, own.sums.unflatten(0, (-1, cells)), own.sd_sum, prior)
+        drawn = released("cells", z - centres[y, cell], slots, num_classes * cells, clip, _CELLS, CELLS)
+        weights = drawn.counts.clamp_min(1).unflatten(0, (-1, cells))
+        shifts = cell_means(centres, weights, drawn.sums.unflatten(0, (-1, cells)), drawn.sd_sum, prior)
         classes.modes = _tied_modes(classes.modes, found.covariances, weights, means, shifts, rest, drowned)
     return PrivateClasses(
         classes, describe(privacy, rounds), start.counts, found.modes, found.pooled_modes, noise, drowned
