@@ -1,6 +1,7 @@
 """Makes `bundled:cifar10` of the flow that `glem train` trained with cifar10.yaml.
 
-    python benchmarks/recipes/cifar10.py runs/cifar10 CIFAR10 --out runs/bundled-cifar10   # CIFAR10/{train,test}/<class>/*
+    # CIFAR10/{train,test}/<class>/*
+    python benchmarks/recipes/cifar10.py runs/cifar10 CIFAR10 --out runs/bundled-cifar10
 
 The classes are fitted to the latents of all training images, with full covariances: on the held-out images of the
 training, these were more accurate and more likely than the Gaussians that were learned with the flow. Weights of the

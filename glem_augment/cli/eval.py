@@ -35,8 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import numpy as np
-
     from glem_augment.evaluation import metrics
     from glem_augment.images.dataset import images_for
     from glem_augment.images.sources import without_splits
@@ -50,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     if whole_folder and data.name == model.config.training.get("data"):
         common.note(f"the model may have been trained on these images ({data.name}): measure it on other images")
     if args.limit is not None and args.limit < len(data):
-        data = data.subset(np.arange(args.limit) * len(data) // args.limit)
+        data = data.subset(metrics.spread(len(data), args.limit))
     split = None if whole_folder else args.split or "test"
     result = {"model": args.model, "data": args.data, "split": split}
     result |= metrics.evaluate(model, data, round_trip=args.round_trip)

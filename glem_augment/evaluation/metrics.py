@@ -17,9 +17,14 @@ from glem_augment.images.dataset import ImageData, LabelledImages, images_for
 from glem_augment.model.glem import GLEM
 from glem_augment.model.latent_model import psnr, summarise_errors
 
-__all__ = ["calibrate", "calibration_error", "evaluate"]
+__all__ = ["calibrate", "calibration_error", "evaluate", "spread"]
 
 CALIBRATION_BINS = 15
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """`count` evenly spread indices out of `total`, so that all classes of sorted data are among them: int64."""
+    return (np.arange(count, dtype=np.int64) * total) // count
 
 
 def calibration_error(confidence: Tensor, right: Tensor) -> float:
@@ -96,9 +101,9 @@ def evaluate(model: GLEM, data: ImageData, batch_size: int = 256, round_trip: in
     confidence, right, right_top, own, any_class = torch.cat(found).unbind(1)
     invertibility = None
     if count := min(round_trip, len(data)):
-        spread = np.arange(count) * len(data) // count  # so that all classes of sorted data are among them
+        chosen = data.batches(spread(len(data), count), batch_size)
         errors, flow_errors = [], []
-        for x, _ in data.batches(spread, batch_size):
+        for x, _ in chosen:
             errors.append(model.round_trip_error(x).cpu())
             flow_errors += [] if model.autoencoder is None else [model.flow_error(x).cpu()]
         error = torch.cat(errors)
