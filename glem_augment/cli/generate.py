@@ -95,8 +95,8 @@ def run(args: argparse.Namespace) -> None:
     given = ("temperature", "class_map")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     if args.real is not None:
-        looks = {"pixel_range": model.pixel_range, "split": args.split or "train"}
-        options["real"] = as_image_data(args.real, model.image_shape, **looks)
+        split = args.split or "train"
+        options["real"] = as_image_data(args.real, model.image_shape, pixel_range=model.pixel_range, split=split)
     dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, **options)
     began = time.monotonic()
     command = shlex.join(["glem", *args.argv])
