@@ -3,7 +3,7 @@
     # CIFAR10/{train,test}/<class>/*
     python benchmarks/recipes/cifar10.py runs/cifar10 CIFAR10 --out runs/bundled-cifar10
 
-The classes are fitted to the latents of the training images that are not held out, with full covariances: on the held-out images of the
+The classes are fitted to the training images that are not held out, with full covariances: on the held-out images of the
 training, these were more accurate and more likely than the Gaussians that were learned with the flow. Weights of the
 flow's networks and modes are stored in half precision, all other tensors in full. The test images are measured with
 these weights, and the record gets the result.

@@ -297,8 +297,8 @@ def test_create_refuses_what_is_no_model() -> None:
     for change, message in (
         (dict(bits=9), "bits"),
         (dict(psi=(1, 2, -3)), "psi"),
-        (dict(classes=["a", "a"]), "'a' appears twice"),
-        (dict(class_ids=["x"]), "equal length"),
+        (dict(classes=["a", "a"]), "class_ids"),
+        (dict(class_ids=["x"]), "class_ids"),
     ):
         with pytest.raises(ValueError, match=message):
             GLEM.create(**{**dict(preset="mef_tiny", image_shape=(1, 4, 4), classes=["a", "b"]), **change})
