@@ -3,10 +3,10 @@
     # CIFAR10/{train,test}/<class>/*
     python benchmarks/recipes/cifar10.py runs/cifar10 CIFAR10 --out runs/bundled-cifar10
 
-The classes are fitted to the training images that are not held out, with full covariances: on the held-out images of the
-training, these were more accurate and more likely than the Gaussians that were learned with the flow. Weights of the
-flow's networks and modes are stored in half precision, all other tensors in full. The test images are measured with
-these weights, and the record gets the result.
+The classes are fitted to the training images that are not held out, with full covariances: on the held-out images,
+these were more accurate and more likely than the Gaussians that were learned with the flow. Weights of the flow's
+networks and modes are stored in half precision, all other tensors in full. The test images are measured with these
+weights, and the record gets the result.
 """
 
 from __future__ import annotations
