@@ -11,7 +11,9 @@ with new samples for every seed. Its default settings are the best in `search`, 
 Stored rows are not measured again.
 
 The controls use the same code: "identity" has Gaussians of the pixels, and "taef2" has Gaussians of an autoencoder's
-latents. "taef2: rfcm rank=full" is one full covariance per class. A setting is a source of `SyntheticDataset` and
+latents. "taef2: rfcm rank=full" is one full covariance per class.
+Rows of "taef2: rfcm rank=128 parts=4" were measured with the stored model of cifar10_gaussians.py, whose modes are in
+half precision. A setting is a source of `SyntheticDataset` and
 options:
 
     T=          temperature of the draws, 1 by default
