@@ -13,6 +13,7 @@ from benchmarks.proof.augmentation.data import Flows
 from benchmarks.proof.augmentation.settings import (
     FINALISTS,
     METHODS,
+    MOVES,
     PLAIN,
     PROTOCOL,
     RECIPES,
@@ -24,7 +25,7 @@ from glem_augment.io import write_json
 
 Component = tuple[str, dict[str, Any]]
 FINAL, TUNING = "augmentation.json", "augmentation_tuning.json"
-ON_TEST = ("final", "recipe")  # stages of test images
+ON_TEST = ("final", "recipe", "moves")  # stages of test images
 # Two rows with equal values of these columns are the same cell. Files are sorted by these columns, too.
 IDENTITY = ("stage", "setting", "classifier", "flow", "method", "params", "base", "seed", "protocol")
 
@@ -34,7 +35,7 @@ class Cell:
     """One classifier to train.
 
     Attributes:
-        stage: singles, pairs, triples, ours, final or recipe.
+        stage: singles, pairs, triples, ours, final, recipe or moves.
         side: opponent, ours or control.
         flow: "none" of opponents, "identity" of controls.
         method, params: the tested method; base: the components under it.
@@ -193,6 +194,8 @@ class Plan:
         base = tuple((name, params) for name, params in final[-1]["base"])
         if self.args.beside == "recipe":
             return self.recipe(setting, classifier, base, store)
+        if self.args.beside == "moves":
+            return self.moves(setting, classifier, base)
         where = setting, classifier, "opponent", "none"
         if self.args.beside == "shorter":
             lowest = {**METHODS["adversarial"].trials[0], "flow": "identity"}
@@ -225,6 +228,14 @@ class Plan:
             missing = [replace(cell, base=base) for cell in missing]
         opponent = Cell("final", setting, classifier, "opponent", "none", "opponent", {}, base, self.args.seeds[0])
         return [replace(cell, stage="recipe", seed=seed) for seed in self.args.seeds for cell in (opponent, *missing)]
+
+    def moves(self, setting: Setting, classifier: str, base: tuple[Component, ...]) -> list[Cell]:
+        """Moves through the flows of `through`, the same moves of pixels, and the opponent, measured together."""
+        arms: list[tuple[str, str, str, dict[str, Any]]] = [("opponent", "none", "opponent", {})]
+        for flow in ("identity", *(self.args.through or ())):
+            side = "control" if flow == "identity" else "ours"
+            arms += [(side, flow, method, {**params, "flow": flow}) for method, params in MOVES.items()]
+        return [Cell("moves", setting, classifier, *arm, base, seed) for seed in self.args.seeds for arm in arms]
 
     def without_flow(self, setting: Setting, classifier: str, store: Store) -> tuple[Component, ...]:
         """The opponent's stack without a flow that was measured with most tuning seeds, and then has the best mean."""

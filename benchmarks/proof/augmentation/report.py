@@ -87,6 +87,7 @@ class Result:
         flowless = [row["base"] for row in later if row["method"] == "opponent" and not needs_flow(row["base"])]
         bases = [self.base, *(flowless[-1:] if needs_flow(self.base) else [])]
         self.recipe = arms_of([row for row in later if row["base"] in bases])
+        self.moves = arms_of([row for row in measured if row["stage"] == "moves"])
         self.tuning = [row for row in tuning if (row["setting"], row["classifier"]) == (setting, classifier)]
 
     @property
@@ -183,9 +184,10 @@ def page(results: list[Result]) -> dict[str, Any]:
     rows = []
     for result in results:
         leaking = SETTINGS.get(result.setting, SMOKE).leaking
-        again = next((arm for arm in result.recipe if arm.side == "opponent"), result.opponent)
-        for arm in (*result.arms, *result.recipe):
-            other = again if arm in result.recipe else result.opponent
+        groups = ("", result.arms), (", measured later", result.recipe), (", beside a pretrained flow", result.moves)
+        for group, arm in ((group, arm) for group, arms in groups for arm in arms):
+            beside = dict(groups)[group] if group else []
+            other = next((other for other in beside if other.side == "opponent"), result.opponent)
             gain = None if other is None or arm is other else paired_gain(arm.accuracies, other.accuracies)
             opponent = arm.side == "opponent"
             shown = arm.stack if opponent else [[arm.method, arm.params]]
@@ -193,8 +195,7 @@ def page(results: list[Result]) -> dict[str, Any]:
                 {
                     "setting": result.setting, "classifier": result.classifier,
                     "side": "leaking" if arm.flow in leaking else arm.side, "flow": arm.flow,
-                    "method": (base_text(arm.stack) if opponent else arm.method)
-                    + ", measured later" * (arm in result.recipe),
+                    "method": (base_text(arm.stack) if opponent else arm.method) + group,
                     "tuned": "; ".join(params_text(params) for _, params in shown if params),
                     "test accuracy %": str(arm.mean), "over the opponent": signed(gain),
                     "ms per step": f"{1000 * arm.step:.0f}", "seeds": len(arm.accuracies),

@@ -157,9 +157,10 @@ def options() -> Any:
     add("--best", type=int, default=2, help="of our methods in the final cells, per flow (%(default)s)")
     add("--through", nargs="+", metavar="FLOW", help="only these of a setting's flows (all)")
     add(
-        "--beside", choices=["triples", "shorter", "recipe"],
+        "--beside", choices=["triples", "shorter", "recipe", "moves"],
         help="only cells beside the stored ones: a third operation on the best pair of opponents, adversarial moves "
-        "along the pixels' modes of half the lowest strength, or the advised moves where the choices left them out",
+        "along the pixels' modes of half the lowest strength, the advised moves where the choices left them out, or "
+        "`settings.MOVES` through the flows of --through, beside the same moves of pixels",
     )  # fmt: skip
     add("--leaking", action="store_true", help="also flows that have seen all labels; never counted")
     add("--trials", type=int, default=3, help="at most so many per method (%(default)s)")

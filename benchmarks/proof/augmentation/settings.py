@@ -92,7 +92,9 @@ _SETTINGS = (
     Setting("fashion-5of10-50", "fashion-mnist", 50, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
     Setting("mnist-10", "mnist", 10, 28, 1, (MNIST_UNLABELLED, "fashion-mnist"), flip=False),
     Setting("notmnist-10", "notmnist", 10, 28, 1, ("fashion-mnist", NOTMNIST_UNLABELLED), flip=False),
-    Setting("cifar10-50", "cifar10", 50, 32, 3, (CIFAR_UNLABELLED, "imagenette32", "own"), ("cifar10",)),
+    Setting(
+        "cifar10-50", "cifar10", 50, 32, 3, (CIFAR_UNLABELLED, "imagenette32", "own"), ("cifar10", "bundled:cifar10")
+    ),
     Setting("cifar10-500", "cifar10", 500, 32, 3, ("imagenette32", CIFAR_UNLABELLED, "own"), ("cifar10",), steps=LONG),
     Setting("cifar10-5of10-50", "cifar10", 50, 32, 3, ("cifar10-five",), (), _rest(CIFAR_FIVE)),
     Setting("cifar10-long-tail-100", "cifar10", 500, 32, 3, ("imagenette32",), ("cifar10",), None, 100.0, LONG),
@@ -207,6 +209,8 @@ METHODS: dict[str, Method] = {
 OPPONENTS = tuple(name for name, method in METHODS.items() if method.side == "opponent")
 # The moves along the pixels' modes that the pages advise: the least strengths that were tried.
 RECIPES = {name: {**METHODS[name].trials[0], "flow": "identity"} for name in ("adversarial", "noise")}
+# The moves that are measured through a pretrained flow, with nothing chosen.
+MOVES = {"adversarial": METHODS["adversarial"].trials[0], "mode-mixup": METHODS["mode-mixup"].trials[1]}
 # Methods that are tried by default (--methods).
 DEFAULT_OURS = ("adversarial", "noise", "mode-mixup", "synthetic", "mode-mixup-any", "noise-shared")
 # An augmented image is used this many times on average, with another crop and flip each time, because on a CPU the flow
