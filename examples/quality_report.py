@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from _common import MEAN, STD, fit, new_network, normalised
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import resize
 
-from glem_augment import GLEMError, open_data
+from glem_augment import GLEM, GLEMError, open_data
 from glem_augment.evaluation import (
     Section,
     compose,
@@ -28,7 +29,6 @@ from glem_augment.evaluation import (
     feature_fid,
     features_and_logits,
     label_reliability,
-    latent_features,
     memorisation_ratio,
     nearest,
     spread,
@@ -38,6 +38,7 @@ from glem_augment.images import match_classes
 NETWORK, STEPS, BATCH = "test_byobnet", 1500, 64  # the judge: a small network of timm, and its training
 NEIGHBOURS, FITTED = 5, 500  # of coverage and density; real images to which `latent_features` are fitted
 WEAK, WEAK_OF_FEW = 0.6, 0.8  # accuracies below which a judge is weak, or below twice the accuracy of guessing
+COMPONENTS, LONGEST = 32, 64  # of `latent_features`
 PAIRS, ACROSS = 32, 4  # pairs in a section of the picture, and in one of its rows
 
 
@@ -60,6 +61,30 @@ def trained_judge(x: Tensor, y: Tensor, classes: int, steps: int) -> nn.Module:
             yield normalised(x[rows]), y[rows]
 
     return fit(new_network(NETWORK, x.shape[1], classes), batches(), steps)
+
+
+@torch.no_grad()
+def latent_features(real: Tensor, *sets: Tensor) -> list[Tensor]:
+    """Features [M, m] of sets of colour images, from latents of TAEF2 at up to 64 pixels.
+
+    The features are the means of a latent's channels and its first principal components among the `real` images, uint8
+    [N,3,H,W]. Each has variance 1 over the real images.
+    """
+    shrink = min(1.0, LONGEST / max(real.shape[2:]))
+    size = [8 * max(1, round(side * shrink / 8)) for side in real.shape[2:]]
+    model = GLEM.create("identity", (3, *size), ["image"], autoencoder="taef2")
+
+    def encoded(images: Tensor) -> Tensor:
+        return torch.cat([model.encode(resize(part, size))[0] for part in images.split(32)])
+
+    def features(z: Tensor) -> Tensor:
+        return torch.cat([z.unflatten(1, (-1, size[0] * size[1] // 64)).mean(2), (z - centre) @ components], 1)
+
+    z = encoded(real)
+    centre, count = z.mean(0), min(COMPONENTS, len(real) // 4)  # later components overfit the real images
+    components = torch.linalg.svd(z - centre, full_matrices=False).Vh[:count].T
+    scale = features(z).std(0).clamp_min(1e-3)
+    return [features(encoded(images)) / scale for images in sets]
 
 
 def quality(made: Any, real: Any, held_out: Any, judge: nn.Module) -> dict[str, Any]:
@@ -94,7 +119,7 @@ def picture(made: Tensor, real: Tensor) -> Any:
     pairs = {title: torch.stack([made[rows], real[twin[rows]]], 1).flatten(0, 1) for title, rows in found.items()}
     names = ["made", "real"] * ACROSS
     sections = [Section(title, cells.unflatten(0, (-1, 2 * ACROSS)), names) for title, cells in pairs.items()]
-    return compose("Synthetic images beside real ones", f"the nearest of {len(real)}, by pixels", sections)
+    return compose(f"Synthetic images, and the nearest of {len(real)} real ones by pixels", sections)
 
 
 def main() -> None:

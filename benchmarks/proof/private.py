@@ -215,7 +215,7 @@ def main() -> None:
 
             rows.row({"data": data, "method": method, "epsilon": epsilon, "seed": seed} | asked, measure)
     if args.picture is not None:
-        save_png(compose("", "", sections), args.picture)
+        save_png(compose("", sections), args.picture)
         return
     publish(args.out, NAME, report(rows.all()), rows.all())
 

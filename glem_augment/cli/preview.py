@@ -9,9 +9,8 @@ from glem_augment.cli import common
 
 DESCRIPTION = """\
 Draw one labelled picture: real images and their moves at rising strength, samples of each class at several
-temperatures, and interpolations within and between classes. Images are shown at full size, up to 224 pixels. The change
-is made at the model's size and added. Look at the picture before you train with a model: a moved image should
-still show its class.
+temperatures, and interpolations within and between classes. Images are shown at the model's size. Look at the picture
+before you train with a model: a moved image should still show its class.
 """
 EXAMPLES = """\
   glem preview bundled:fashion-mnist bundled:fashion-mnist --out preview.png
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--out must name a .png file, got {args.out}")
     model = common.load_model(args)
     common.uncovered(args, model, args.out)
-    data = images_for(model, args.data, split=args.split, cache_bytes=0).at_own_size()  # it shows few of the images
+    data = images_for(model, args.data, split=args.split, cache_bytes=0)  # it shows few of the images
     policies = (args.policy,) if args.policy else ("mixup", "noise")
     picture = preview(model, data, args.rows, policies, 0, args.model, args.channels)
     save_png(picture, args.out)

@@ -18,8 +18,8 @@ from glem_augment.codec.pixel_range import UINT8, PixelRange
 
 SMALLEST, LARGEST = 56, 224  # pixels: smaller cells are enlarged by a whole factor, larger ones shrunk
 _PADDING, _MARGIN, _GAP = 2, 18, 26
-_TITLE, _LABEL, _NOTE = 20, 14, 13
-_INK, _GREY, _PAPER = (20, 20, 20), (105, 105, 105), (255, 255, 255)
+_TITLE, _LABEL = 20, 14
+_INK, _PAPER = (20, 20, 20), (255, 255, 255)
 
 
 @dataclass
@@ -29,20 +29,17 @@ class Section:
     Attributes:
         cells: images [R, N, C, H, W], uint8 or float in [0, 1]: R rows of N columns.
         columns: a label above each column, "" for none. rows: a label beside each row.
-        note: a line of small text below the title.
     """
 
     title: str
     cells: Tensor
     columns: Sequence[str] = ()
     rows: Sequence[str] = ()
-    note: str = ""
 
 
-def compose(title: str, note: str, sections: Sequence[Section]) -> Image.Image:
+def compose(title: str, sections: Sequence[Section]) -> Image.Image:
     """The sections below one another, under a title."""
-    head = _heading((title, _TITLE + 4, _INK), (note, _NOTE, _GREY))
-    return ImageOps.expand(_stack([*head, *map(_draw, sections)], _GAP), _MARGIN, _PAPER)
+    return ImageOps.expand(_stack([*_heading(title, _TITLE + 4), *map(_draw, sections)], _GAP), _MARGIN, _PAPER)
 
 
 def _draw(section: Section) -> Image.Image:
@@ -58,17 +55,16 @@ def _draw(section: Section) -> Image.Image:
         draw.text((left - 8, top + row * height + height / 2), text, _INK, font, anchor="rm")
     for column, text in enumerate(section.columns):
         draw.text((left + _PADDING + column * width, top - 4), text, _INK, font, anchor="ls")
-    return _stack([*_heading((section.title, _TITLE, _INK), (section.note, _NOTE, _GREY)), grid])
+    return _stack([*_heading(section.title, _TITLE), grid])
 
 
-def _heading(*lines: tuple[str, int, tuple[int, int, int]]) -> list[Image.Image]:
-    """One picture for each line (text, size, colour) that is not empty."""
-    pictures = []
-    for text, size, colour in lines:
-        if text:
-            pictures.append(Image.new("RGB", (_width(text, size), size + 4), _PAPER))
-            ImageDraw.Draw(pictures[-1]).text((0, 0), text, colour, ImageFont.load_default(size))
-    return pictures
+def _heading(text: str, size: int) -> list[Image.Image]:
+    """One picture of the text, none of an empty text."""
+    if not text:
+        return []
+    line = Image.new("RGB", (_width(text, size), size + 4), _PAPER)
+    ImageDraw.Draw(line).text((0, 0), text, _INK, ImageFont.load_default(size))
+    return [line]
 
 
 def _stack(pictures: Sequence[Image.Image], gap: int = 4) -> Image.Image:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from glem_augment.augment.policies import Noise
 from glem_augment.augment.transform import GLEMAugment
-from glem_augment.codec.resize import PixelAdapter
 from glem_augment.errors import DataError
 from glem_augment.evaluation.pictures import Section, compose, short, unit
 from glem_augment.images.dataset import ImageData
@@ -38,14 +37,14 @@ def preview(
 
     Args:
         model: without stored class modes, moves and RFCM samples are left out.
-        data: real images of any size, labelled by the model's class indices.
+        data: real images of the model's shape, labelled by the model's class indices.
         rows: real images to move, of as many classes as possible.
         seed: the same call gives the same picture.
         name: of the model, for the title.
         channels: three channels to show as red, green and blue, or one. None: the first three, or the first of two.
 
     Raises:
-        DataError: no images. ValueError: images of other channels, or channels that they lack.
+        DataError: no images. ValueError: channels that the images lack.
     """
     if not len(data):
         raise DataError(f"{data.name} holds no images")
@@ -57,9 +56,8 @@ def preview(
     sections += [class_samples(model, seed), *_interpolations(model, data, seed)]
     for section in sections:
         section.cells = section.cells[:, :, shown]
-    missing = "" if model.modes is not None else " No class modes are stored: no moves, no RFCM samples."
     title = f"{name or model.origin or 'Model'}: {c}x{h}x{w} {model.numbers_are}, {model.num_classes} classes"
-    return compose(title, f"real images from {data.name}.{missing}", sections)
+    return compose(title, sections)
 
 
 # ---- the sections ----------------------------------------------------------------------------------------------------
@@ -71,7 +69,7 @@ def _moves(model: GLEM, data: ImageData, rows: int, policy: str, seed: int) -> S
     x, y = _load(data, np.concatenate([chosen, partners]), model.device)
     columns, n = {"real": x[:rows]}, rows
     if policy == "mixup":
-        note = "this part of the image stays along them, the rest is the partner's"
+        title = "Mixup along the modes: the part that the image keeps"
         aug = GLEMAugment(model, "mixup", p=1.0, seed=seed)
         drawn = aug.draw(x, y)
         drawn = drawn.having(partner=torch.arange(2 * n).roll(n), partner_cls=drawn.cls).where(drawn.rows < n)
@@ -79,36 +77,26 @@ def _moves(model: GLEM, data: ImageData, rows: int, policy: str, seed: int) -> S
             columns[f"{keep:g}"] = aug.replay(x, y, drawn.having(keep=torch.full((n,), keep)))[0][:n]
         columns["partner"] = x[n:]
     else:
-        note = "noise of so many standard deviations is added along them"
+        title = "Noise along the modes, in standard deviations"
         for strength in NOISE_STRENGTHS:
             aug = GLEMAugment(model, Noise(strength), p=1.0, seed=seed)
             columns[f"{strength:g}"] = aug(x[:n], y[:n])[0]
     cells = torch.stack([unit(images, model.pixel_range) for images in columns.values()], 1)
-    assert model.modes is not None
-    used = model.modes.in_words(model.modes.rank)
-    names = [model.classes[i] for i in y[:n].tolist()]
-    return Section(f"Moves of real images: {policy}", cells, list(columns), names, f"{used} modes of the class; {note}")
+    return Section(title, cells, list(columns), [model.classes[i] for i in y[:n].tolist()])
 
 
 def class_samples(model: GLEM, seed: int) -> Section:
     """Samples of the first classes at several temperatures, from the class Gaussian and from the RFCM."""
     k = min(model.num_classes, MAX_CLASSES)
     y = torch.arange(k, device=model.device).repeat_interleave(EACH)
-    note = "drawn from the class's Gaussian"
-    sources = {"Gaussian": "gaussian"}
-    if model.modes is not None:
-        note += ", or from its RFCM: mean and covariance re-estimated from real latents"
-        sources["RFCM"] = "rfcm"
     columns, parts = [], []
-    for name, source in sources.items():
+    for name, source in {"Gaussian": "gaussian", **({} if model.modes is None else {"RFCM": "rfcm"})}.items():
         for temperature in TEMPERATURES:
             # All temperatures share their noise, so that a row shows the effect of temperature alone.
             x = model.sample(y, temperature, torch.Generator().manual_seed(seed), source)
             parts.append(unit(x, model.pixel_range).unflatten(0, (k, EACH)))
             columns += [f"{name}, T = {temperature:.1f}", *[""] * (EACH - 1)]
-    if model.num_classes > k:
-        note += f"; the first {k} of {model.num_classes} classes"
-    return Section("Samples of each class", torch.cat(parts, 1), columns, model.classes[:k], note)
+    return Section("Samples of each class", torch.cat(parts, 1), columns, model.classes[:k])
 
 
 def _interpolations(model: GLEM, data: ImageData, seed: int) -> list[Section]:
@@ -119,15 +107,13 @@ def _interpolations(model: GLEM, data: ImageData, seed: int) -> list[Section]:
         spread = _pairs(data, 2 * LINES, seed + 2)[0]
         ends.append(("between two classes", spread[:LINES], spread[LINES:]))
     columns = ["real", *(f"{i / (STEPS - 1):.2f}" for i in range(1, STEPS - 1)), "real"]
-    sections, pixels = [], PixelAdapter(model.image_shape, pixel_range=model.pixel_range)
+    sections = []
     for what, starts, stops in ends:
-        real = (_load(data, indices, model.device)[0] for indices in (starts, stops))
-        x1, x2 = (pixels.to_model(pixels.to_floats(x)) for x in real)
+        x1, x2 = (_load(data, indices, model.device)[0] for indices in (starts, stops))
         cells = unit(model.interpolate(x1, x2, STEPS), model.pixel_range)
         names = [[short(model.classes[data.targets[i]], 12) for i in pair] for pair in zip(starts, stops, strict=True)]
         rows = [" - ".join(dict.fromkeys(pair)) for pair in names]
-        note = "straight lines in latent space between two real images"
-        sections.append(Section(f"Interpolations {what}", cells, columns, rows, note))
+        sections.append(Section(f"Straight lines in latent space {what}", cells, columns, rows))
     return sections
 
 

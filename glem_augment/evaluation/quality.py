@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from glem_augment.distributed import progress_bar
 from glem_augment.errors import DataError
+from glem_augment.tensors import evaluating
 
-__all__ = ["coverage", "feature_fid", "label_reliability", "memorisation_ratio", "nearest"]
+__all__ = ["coverage", "feature_fid", "features_and_logits", "label_reliability", "memorisation_ratio", "nearest"]
 
 _CHUNK = 512  # rows of a distance matrix that are computed at a time
+
+
+@torch.no_grad()
+def features_and_logits(
+    network: Any, x: Tensor, mean: Tensor | float = 0.0, std: Tensor | float = 1.0, batch_size: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Penultimate features and logits of a timm network, in eval mode.
+
+    Args:
+        x: images [N,C,H,W] of the network's size, uint8 or float in [0, 1].
+        mean, std: normalise the network's input, broadcast to [B,C,H,W].
+
+    Returns:
+        features [N, m] and logits [N, K], on the CPU.
+    """
+    device = next(network.parameters()).device
+    features, logits = [], []
+    with evaluating(network):
+        for part in x.split(batch_size):
+            part = part.to(device)
+            part = part.float() / 255 if part.dtype == torch.uint8 else part
+            pooled = network.forward_head(network.forward_features((part - mean) / std), pre_logits=True)
+            features.append(pooled.cpu())
+            logits.append(network.get_classifier()(pooled).cpu())
+    return torch.cat(features), torch.cat(logits)
 
 
 def label_reliability(logits: Tensor, y: Tensor) -> float:
@@ -98,8 +125,7 @@ def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor) -> dict
 def nearest(x: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Distance of every row of `x` [N, m] to the nearest row of `others` [M, m], float64 [N], and its index [N]."""
     x, others = _check_features(x, others)
-    bar = progress_bar("nearest images", x.split(_CHUNK), unit="chunk")
-    found = [_squared_distances(part, others).min(1) for part in bar]
+    found = [_squared_distances(part, others).min(1) for part in x.split(_CHUNK)]
     return torch.cat([part.values for part in found]).sqrt(), torch.cat([part.indices for part in found])
 
 

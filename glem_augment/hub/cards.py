@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from glem_augment.classes.privacy import promise
-from glem_augment.model.config import data_names, licence_id, records
+from glem_augment.model.config import data_names, licence_id
 from glem_augment.model.files import stored
 from glem_augment.model.glem import GLEM
 
@@ -77,7 +77,6 @@ def model_card(model: GLEM, repo_id: str, license: str | None = None) -> ModelCa
         library_name=LIBRARY,
         pipeline_tag=PIPELINE,
         tags=[*_TAGS, *(["normalizing-flow"] if flow_parameters(model) else [])],
-        base_model=base_model(training),
     )
     row = table_row(model)
     text = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
@@ -107,16 +106,6 @@ def _privacy(facts: Mapping[str, Any] | None) -> str:
         f"## Privacy\n\n{escape(promise(dict(facts)))} The mechanism: {escape(facts.get('mechanism', 'none'))}. "
         "Other releases of the same images add up with this one. Reports of quality are not covered.\n\n"
     )
-
-
-def base_model(training: Mapping[str, Any]) -> str | None:
-    """The repository of the model that was adapted or fine-tuned; None if that model is not from the Hub."""
-    for record in records(training):
-        before = record.get("adapted_from") or record.get("init_from")
-        repo_id = str(before.get("origin")).partition("@")[0] if isinstance(before, dict) else ""
-        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id, re.ASCII):
-            return repo_id
-    return None
 
 
 def escape(text: object) -> str:

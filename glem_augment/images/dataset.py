@@ -151,20 +151,6 @@ class ImageData(Dataset):
         """The path of image `index`, or a description where it has no path."""
         return _printable(self._source.where(index))
 
-    def at_own_size(self, longest: int = 224) -> ImageData:
-        """The same images, decoded when they are used, at about their stored size: at most `longest` pixels a side.
-
-        The shape has the aspect of `image_shape` and at least its size. Half of the images are at least as large.
-        """
-        channels, *shape = self.image_shape
-        headers = [self._source.header(index) for index in range(0, len(self), max(1, len(self) // 32))]
-        stored = np.median([min(height / shape[0], width / shape[1]) for _, height, width, _ in headers])
-        scale = max(1.0, min(float(stored), longest / max(shape)))
-        other = copy.copy(self)
-        if scale > 1:
-            other._pixels, other.image_shape = None, (channels, round(scale * shape[0]), round(scale * shape[1]))
-        return other
-
     def with_targets(
         self, targets: Integers, classes: Sequence[str], class_ids: Sequence[str] | None = None
     ) -> ImageData:

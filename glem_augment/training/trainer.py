@@ -294,7 +294,7 @@ class Trainer:
         """Draw samples of each class, always from the same noise, if they are due after this epoch."""
         every = self.config.sample_every
         if is_primary() and every and (epochs % every == 0 or epochs == self.config.epochs):
-            picture = compose(f"After epoch {epochs}", "", [class_samples(self.whole(self.evaluated()), seed=0)])
+            picture = compose(f"After epoch {epochs}", [class_samples(self.whole(self.evaluated()), seed=0)])
             save_png(picture, self.out / "samples" / f"epoch_{epochs:04d}.png")
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------

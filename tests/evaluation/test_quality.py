@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import prdc
 import pytest
 import timm
@@ -10,14 +9,12 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from glem_augment.codec.resize import resized
 from glem_augment.errors import DataError
 from glem_augment.evaluation import (
     coverage,
     feature_fid,
     features_and_logits,
     label_reliability,
-    latent_features,
     memorisation_ratio,
 )
 
@@ -92,27 +89,3 @@ def test_memorisation_ratio_knows_copies_from_new_images() -> None:
     ratios = torch.cdist(many, train[:200]).amin(1) / torch.cdist(many, held_out).amin(1)
     assert memorisation_ratio(many, train[:200], held_out)["ratio"] == pytest.approx(float(ratios.median()), rel=0.01)
     assert memorisation_ratio(fresh, train[:50], train[:50])["share_nearer_train"] == 0.5
-
-
-# ---- features of colour images -----------------------------------------------------------------------------
-
-
-def dead_leaves(count: int, seed: int) -> Tensor:
-    """Images of overlapping discs, which have the statistics of photographs: uint8 [count,3,32,32]."""
-    rng, (rows, columns) = np.random.default_rng(seed), np.mgrid[:32, :32]
-    images = np.zeros((count, 3, 32, 32), np.uint8)
-    for image in images:
-        for _ in range(40):
-            (y, x), radius = rng.integers(0, 32, 2), min(2 / rng.random() ** 0.5, 16)
-            image[:, (rows - y) ** 2 + (columns - x) ** 2 < radius**2] = rng.integers(0, 256, (3, 1))
-    return torch.from_numpy(images)
-
-
-def test_mush_covers_little_of_photographs() -> None:
-    g = torch.Generator().manual_seed(0)
-    real, new, unseen = dead_leaves(60, 0), dead_leaves(60, 1), dead_leaves(60, 2)
-    blurred = resized(resized(new.float(), (8, 8)), (32, 32)).to(torch.uint8)
-    mush = (real.float().mean(0) + 20 * torch.randn(60, 3, 32, 32, generator=g)).clamp(0, 255).to(torch.uint8)
-    *made, reference = latent_features(real, new, blurred, mush, unseen)
-    covered = [coverage(reference, features)["coverage"] for features in made]
-    assert covered[0] > 0.8 and covered[1] < 0.2 and covered[2] < 0.1, covered

@@ -17,7 +17,7 @@ from glem_augment import GLEM
 from glem_augment.cli import main
 from glem_augment.codec.published import TAESD
 from glem_augment.errors import HubError, ModelFileError
-from glem_augment.hub.cards import base_model, model_card, table_row
+from glem_augment.hub.cards import model_card, table_row
 from glem_augment.model.config import data_name, data_names
 from glem_augment.model.files import CONFIG, WEIGHTS
 
@@ -161,5 +161,3 @@ def test_data_are_named_without_their_folders() -> None:
     assert data_names({}) == ["data that its record does not name"]
     once = {"data": "photos", "adapted_from": {"origin": "org/flow@abc", "training": {"data": "private/large"}}}
     assert data_names({"adapted_from": {"training": once}})[:2] == ["large", "photos"]
-    assert base_model({"adapted_from": {"training": once}}) == "org/flow"
-    assert base_model({"init_from": {"origin": "hf-hub: x\n"}}) is None
