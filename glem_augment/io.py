@@ -164,8 +164,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
-    lock = FileLock(path, timeout=0, is_singleton=True)
-    nested = lock.is_locked  # this thread holds the lock already
+    lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -175,10 +174,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if not nested:
-            with suppress(OSError):
-                path.unlink()
-                folder.rmdir()  # succeeds only if the folder is empty
+        with suppress(OSError):
+            path.unlink()
+            folder.rmdir()  # succeeds only if the folder is empty
         lock.release()
 
 

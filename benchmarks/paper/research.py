@@ -35,6 +35,7 @@ from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.checkpoint import has_checkpoint
 from glem_augment.training.moments import LatentStatistics
 from glem_augment.training.objective import Objective, Progress, Repulsion, encode_with_noise, falling
+from glem_augment.training.steps import latent_pass
 
 REFIT_STEPS, REFIT_LR = 200, 3e-3
 SATURATION = 0.05  # of the bounded repulsion, nats per dimension
@@ -309,18 +310,21 @@ class ResearchTrainer(Trainer):
         objective, m_step, beta = self.own_objective, self.m_step, self.research.refit_beta
         if not m_step.total or objective.repels or (objective.crossed and beta == 0):
             return False
+        rows = np.concatenate([self.batches.split.nf, self.batches.split.g])
         if not objective.crossed:
-            most_likely(m_step.last_pass(model, self.batches.training_rows()), model.gaussians, objective.learned)
+            most_likely(self.last_pass(model, np.sort(rows)), model.gaussians, objective.learned)
             return True
-        split = self.batches.split
-        rows = np.concatenate([split.nf, split.g])
         rows = self.batches.some_of_each_class(rows, model.dim * model.num_classes)  # all classes are in memory
-        statistics = m_step.last_pass(model, rows)
+        statistics = self.last_pass(model, rows)
         self.gaussians.optimizer.state.clear()
         objective.fixed_beta = self.research.beta if beta is None else beta
         for step in range(REFIT_STEPS):
             m_step.descend(statistics, REFIT_LR * (1 - step / REFIT_STEPS), self.so_far)
         return True
+
+    def last_pass(self, model: GLEM, rows: np.ndarray) -> LatentStatistics:
+        """Statistics of the latents of `rows` under the flow of `model`, for a refit after the last step."""
+        return latent_pass(model, self.batches, self.objective, rows, self.m_step.total, "encoding for the refit")
 
 
 def main() -> int:

@@ -90,9 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser(argv).parse_args(argv)
         args.argv = argv
-        for name in getattr(args, "modules", ()):
-            sys.path.insert(0, os.getcwd())
-            import_module(name)
+        _import(getattr(args, "modules", ()))
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             args.run(args)
@@ -112,6 +110,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         return _fail(error, "out of memory; lower --batch-size, or take a smaller flow or smaller images: ")
+
+
+def _import(modules: Sequence[str]) -> None:
+    """Import modules of the user's. ImportError: one is missing, or fails."""
+    for name in modules:
+        sys.path.insert(0, os.getcwd())
+        try:
+            import_module(name)
+        except Exception as error:  # a user's module may raise anything
+            raise ImportError(f"--import {name}: {type(error).__name__}: {error}") from error
 
 
 def _warn(message: Warning | str, *about: object, **more: object) -> None:

@@ -72,7 +72,7 @@ def add_seed(parser: argparse._ActionsContainer) -> None:
 
 
 def add_out(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"{text}; made if missing")
+    parser.add_argument("--out", type=folder, required=True, metavar="DIR", help=f"{text}; made if missing")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +101,13 @@ def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -
         return value
 
     return parse
+
+
+def folder(text: str) -> Path:
+    """An argparse type: the path of a folder, which need not exist."""
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file: give a folder")
+    return Path(text)
 
 
 def table(text: str, as_text: bool = False) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from glem_augment.cli import common
 
@@ -25,11 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     parser.add_argument("repo", metavar="ORG/NAME", help="repository to upload to")
     parser.add_argument("--private", action="store_true", help="a private repository; one that exists must be private")
-    parser.add_argument("--message", metavar="TEXT", help="message of the commit")
     licence = "of the training images, as the Hub names it: mit, other, ... (default: the one in MODEL's record)"
     parser.add_argument("--license", metavar="ID", help=licence)
     dry = "write the files of the upload to DIR, and upload nothing"
-    parser.add_argument("--dry-run", type=Path, metavar="DIR", help=dry)
+    parser.add_argument("--dry-run", type=common.folder, metavar="DIR", help=dry)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,7 +46,6 @@ def run(args: argparse.Namespace) -> None:
         files = {path.name: path.stat().st_size for path in sorted(args.dry_run.iterdir())}
         common.print_json({"repo": args.repo, "files": files})
         return
-    target = {"license": args.license, "private": args.private or None, "commit_message": args.message}
-    commit = push_to_hub(model, args.repo, **target)
+    commit = push_to_hub(model, args.repo, license=args.license, private=args.private or None)
     repo, oid = commit.repo_url.repo_id, commit.oid
     common.print_json({"repo": repo, "commit": oid, "pinned": f"{repo}@{oid}", "url": str(commit.commit_url)})

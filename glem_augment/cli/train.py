@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from glem_augment.cli import common
-from glem_augment.training.config import SETTINGS, TrainConfig
+from glem_augment.training.config import SETTINGS, TrainConfig, check_setting
 
 if TYPE_CHECKING:
     from glem_augment.model.glem import GLEM
@@ -78,9 +78,10 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 def given(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of --config, and the settings that the command line names, which win."""
     named = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
-    table = args.config or {}
+    table = {str(name): value for name, value in (args.config or {}).items()}
     if "flow_options" in named:
-        named["flow_options"] = {**table.get("flow_options", {}), **dict(named["flow_options"])}
+        stated = check_setting("flow_options", table.get("flow_options", {}))
+        named["flow_options"] = {**stated, **dict(named["flow_options"])}
     return {**table, **named}
 
 
@@ -95,12 +96,10 @@ def _flow_option(text: str) -> tuple[str, Any]:
 
 
 def run(args: argparse.Namespace) -> None:
-    from glem_augment.distributed import is_primary
     from glem_augment.images.dataset import open_data
-    from glem_augment.io import lock_folder
     from glem_augment.model.glem import GLEM
-    from glem_augment.training import Trainer
     from glem_augment.training.checkpoint import has_checkpoint, require_unused
+    from glem_augment.training.trainer import Trainer
 
     device, out = common.pick_device(args, ranks=True), args.out
     settings = given(args)
@@ -120,23 +119,15 @@ def run(args: argparse.Namespace) -> None:
     if args.unlabelled:
         settings.setdefault("objective", "mle")
     config = TrainConfig(**settings)  # checked before the data is opened
-    # The folder is locked before the images are decoded, which may take minutes. The first rank locks it for all ranks.
-    with lock_folder(out) if is_primary() else nullcontext():
-        data = open_data(args.data, args.split, size, args.channels, unlabelled=args.unlabelled)
-        trainer = Trainer(data, config, out, args.resume, init_model, device, ready=_tell)
-        if args.resume:
-            _tell(trainer)
-        model = trainer.fit()
+    data = open_data(args.data, args.split, size, args.channels, unlabelled=args.unlabelled)
+    trainer = Trainer(data, config, out, args.resume, init_model, device, ready=lambda run: common.say(summary(run)))
+    model = trainer.fit()
     common.say(f"saved {out} after {tqdm.format_interval(trainer.seconds())}: {_held_out(model)}")
     if model.config.training["worse_than_independent_pixels"]:
         common.note(
             f"glem: that is worse than independent pixels, {model.config.training['independent_pixels']:.3f}: "
             "the model has not learned the images. Train for more --epochs, or at a lower --lr"
         )
-
-
-def _tell(trainer: Trainer) -> None:
-    common.say(summary(trainer))
 
 
 def summary(trainer: Trainer) -> str:

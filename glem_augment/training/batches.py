@@ -129,10 +129,6 @@ class Batches:
         """`x` uint8 [b,C,H,W] under the run's augmentation, or one of the views of latents [b,V,C,h,w]."""
         return choose_views(x, generator, share) if x.ndim == 5 else self.augment(x, generator, share)
 
-    def training_rows(self) -> np.ndarray:
-        """Sorted indices of the images that are not held out."""
-        return np.sort(np.concatenate([self.split.nf, self.split.g]))
-
     def some_of_each_class(self, rows: np.ndarray, numbers: int) -> np.ndarray:
         """Some of `rows`, chosen at random and sorted; a class has at most `MOST_NUMBERS`, of `numbers` per image."""
         rows = np.random.default_rng([self.config.seed, 0x2EF17]).permutation(rows)

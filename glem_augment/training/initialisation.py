@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -56,10 +57,7 @@ def initialise(model: GLEM, batches: Batches, objective: Objective, init_model: 
     x = torch.cat([x for x, _ in batches.data.batches(rows, EVAL_BATCH, config.workers)]).to(batches.device)
     whiten = getattr(model.flow, "whiten", None)
     if whiten is not None and not whiten.initialised:
-
-        def numbers(y: int) -> Tensor:
-            return numbers_of_class(model, batches, y)
-
+        numbers = partial(numbers_of_class, model, batches)
         whiten.fit(*pooled_covariance(numbers, model.num_classes, len(whiten.gain), model.dim))
     model.initialise(x, seeded(config.seed, 1))
 

@@ -71,12 +71,11 @@ class EStep:
         objective: Objective,
         gaussians: GaussianSteps,
         batches: Batches,
-        config: TrainConfig,
         steps: int,
     ) -> None:
         self.model, self.objective, self.gaussians, self.batches = model, objective, gaussians, batches
-        self.config = config
-        self.optimizer, self.scheduler = flow_optimizer(model.flow, config, steps)
+        self.config = batches.config
+        self.optimizer, self.scheduler = flow_optimizer(model.flow, self.config, steps)
         self.lr = float(self.scheduler.base_values[0])
         self.ema: ModelEmaV3 | None = None
 
@@ -138,12 +137,11 @@ class MStep:
         objective: Objective,
         gaussians: GaussianSteps,
         batches: Batches,
-        config: TrainConfig,
         steps_per_epoch: int,
     ) -> None:
         self.model, self.objective, self.gaussians, self.batches = model, objective, gaussians, batches
-        self.each, self.steps_per_epoch = config.m_steps, steps_per_epoch
-        self.epochs = objective.m_epochs(config.epochs)
+        self.each, self.steps_per_epoch = batches.config.m_steps, steps_per_epoch
+        self.epochs = objective.m_epochs(batches.config.epochs)
         self.total, self.done = objective.m_rounds * self.epochs, 0
         self.rates = m_learning_rates(self.total, self.each, self.epochs * steps_per_epoch)
 
@@ -179,10 +177,6 @@ class MStep:
                 "lower kld_weight or lr"
             )
         self.gaussians.step(rate)
-
-    def last_pass(self, model: GLEM, rows: np.ndarray) -> LatentStatistics:
-        """Statistics of the latents of `rows` under the flow of `model`, for a refit after the last step."""
-        return latent_pass(model, self.batches, self.objective, rows, self.total, "encoding for the refit")
 
 
 @torch.no_grad()
@@ -225,19 +219,6 @@ def training_mode(flow: Flow, config: TrainConfig) -> Iterator[None]:
     finally:
         flow.set_autocast(None)
         flow.set_memory("stored")
-
-
-def lacks_bf16(device: torch.device) -> bool:
-    """Whether `device` is a CPU on which bfloat16 is some ten times slower than float32.
-
-    Older versions of torch do not report AVX512-BF16 and AMX; without AVX512 there is neither.
-    """
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if "avx512_bf16" in known:
-        fast = known["avx512_bf16"] or known["amx_bf16"]
-    else:
-        fast = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
-    return device.type == "cpu" and not fast
 
 
 # ---- optimizers ------------------------------------------------------------------------------------------------------

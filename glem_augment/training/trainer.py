@@ -6,7 +6,6 @@ import math
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from glem_augment.distributed import add_up, is_primary, progress_bar, wait
 from glem_augment.errors import TrainingError
@@ -38,7 +36,7 @@ from glem_augment.training.initialisation import INIT_IMAGES, initialise, new_mo
 from glem_augment.training.latents import latent_views, model_of_images, model_of_latents
 from glem_augment.training.log import Callback, MetricsLog
 from glem_augment.training.objective import Objective, Progress, objective_of
-from glem_augment.training.steps import EStep, GaussianSteps, MStep, lacks_bf16, training_mode
+from glem_augment.training.steps import EStep, GaussianSteps, MStep, training_mode
 
 _STEP_ROWS_EVERY = 50
 FAR = 2.0  # bits per number behind independent pixels (or latents) and the first step: such a step is away
@@ -56,7 +54,8 @@ class Trainer:
         device: "cpu", "cuda", or None for CUDA where there is one.
         callbacks: functions of a row of metrics.jsonl, a dict with "kind" and "step", called when it is written. To end
             the run after the current step, with a checkpoint, set the trainer's `stop_requested`.
-        ready: a function of the trainer, called before the flow of a new run is initialised, which may take minutes.
+        ready: a function of the trainer, called when a resumed run is restored, and before a new flow is initialised,
+            which may take minutes.
         objective: replaces the settings' objective, see `training.objective`.
         augment: replaces the settings' augmentation of images, see `training.batches.Augment`.
 
@@ -82,7 +81,7 @@ class Trainer:
         init_model: GLEM | None = None,
         device: str | torch.device | None = None,
         callbacks: Sequence[Callback] = (),
-        ready: Callable[[Any], object] | None = None,
+        ready: Callable[[Any], object] = lambda trainer: None,
         objective: Objective | None = None,
         augment: Augment | None = None,
     ) -> None:
@@ -114,16 +113,16 @@ class Trainer:
         self.steps_per_epoch = self.count_steps()
         self.total_steps = self.steps_per_epoch * config.epochs
         self.gaussians = GaussianSteps(self.model.gaussians, self.objective)
-        parts = self.model, self.objective, self.gaussians, self.batches, config
+        parts = self.model, self.objective, self.gaussians, self.batches
         self.m_step = MStep(*parts, self.steps_per_epoch)
         self.e_step = EStep(*parts, self.total_steps)
         if begun is None:
-            if ready is not None:
-                ready(self)
+            ready(self)
             self.independent = initialise(self.model, self.batches, self.objective, init_model)
         self.e_step.start_average()
         if begun is not None:
             self.restore(begun)
+            ready(self)
 
     def _take_latents(self, data: ImageData) -> GLEM:
         """Replace the run's images by their latents, so that they are encoded only once; the model of latents."""
@@ -160,11 +159,6 @@ class Trainer:
             if is_primary():
                 remove_left_overs([*self.out.glob(".*.tmp"), *self.out.glob("samples/.*.tmp")])
                 self.log.begin(self.step)
-            if self.config.precision == "bf16" and lacks_bf16(self.device):
-                warnings.warn(
-                    "this CPU has neither AVX512-BF16 nor AMX, so steps in bf16 take several times as long as in "
-                    "float32: leave out precision='bf16' (--precision bf16)", stacklevel=2,
-                )  # fmt: skip
             self.bar = progress_bar("train", total=self.total_steps, unit="step", begun=self.step)
             with closing(self.bar), _stop_between_steps(self):
                 metrics = self._train()
@@ -280,14 +274,12 @@ class Trainer:
             "seconds": self.seconds(), "bad_steps": self.bad_steps, **self.objective.weights(self.so_far), **metrics,
         })  # fmt: skip
         if is_primary():
-            key, unit, independent = self._reported(self.independent)
-            likelihood, numbers = metrics[f"val_{key}"], "pixels" if self.model.codec.levels else "latents"
+            key, unit, _ = self.model.likelihood
             which = "held-out images" if len(self.batches.split.val) else "training images"
-            worse = "" if likelihood < independent else f" (independent {numbers}: {independent:.3f})"
             right = f", accuracy {100 * metrics['val_accuracy']:.1f} %" if "val_accuracy" in metrics else ""
             self.bar.write(
-                f"epoch {epochs}/{self.config.epochs}: {likelihood:.3f} {unit}{worse}{right} "
-                f"on {which}; loss {loss:.3f} nats/dim, {images_per_second:.0f} images/s"
+                f"epoch {epochs}/{self.config.epochs}: {metrics[f'val_{key}']:.3f} {unit}{right} on {which}; "
+                f"loss {loss:.3f} nats/dim, {images_per_second:.0f} images/s"
             )
 
     def _draw_samples(self, epochs: int) -> None:
@@ -319,14 +311,11 @@ class Trainer:
             "m_done": self.m_step.done,
             "seconds": self.seconds(),
             "model": self.model.state_dict(),
-            "ema": self._ema_state(),
+            "ema": {} if self.e_step.ema is None else self.e_step.ema.state_dict(),
             "flow_optimizer": self.e_step.optimizer.state_dict(),
             "m_optimizer": self.gaussians.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
         }
-
-    def _ema_state(self) -> dict[str, Tensor]:
-        return {} if self.e_step.ema is None else self.e_step.ema.state_dict()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. TrainingError: it does not fit this run."""
