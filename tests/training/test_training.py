@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import re
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,22 +233,6 @@ def test_a_run_too_short_for_its_warm_up_has_a_lower_rate(tmp_path: Path) -> Non
 
 
 # ---- things that go wrong --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("has", [True, False])
-def test_bf16_on_a_cpu_that_has_none_is_slow_and_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: bool
-) -> None:
-    """Versions of torch that name no such features are asked for AVX512."""
-    cpu = {"avx512_bf16": False, "amx_bf16": has}
-    for known, capability in ((cpu, "AVX512"), ({}, "AVX512" if has else "AVX2")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        settings = dict(RUNS["identity"], epochs=1, precision="bf16", modes_rank=0)
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            tiny_trainer(tmp_path / str(len(known)), **settings).fit()
-        assert ["AVX512-BF16" in str(warning.message) for warning in found] == ([] if has else [True])
 
 
 def test_a_run_that_ends_badly_can_still_be_saved(tmp_path: Path) -> None:
