@@ -6,10 +6,8 @@ At its top this imports no torch, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,16 +57,10 @@ def add_class_map(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_count(
-    parser: argparse._ActionsContainer, flag: str, text: str, default: int | None = None, low: int = 1
-) -> None:
-    """An option that takes a whole number of at least `low`."""
+def add_count(parser: argparse._ActionsContainer, flag: str, text: str, default: int | None = None) -> None:
+    """An option that takes a whole number, whose limits the command checks."""
     text += "" if default is None else f" (default: {default})"
-    parser.add_argument(flag, type=whole(low), default=default, metavar="N", help=text)
-
-
-def add_seed(parser: argparse._ActionsContainer) -> None:
-    add_count(parser, "--seed", "seed of all draws", 0, low=0)
+    parser.add_argument(flag, type=int, default=default, metavar="N", help=text)
 
 
 def add_out(parser: argparse.ArgumentParser, text: str) -> None:
@@ -81,26 +73,10 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_image_size(parser: argparse._ActionsContainer, more: str) -> None:
     text = f"height and width in pixels, or one number for both; images are resized, then cropped at the centre; {more}"
-    parser.add_argument("--image-size", nargs="+", type=whole(1), metavar="N", help=text)
+    parser.add_argument("--image-size", nargs="+", type=int, metavar="N", help=text)
 
 
 # ---- types of arguments ----------------------------------------------------------------------------------------------
-
-
-def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -> Callable[[str], Any]:
-    """An argparse type: a finite number from `low` to `high`."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
-        if not math.isfinite(value) or not low <= value <= high:
-            bound = f"at least {low:g}" if value < low else f"at most {high:g}" if value > high else "finite"
-            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
-        return value
-
-    return parse
 
 
 def folder(text: str) -> Path:
@@ -124,18 +100,6 @@ def table(text: str, as_text: bool = False) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{text} must hold a table (key: value), got {type(found).__name__}")
     return found
-
-
-def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
-    """An argparse type: a whole number from `low` to `high`."""
-    return number(low, high, int)
-
-
-def height_and_width(size: list[int] | None) -> tuple[int, int] | None:
-    """The numbers of --image-size as (H, W). ValueError: more than two."""
-    if size is not None and len(size) > 2:
-        raise ValueError(f"--image-size takes height and width, or one number for both, got {len(size)} numbers")
-    return None if size is None else (size[0], size[-1])
 
 
 # ---- models, data and output ---------------------------------------------------------------------------------------

@@ -30,15 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_data(parser, split=None)
     common.add_class_map(parser)
     common.add_count(parser, "--limit", "use N images, evenly spread (default: all)")
-    common.add_count(parser, "--round-trip", "images for the round trip, evenly spread; 0 for none", 1000, low=0)
+    common.add_count(parser, "--round-trip", "images for the round trip, evenly spread; 0 for none", 1000)
     common.add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    from glem_augment.checks import check_whole
     from glem_augment.evaluation import metrics
     from glem_augment.images.dataset import images_for
     from glem_augment.images.sources import without_splits
 
+    limit = None if args.limit is None else check_whole("--limit", args.limit, 1)
+    round_trip = check_whole("--round-trip", args.round_trip, 0)
     model = common.load_model(args)
     common.uncovered(args, model)
     whole_folder = without_splits(args.data)
@@ -47,9 +50,9 @@ def run(args: argparse.Namespace) -> None:
     data = images_for(model, args.data, args.class_map, split=args.split or "test")
     if whole_folder and data.name == model.config.training.get("data"):
         common.note(f"the model may have been trained on these images ({data.name}): measure it on other images")
-    if args.limit is not None and args.limit < len(data):
-        data = data.subset(metrics.spread(len(data), args.limit))
+    if limit is not None and limit < len(data):
+        data = data.subset(metrics.spread(len(data), limit))
     split = None if whole_folder else args.split or "test"
     result = {"model": args.model, "data": args.data, "split": split}
-    result |= metrics.evaluate(model, data, round_trip=args.round_trip)
+    result |= metrics.evaluate(model, data, round_trip=round_trip)
     common.print_json(result)

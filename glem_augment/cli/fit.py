@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 from glem_augment.cli import common
-from glem_augment.names import MAX_PARTS
 
 DESCRIPTION = """\
 Make a model of your labelled images in one pass; nothing is trained. Each class gets a mean, variances and principal
@@ -54,20 +53,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channels", type=int, choices=(1, 3), help=channels)
     common.add_image_size(parser, "without a flow (default: the common size of the images)")
     limits = "values of black and white (default: 0 255 of 8 bits, 0 65535 of 16, 0 1 of floats)"
-    parser.add_argument("--value-range", nargs=2, type=common.number(), metavar=("LOW", "HIGH"), help=limits)
+    parser.add_argument("--value-range", nargs=2, type=float, metavar=("LOW", "HIGH"), help=limits)
     common.add_out(parser, "folder for the model")
     common.add_count(parser, "--rank", f"modes per class, or per part; {EXCLUDED}", 64)
     parts = "Gaussians per class, one per group of similar images (default: 1; with --epsilon as many as noise allows)"
-    parser.add_argument("--parts", type=common.number(1, MAX_PARTS, int), metavar="N", help=parts)
+    common.add_count(parser, "--parts", parts)
     pooled = f"one class for all images, with modes from all classes: for moves of any image; {EXCLUDED}"
     parser.add_argument("--pooled", action="store_true", help=pooled)
     common.add_count(parser, "--max-per-class", f"images of a class at most; {EXCLUDED} (default: all)")
     common.add_device(parser)
     group = parser.add_argument_group("differential privacy")
     epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak; state --image-size and --channels, too"
-    group.add_argument("--epsilon", type=common.number(0.01, 50), metavar="E", help=epsilon)
+    group.add_argument("--epsilon", type=float, metavar="E", help=epsilon)
     delta = "the promise's delta, at most 0.001 and below one over --images (default: 1e-6)"
-    group.add_argument("--delta", type=common.number(1e-12, 1e-3), metavar="D", help=delta)
+    group.add_argument("--delta", type=float, metavar="D", help=delta)
     persons = "the most images of one person: the noise grows with it (default: 1)"
     common.add_count(group, "--images-per-person", persons)
     most = "the most images that there may be, which everybody will know (default: a million)"
@@ -86,34 +85,25 @@ def run(args: argparse.Namespace) -> None:
             "--delta, --images-per-person, --images and --public are for private models: give --epsilon, too"
         )
     device = common.pick_device(args)
-    folder = args.out
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    # A run that was killed leaves temporary files.
-    others = {name for name in found if not LEFT_OVER.fullmatch(name)}
-    if found & {CONFIG, WEIGHTS}:
-        raise FileExistsError(f"{folder} holds a model already: give another folder")
-    if args.epsilon is not None and others:
-        raise FileExistsError(f"{folder} holds {min(others)}, which no promise covers: give a new folder")
-    names = ("autoencoder", "flow", "rank", "parts", "pooled", "max_per_class")
+    found = {path.name for path in args.out.iterdir()} if args.out.is_dir() else set()
+    found = {name for name in found if not LEFT_OVER.fullmatch(name)}  # of a run that was killed
+    if found & {CONFIG, WEIGHTS} or (found and args.epsilon is not None):  # no promise covers other files
+        raise FileExistsError(f"{args.out} holds {min(found & {CONFIG, WEIGHTS} or found)}: give a new folder")
+    names = (
+        "split", "image_size", "channels", "value_range", "autoencoder", "flow", "rank", "parts", "pooled",
+        "max_per_class",
+    )  # fmt: skip
     given = {name: getattr(args, name) for name in names}
     if args.epsilon is not None:
         given |= private_arguments(args)
         common.note(f"glem: {EXPECTED}")  # before anything is spent
     began = time.monotonic()
-    model = GLEM.fit(
-        args.data,
-        split=args.split,
-        image_size=common.height_and_width(args.image_size),
-        channels=args.channels,
-        value_range=args.value_range,
-        device=device,
-        **given,
-    )
-    model.save(folder)
+    model = GLEM.fit(args.data, device=device, **given)
+    model.save(args.out)
     if args.epsilon is not None:
-        remove_left_overs(folder.glob(".*.tmp"))
+        remove_left_overs(args.out.glob(".*.tmp"))
     result = {
-        "out": str(folder),
+        "out": str(args.out),
         "flow": args.flow,
         "autoencoder": args.autoencoder,
         "data": args.data,
@@ -123,10 +113,8 @@ def run(args: argparse.Namespace) -> None:
         "posterior_temperature": model.latent_classes.temperature,
         "seconds": round(time.monotonic() - began, 3),
     }
-    record = model.config.training
     if model.config.privacy is None:
-        result["images"] = record["images"]
-        result["images_per_class"] = record["images_per_class"]
+        result |= {name: model.config.training[name] for name in ("images", "images_per_class")}
     else:
         result["privacy"] = model.config.privacy
         tell(model.config.privacy)
@@ -147,14 +135,8 @@ def tell(privacy: dict[str, Any]) -> None:
     from glem_augment.classes.privacy import promise
 
     expect = privacy["expect"]
-    modes, noise = expect["modes"], expect["noise_of_means"]
     common.note(f"glem: {promise(privacy)}")
-    common.note(
-        f"glem: {expect['pooled_modes']} modes of the pooled covariance rise above the noise, and {min(modes)} to "
-        f"{max(modes)} of each class's difference from it; Gaussians per class: {privacy['parts']}; share of noise in "
-        f"the differences of class means: {100 * min(noise):.0f} to {100 * max(noise):.0f} %"
-    )
-    if min(noise) > _NOISY:
+    if min(expect["noise_of_means"]) > _NOISY:
         common.note(
             "glem: the noise hides what sets the classes apart, so samples will teach little: give more images of each "
             "class, a smaller --image-size, or a larger --epsilon"

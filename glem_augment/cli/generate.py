@@ -46,19 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     counts = "how many images; see above"
     parser.add_argument("--per-class", type=per_class, required=True, metavar="N|TABLE|balance", help=counts)
     common.add_out(parser, "folder to write to")
-    common.add_seed(parser)
+    common.add_count(parser, "--seed", "seed of all draws", 0)
     parser.add_argument("--format", choices=FORMATS, default="imagefolder", help="see above (default: %(default)s)")
     licence = "licence of the model's training images, such as mit or cc-by-4.0; samples inherit it"
     parser.add_argument("--license", metavar="ID", help=licence)
     common.add_device(parser)
     source = parser.add_argument_group("the source of the images")
     source.add_argument("--source", choices=SOURCES, help="see above (default: rfcm, or gaussian without modes)")
-    # The default None marks an option as not given: options without effect are refused.
     temperature = "for gaussian and rfcm: factor on the standard deviation (default: 0.9; 1 for a private model)"
-    source.add_argument("--temperature", type=common.number(0), metavar="T", help=temperature)
+    source.add_argument("--temperature", type=float, metavar="T", help=temperature)
     real = parser.add_argument_group("real images, for --per-class balance and --source mixup")
     real.add_argument("--real", metavar="DATA", help=common.DATA_HELP)
-    real.add_argument("--split", metavar="SPLIT", help="split of DATA (default: train)")
+    real.add_argument("--split", default="train", help="split of DATA (default: train)")
     common.add_class_map(real)
 
 
@@ -68,36 +67,26 @@ def per_class(text: str) -> Any:
         return text
     if Path(text).suffix in (".yaml", ".yml", ".json"):
         counts = common.table(text, as_text=True)
-        return {name: int(n) if str(n).strip().isdecimal() else n for name, n in counts.items()}
-    if "=" not in text:
-        return common.whole(1)(text)
-    counts = {}
-    for entry in text.split(","):
-        name, _, count = entry.rpartition("=")
-        if not name.strip():
-            raise argparse.ArgumentTypeError(f"{entry!r} is not CLASS=N (names with commas go into a file)")
-        if name.strip() in counts:
-            raise argparse.ArgumentTypeError(f"{text!r} has {name.strip()} twice")
-        counts[name.strip()] = common.whole(0)(count)
-    return counts
+    elif "=" in text:
+        entries = [entry.rpartition("=") for entry in text.split(",")]  # names with commas go into a file
+        counts = {name.strip(): count for name, _, count in entries}
+        if len(counts) < len(entries):
+            raise argparse.ArgumentTypeError(f"{text!r} names a class twice")
+    else:
+        return int(text)
+    return {name: int(n) if str(n).strip().isdecimal() else n for name, n in counts.items()}
 
 
 def run(args: argparse.Namespace) -> None:
-    from glem_augment.images.dataset import as_image_data
+    from glem_augment.images.sources import open_source
     from glem_augment.synthetic.dataset import SyntheticDataset
     from glem_augment.synthetic.export import export_set, read_provenance
 
-    _check_together(args)
     read_provenance(args.out)  # refuses a folder before any work
     model = common.load_model(args, ranks=True)
-    if args.per_class == "balance" or args.source == "mixup":
-        model.refuse_if_private("real=")  # before images are read
-    given = ("temperature", "class_map")
-    options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
-    if args.real is not None:
-        split = args.split or "train"
-        options["real"] = as_image_data(args.real, model.image_shape, pixel_range=model.pixel_range, split=split)
-    dataset = SyntheticDataset(model, args.per_class, seed=args.seed, source=args.source, **options)
+    real = None if args.real is None else open_source(args.real, args.split)
+    about = dict(seed=args.seed, source=args.source, real=real, class_map=args.class_map)
+    dataset = SyntheticDataset(model, args.per_class, args.temperature, **about)
     began = time.monotonic()
     command = shlex.join(["glem", *args.argv])
     try:
@@ -117,14 +106,3 @@ def run(args: argparse.Namespace) -> None:
         "out_of_range": out_of_range,
     }
     common.print_json({**result, "seconds": round(time.monotonic() - began, 3)})
-
-
-def _check_together(args: argparse.Namespace) -> None:
-    """Raise ValueError for an option without effect, or without another option that it needs."""
-    wanted = args.per_class == "balance" or args.source == "mixup"
-    if wanted != (args.real is not None):
-        what = "need real images: give --real DATA" if wanted else "are absent, and --real has no effect without them"
-        raise ValueError(f"--per-class balance and --source mixup {what}")
-    for name in ("split", "class_map"):
-        if getattr(args, name) is not None and args.real is None:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect without --real")

@@ -14,7 +14,7 @@ before you train with a model: a moved image should still show its class.
 """
 EXAMPLES = """\
   glem preview bundled:fashion-mnist bundled:fashion-mnist --out preview.png
-  glem preview runs/photos photos/ --split val --rows 10 --policy mixup --out preview.png
+  glem preview runs/photos photos/ --split val --out preview.png
 """
 
 
@@ -23,11 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     common.add_data(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture")
-    common.add_count(parser, "--rows", "real images to move", 6)
-    moves = "mixup with an image of the class, or noise along the modes (default: both)"
-    parser.add_argument("--policy", choices=("mixup", "noise"), help=moves)
     channels = "three channels to show as red, green and blue, or one (default: the first three, or the first of two)"
-    parser.add_argument("--channels", nargs="+", type=common.whole(0), metavar="N", help=channels)
+    parser.add_argument("--channels", nargs="+", type=int, metavar="N", help=channels)
     common.add_device(parser)
 
 
@@ -41,7 +38,6 @@ def run(args: argparse.Namespace) -> None:
     model = common.load_model(args)
     common.uncovered(args, model, args.out)
     data = images_for(model, args.data, split=args.split, cache_bytes=0)  # it shows few of the images
-    policies = (args.policy,) if args.policy else ("mixup", "noise")
-    picture = preview(model, data, args.rows, policies, 0, args.model, args.channels)
+    picture = preview(model, data, name=args.model, channels=args.channels)
     save_png(picture, args.out)
     common.note(f"wrote {args.out} ({picture.width}x{picture.height})")

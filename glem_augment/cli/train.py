@@ -109,12 +109,12 @@ def run(args: argparse.Namespace) -> None:
         args.resume = False
     if not args.resume:
         require_unused(out)  # before any image is read; the Trainer checks it again
-    size, init_model = common.height_and_width(args.image_size), None
+    size, init_model = args.image_size, None
     if args.init is not None:  # a run takes image size and bits from its start model, unless they are given
         init_model = GLEM.from_pretrained(args.init)
         settings.setdefault("bits", init_model.bits)
         channels, *side = init_model.image_shape
-        size = size or (side[0], side[1])
+        size = size or side
         args.channels = args.channels or (channels if channels in (1, 3) else None)
     if args.unlabelled:
         settings.setdefault("objective", "mle")

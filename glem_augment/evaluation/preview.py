@@ -28,7 +28,6 @@ def preview(
     model: GLEM,
     data: ImageData,
     rows: int = 6,
-    policies: Sequence[str] = ("mixup", "noise"),
     seed: int = 0,
     name: str = "",
     channels: Sequence[int] | None = None,
@@ -52,7 +51,7 @@ def preview(
     shown = list(channels or range(c))
     if channels is not None and (len(shown) not in (1, 3) or not set(shown) <= set(range(c))):
         raise ValueError(f"channels must be one or three of 0 to {c - 1}, got {shown}")
-    sections = [] if model.modes is None else [_moves(model, data, rows, kind, seed) for kind in policies]
+    sections = [] if model.modes is None else [_moves(model, data, rows, kind, seed) for kind in ("mixup", "noise")]
     sections += [class_samples(model, seed), *_interpolations(model, data, seed)]
     for section in sections:
         section.cells = section.cells[:, :, shown]

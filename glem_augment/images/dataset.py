@@ -403,7 +403,8 @@ def _for_each(source: Source, task: Callable[[int], None], verb: str) -> None:
 def _pair(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if image_size is None:
         return None
-    pair = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
+    pair = tuple(image_size) if isinstance(image_size, Sequence) else (image_size,)
+    pair = pair * 2 if len(pair) == 1 else pair
     if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
         raise ValueError(f"image_size must be a positive integer or (height, width), got {image_size!r}")
     return pair[0], pair[1]

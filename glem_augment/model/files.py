@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +49,8 @@ def bundled_models() -> list[str]:
 def local_folder(name: str | os.PathLike[str]) -> Path | None:
     """The folder of a model on this machine: `bundled:NAME` or a folder; None if there is no such folder.
 
-    ModelFileError: no such bundled model, a path that is a file, or a folder that lacks one of the two files.
+    ModelFileError: no such bundled model, a path that is a file or nearly the name of a folder beside it, or a folder
+    that lacks one of the two files.
     """
     text = os.fspath(name)
     if text.startswith("bundled:"):
@@ -61,6 +63,12 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
     if folder.is_file():
         raise ModelFileError(f"{text!r} is a file; give its folder, {str(folder.parent)!r}")
     if not folder.is_dir():
+        beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        near = [] if text.startswith("hf-hub:") else get_close_matches(folder.name, beside, 1)
+        if near:
+            raise ModelFileError(
+                f"no model at {text!r}; did you mean {folder.parent / near[0]}? For the Hub write hf-hub:..."
+            )
         return None
     for file in (WEIGHTS, CONFIG):
         if not (folder / file).is_file():

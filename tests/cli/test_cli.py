@@ -143,7 +143,7 @@ def test_fit_makes_a_model_of_pixels(trained: Path, tmp_path: Path, output: Outp
     fails(other, output, "image_size", "flow")
     wrong = ["fit", str(tmp_path / "no images"), "--out", str(tmp_path / "d")]  # said before images are read
     fails([*wrong, "--flow", str(trained), "--autoencoder", "taef2"], output, "--autoencoder", "not allowed with")
-    fails([*wrong, "--parts", "300"], output, "--parts", "at most 256")
+    fails([*wrong, "--parts", "300"], output, "parts", "256")
 
 
 def test_eval_prints_one_json_object(trained: Path, output: Output) -> None:
@@ -286,19 +286,18 @@ def test_an_image_that_a_worker_cannot_read_is_told(
 def test_generate_refuses_what_would_have_no_effect(trained: Path, tmp_path: Path, output: Output) -> None:
     base = ["generate", str(trained), "--out", str(tmp_path / "x"), "--per-class"]
     real = ["--real", images_of(trained)]
-    fails([*base, "balance"], output, "--per-class balance", "--real")
-    fails([*base, "2", "--source", "mixup"], output, "--source mixup", "--real")
-    fails([*base, "2", *real], output, "--real has no effect", "--source mixup")
-    fails([*base, "2", "--class-map", "order"], output, "--class-map", "--real")
-    fails([*base, "2", *real, "--source", "mixup", "--temperature", "1"], output, "source='mixup' takes no temperature")
-    fails([*base, "cat=1,cat=2"], output, "has cat twice")
+    fails([*base, "balance"], output, "balance", "real=")
+    fails([*base, "2", "--source", "mixup"], output, "mixup", "real=")
+    fails([*base, "2", "--class-map", "order"], output, "class_map", "real=")
+    fails([*base, "2", *real, "--source", "mixup", "--temperature", "1"], output, "mixup", "temperature")
+    fails([*base, "cat=1,cat=2"], output, "twice")
     fails([*base, "cow=2"], output, "'cow'", "bird, cat, dog")
     fails([*base, "cat=0"], output, "at least one image")
     fails([*base, "balance", *real], output, "all classes have 6 images")
     fails([*base, str(tmp_path / "none.json")], output, "none.json: No such file")
     (tmp_path / "many.yaml").write_text("cat: many\n")
     fails([*base, str(tmp_path / "many.yaml")], output, "per_class for 'cat'", "'many'")
-    for text, word in (("=2", "CLASS=N"), ("cat=x", "whole number"), ("0", "at least 1")):
+    for text, word in (("=2", "''"), ("cat=x", "'x'"), ("0", "one image"), ("two", "two")):
         fails([*base, text], output, word)
     assert not (tmp_path / "x").exists()
 
@@ -327,7 +326,7 @@ def test_everything_on_grey_images_that_are_not_square(tmp_path: Path, output: O
     assert json.loads(output()[0])["bits"] == 5
     assert main(["generate", run, "--per-class", "2", "--out", str(tmp_path / "synthetic")]) == 0
     assert Image.open(tmp_path / "synthetic" / "a" / "000000.png").size == (16, 8)
-    assert main(["preview", run, data, "--out", str(tmp_path / "p.png"), "--rows", "2"]) == 0
+    assert main(["preview", run, data, "--out", str(tmp_path / "p.png")]) == 0
     assert Image.open(tmp_path / "p.png").width > 300
 
 
@@ -338,15 +337,17 @@ def test_bad_training_input(image_folder: Path, tmp_path: Path, output: Output) 
     out = ["--out", str(tmp_path / "run")]
     data = str(image_folder)
     fails(["train", data, *out, "--image-size", "10"], output, "divisible by 4", "10x10", "8x8")
-    fails(["train", data, *out, "--image-size", "8", "8", "8"], output, "--image-size", "3 numbers")
+    fails(["train", data, *out, "--image-size", "8", "8", "8"], output, "image_size")
     fails(["train", str(tmp_path / "missing"), *out], output, "no such data")
     fails(["train", data, *out, "--flow", "depht=[1,1]"], output, "depht")
     fails(["train", data, *out, "--device", "abacus"], output, "'abacus'")
+    fails(["train", data, "--out", str(image_folder / "dog" / "0.png")], output, "0.png is a file")
     fails(["train", data, *out, "--epochs", "0"], output, "epochs must be at least 1")
     fails(["train", data, *out, "--config", str(tmp_path / "no.yaml")], output, "no.yaml")
-    for text, word in (("epoch: 3\n", "'epoch'"), ("- a\n", "a table"), ("a: [\n", "YAML")):
+    texts = {"epoch: 3": "'epoch'", "- a": "a table", "a: [": "YAML", "1: 2": "'1'", "flow_options: 3": "flow_options"}
+    for text, word in texts.items():
         (tmp_path / "c.yaml").write_text(text)
-        fails(["train", data, *out, "--config", str(tmp_path / "c.yaml")], output, word)
+        fails(["train", data, *out, "--config", str(tmp_path / "c.yaml"), "--flow", "depth=[1]"], output, word)
     (image_folder / "dog" / "0.png").write_bytes(b"no image")
     fails(["train", data, *out], output, "0.png")
     assert not list(tmp_path.glob("run/*"))
@@ -405,6 +406,7 @@ def test_damaged_models(trained: Path, tmp_path: Path, output: Output, monkeypat
         fails(argv, output, "model.safetensors", "truncated")
     assert not (tmp_path / "g").exists()
     fails(["info", str(tmp_path / "nothing")], output, "no model at")
+    fails(["info", str(tmp_path / "brokn")], output, f"did you mean {broken}?")
     fails(["info", "~nobody-here/x"], output, "that user has no home folder")
     fails(["eval", "bundled:nothing", images_of(trained)], output, "no bundled model")
     monkeypatch.setenv("GLEM_DEBUG", "1")
@@ -458,7 +460,7 @@ def test_help_and_slips_are_answered_without_torch(tmp_path: Path) -> None:
         "'mef_tny'": ["train", "x", "--preset", "mef_tny"],
         "are required: --out": ["train", "x"],
         "COMMAND": [],
-        "at least 1": ["eval", "m", "d", "--limit", "0"],
+        "--limit: invalid": ["eval", "m", "d", "--limit", "x"],
         "no.yaml": ["train", "x", "--out", "y", "--config", "no.yaml"],
     }
     code = WITHOUT_TORCH.format([*helps, *slips.values()])
@@ -493,7 +495,9 @@ def test_a_coupling_of_the_users_is_imported(
     monkeypatch.chdir(tmp_path)
     argv = ["train", str(image_folder), "--out", "run", "--epochs", "1", *TINY, "--flow", "coupling=shift-of-a-user"]
     fails(argv, output, "shift-of-a-user")
-    fails([*argv, "--import", "nowhere_at_all"], output, "nowhere_at_all")
+    (tmp_path / "broken.py").write_text("1 / 0")
+    for name in ("nowhere_at_all", "broken"):
+        fails([*argv, "--import", name], output, f"--import {name}")
     assert main([*argv, "--import", "my_couplings"]) == 0
     assert main(["info", "run", "--import", "my_couplings"]) == 0
 

@@ -84,7 +84,6 @@ SMALLER: dict[str, dict[str, str]] = {
 OPTIONS = {
     "train": [*TINY, "--epochs", "1"],
     "eval": ["--limit", "9", "--round-trip", "3"],
-    "preview": ["--rows", "1", "--policy", "noise"],
 }
 
 WITH_CODE = [

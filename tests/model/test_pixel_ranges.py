@@ -114,7 +114,7 @@ def test_from_files_to_moves_samples_and_files(root: Path, kind: str, tmp_path: 
         made.export(tmp_path / "shards", "webdataset")
     mixed = SyntheticDataset(model, 2, source="mixup", real=data)
     assert mixed.images([0]).dtype == x.dtype
-    assert preview(model, data, rows=3, policies=["noise"], channels=[len(x[0]) - 1]).width > 0
+    assert preview(model, data, rows=3, channels=[len(x[0]) - 1]).width > 0
     with pytest.raises(ValueError, match="channels"):
         preview(model, data, channels=[len(x[0])])
 
@@ -214,7 +214,7 @@ def test_the_commands(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert '"pixel_range": "float32 from -1000 to 1000"' in capsys.readouterr().out
     assert main(["eval", model, str(root / "float12"), "--round-trip", "3"]) == 0
     assert "nats_per_number" in capsys.readouterr().out
-    picture = ["--rows", "2", "--policy", "noise", "--channels", "0", "11", "5", "--out", str(tmp_path / "p.png")]
+    picture = ["--channels", "0", "11", "5", "--out", str(tmp_path / "p.png")]
     assert main(["preview", model, str(root / "float12"), *picture]) == 0
     assert main(["generate", model, "--per-class", "2", "--out", made]) == 0
     assert len(list(Path(made).glob("*/*.npy"))) == 6
