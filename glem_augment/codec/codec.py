@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,25 @@ class Codec(nn.Module):
     def ready(self) -> bool:
         """Whether `fit` has been called, or has nothing to do."""
         return True
+
+
+CODECS: dict[str, type[Codec]] = {}
+_Kind = TypeVar("_Kind", bound=type[Codec])
+
+
+def register_codec(name: str) -> Callable[[_Kind], _Kind]:
+    """A class decorator: `autoencoder=name` and saved models then mean this codec, made with `image_shape` alone.
+
+    TypeError: no subclass of `Codec`.
+    """
+
+    def register(kind: _Kind) -> _Kind:
+        if not (isinstance(kind, type) and issubclass(kind, Codec)):
+            raise TypeError(f"{kind!r} is no subclass of Codec")
+        CODECS[name] = kind
+        return kind
+
+    return register
 
 
 def check_images(x: Tensor, image_shape: tuple[int, int, int], pixel_range: PixelRange | None = None) -> None:

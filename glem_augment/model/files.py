@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from glem_augment.classes.modes import SHRUNK
 from glem_augment.codec.autoencoder import latent_shape
+from glem_augment.codec.codec import CODECS
 from glem_augment.codec.published import open_autoencoder
 from glem_augment.errors import HubError, ModelFileError
 from glem_augment.io import Limits, atomic_write, expand, load_weights, open_tensors
@@ -95,8 +96,12 @@ def find_folder(name: str | os.PathLike[str], revision: str | None, **client: An
     return folder, None
 
 
-def find_autoencoder(name: str, sha256: str | None = None, **client: Any) -> tuple[nn.Module, dict[str, str]]:
-    """`open_autoencoder`, with downloads from the Hub."""
+def find_autoencoder(
+    name: str, image_shape: Sequence[int], sha256: str | None = None, **client: Any
+) -> tuple[nn.Module, dict[str, str]]:
+    """`open_autoencoder`, with downloads from the Hub, or a registered codec for images of `image_shape`."""
+    if name in CODECS and not sha256:
+        return CODECS[name]((image_shape[0], image_shape[1], image_shape[2])), {"name": name, "sha256": ""}
     return open_autoencoder(name, lambda text: hub().download_weights(text, **client), sha256)
 
 
@@ -106,7 +111,7 @@ def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:
         raise ModelFileError(
             "this model has a codec or an autoencoder of the user's: in Python, pass it as autoencoder="
         )
-    return find_autoencoder(named["name"], named["sha256"], **client)[0]
+    return find_autoencoder(named["name"], named["image_shape"], named["sha256"], **client)[0]
 
 
 def _unfinished(folder: Path) -> str | None:

@@ -139,8 +139,8 @@ class GLEM(LatentModel):
             bits: top bits of each channel that are modelled; the paper reports 5. None: all bits.
             psi: (a, b, c) of the variances, None for plain variances.
             autoencoder: the flow models its latents in place of pixels; it is frozen. "taef2" (in the package),
-                "hub:org/name[@revision]" (see `open_autoencoder`), a module of the protocol `Autoencoder`, or any
-                `Codec`.
+                "hub:org/name[@revision]" (see `open_autoencoder`), the name of a registered codec, a module of the
+                protocol `Autoencoder`, or any `Codec`.
             pixel_range: of the images, such as `ImageData.pixel_range`.
             overrides: numbers of the preset to change.
 
@@ -155,7 +155,7 @@ class GLEM(LatentModel):
         if autoencoder is not None:
             pixel_range.need_8_bits("an autoencoder (leave it out, for a model of the pixels)")
         if isinstance(autoencoder, str):
-            autoencoder, facts = find_autoencoder(autoencoder)
+            autoencoder, facts = find_autoencoder(autoencoder, image_shape)
         elif autoencoder is not None:
             facts = {"name": CUSTOM, "sha256": ""}
         if autoencoder is not None:

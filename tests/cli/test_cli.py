@@ -488,6 +488,43 @@ class Shift(Coupling):
 """
 
 
+CODEC = """
+import torch.nn.functional as F
+from glem_augment.codec import Codec, register_codec, to_unit
+
+
+@register_codec("halves-of-a-user")
+class Halves(Codec):
+    def __init__(self, image_shape):
+        channels, height, width = image_shape
+        super().__init__(image_shape, (channels, height // 2, width // 2))
+
+    def encode(self, x, noise=None):
+        return F.avg_pool2d(to_unit(x, self.dtype), 2)
+
+    def decode(self, h):
+        return F.interpolate(h, scale_factor=2)
+"""
+
+
+def test_every_command_takes_a_codec_of_the_users(
+    image_folder: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_codecs.py").write_text(CODEC)
+    monkeypatch.chdir(tmp_path)
+    data, codec = str(image_folder), ["--autoencoder", "halves-of-a-user"]
+    fails(["fit", data, "--out", "fit", *codec], output, "halves-of-a-user")
+    for argv in (
+        ["fit", data, "--out", "fit", *codec], ["train", data, "--out", "run", *codec, "--epochs", "1", *TINY],
+        ["train", data, "--init", "run", "--out", "tuned", *codec, "--epochs", "1", *TINY],
+        ["eval", "run", data], ["generate", "run", "--per-class", "2", "--out", "made"], ["info", "fit"],
+        ["preview", "fit", data, "--out", "p.png"], ["push", "run", "a/b", "--dry-run", "files"],
+        ["fit", data, "--flow", "run", "--out", "again"],
+    ):  # fmt: skip
+        assert main([*argv, "--import", "my_codecs"]) == 0, (argv, output())
+    assert GLEM.from_pretrained("run").config.autoencoder["name"] == "halves-of-a-user"
+
+
 def test_a_coupling_of_the_users_is_imported(
     image_folder: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
