@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_data(parser, split="train")
     common.add_import(parser)
     latents = parser.add_mutually_exclusive_group()
-    latents.add_argument("--autoencoder", metavar="NAME", help="taef2, hub:ORG/NAME or a codec of --import: model its latents")
+    autoencoder = "taef2, hub:ORG/NAME or a codec of --import: model its latents"
+    latents.add_argument("--autoencoder", metavar="NAME", help=autoencoder)
     flow = f"model the latents of its flow; {EXCLUDED}: {common.MODEL_HELP}"
     latents.add_argument("--flow", metavar="MODEL", help=flow)
     channels = "1: grey, 3: colour (default: 1 if all images are grey, otherwise 3)"

@@ -48,7 +48,8 @@ def open_autoencoder(name: str, fetch: Fetch, sha256: str | None = None) -> tupl
         path, found = fetch(name.removeprefix(HUB))
         pinned = HUB + found
     else:
-        raise ModelFileError(f"no autoencoder {name!r}: give {', '.join(bundled)}, {HUB}org/name, or import the module that registers it")
+        known = ", ".join(bundled)
+        raise ModelFileError(f"no autoencoder {name!r}: give {known} or {HUB}org/name, or import its module first")
     digest = file_sha256(path)
     if sha256 not in (None, digest):
         raise ModelFileError(f"the autoencoder {name} is not the one that the model was made with: {path} has changed")
