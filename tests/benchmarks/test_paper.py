@@ -1,4 +1,4 @@
-"""The benchmark of the paper's tables: the cells, the verdicts, and tables out of the stored results."""
+"""The benchmark of the paper's tables: the cells, and tables and verdicts out of the stored results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.paper.claims import CLAIMS, FAILS, HOLDS, OPEN, verdicts
 from benchmarks.paper.lab import method_settings
 from benchmarks.paper.methods import METHODS
 from benchmarks.paper.paper import main
@@ -44,42 +43,6 @@ def test_recipes_are_settings_and_those_with_m_steps_say_so() -> None:
         own, research = split_settings(settings_of(str(path)))
         TrainConfig(**own)
         assert research.joint == ("m_steps" not in own), path.name
-
-
-# ---- verdicts --------------------------------------------------------------------------------------------------------
-
-
-def verdict(folder: Path, word: str, table: int, values: dict[tuple[str, str], list[float]]) -> str:
-    """The verdict on the claim that contains `word`; `values`: (method, metric) -> one value per seed."""
-    rows = [
-        dict(table=table, method=name, role="main", setting="default", metric=metric, seed=seed, value=value)
-        | {"weights_hash": None}
-        for (name, metric), per_seed in values.items()
-        for seed, value in enumerate(per_seed)
-    ]
-    (folder / f"table{table}.cpu.json").write_text(json.dumps(rows))
-    (found,) = (v["verdict"] for v in verdicts(folder, "cpu") if word in v["claim"])
-    return found
-
-
-def test_verdicts_need_more_than_the_noise(tmp_path: Path) -> None:
-    def psi(value: list[float], other: list[float], spread: float | None = None) -> str:
-        values = {}
-        for metric in ("NF-A", "CNN-A", "L-R"):
-            values["3: KLD 10 + psi", metric], values["2: KLD 10", metric] = value, other
-            for k in range(0 if spread is None else 12):
-                values[f"other {k}", metric] = [70.0 + k, 70.0 + k + spread, 70.0 + k - spread]
-        return verdict(tmp_path, "psi helps", 6, values)
-
-    assert psi([80.0], [70.0]) == OPEN  # one seed
-    assert psi([75.0, 75.1, 75.05], [74.5, 74.4, 74.55]) == HOLDS  # three seeds that agree
-    assert psi([74.5, 74.4, 74.55], [75.0, 75.1, 75.05]) == FAILS
-    assert psi([75.0, 85.0], [70.0, 79.0]) == OPEN
-    assert psi([70.0, 70.5], [75.0, 75.3]) == OPEN  # apart by 95 %, but not by what three comparisons ask for
-    # The spread of three seeds is moderated by that of all methods.
-    seeds = [80.0, 80.1, 80.2], [78.0, 79.0, 77.0]
-    assert psi(*seeds, spread=0.2) == HOLDS and psi(*seeds, spread=4.0) == OPEN
-    assert [v["verdict"] for v in verdicts(tmp_path / "nowhere", "cpu")] == [OPEN] * len(CLAIMS) == [OPEN] * 10
 
 
 # ---- tables and results ----------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from benchmarks.proof.augmentation import data as data
 from benchmarks.proof.augmentation import plan as planning
-from benchmarks.proof.augmentation import report as reporting
 from benchmarks.proof.augmentation import settings as settings
 from benchmarks.proof.augmentation.ops import Stack
 from benchmarks.proof.augmentation.plan import Store
@@ -70,14 +69,6 @@ class AllFlows:
         return None
 
 
-def planned(**changes) -> planning.Plan:
-    chosen = dict(
-        opponents=list(settings.OPPONENTS), methods=["adversarial", "noise"], trials=3, best=1, seeds=[0, 1, 2, 3, 4],
-        leaking=False, through=None, tuning_seeds=3, beside=None,
-    )  # fmt: skip
-    return planning.Plan(argparse.Namespace(**{**chosen, **changes}), AllFlows())
-
-
 def measure(plan: planning.Plan, store: Store, value) -> list[planning.Cell]:
     """Fill `store` with made-up numbers, stage by stage, until nothing is left to do; returns all cells."""
     for _ in range(10):
@@ -107,7 +98,11 @@ def made_up(cell: planning.Cell) -> float:
 
 
 def test_plan_tunes_both_sides_and_tests_the_winners_of_validation_alone(tmp_path: Path) -> None:
-    plan, store = planned(), Store(tmp_path)
+    chosen = argparse.Namespace(
+        opponents=list(settings.OPPONENTS), methods=["adversarial", "noise"], trials=3, best=1, seeds=[0, 1, 2, 3, 4],
+        leaking=False, through=None, tuning_seeds=3, beside=None,
+    )  # fmt: skip
+    plan, store = planning.Plan(chosen, AllFlows()), Store(tmp_path)
     cells = measure(plan, store, made_up)
     assert len({cell.key for cell in cells}) == len(cells)
     stages = [cell.stage for cell in cells]
@@ -130,54 +125,3 @@ def test_plan_tunes_both_sides_and_tests_the_winners_of_validation_alone(tmp_pat
     assert all("accuracy" in row and "val_accuracy" not in row for row in rows) and len(rows) == 25
     tuning = json.loads((tmp_path / "augmentation_tuning.json").read_text())
     assert all("accuracy" not in row and row["seed"] in settings.TUNING_SEEDS for row in tuning)
-
-
-def test_the_advised_moves_are_compared_with_the_best_stack(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    measure(planned(), store, made_up)  # validation chooses noise 0.5, so noise needs no further cells
-    (before,) = reporting.results_of(store)
-    assert before.advised("adversarial") is None and before.recipe == []
-    cells = measure(planned(beside="recipe", seeds=[0, 1]), store, lambda cell: made_up(cell) - 0.2)
-    assert {(cell.stage, cell.method) for cell in cells} == {("recipe", "opponent"), ("recipe", "adversarial")}
-    (result,) = reporting.results_of(store)
-    assert [arm.accuracies for arm in result.arms] == [arm.accuracies for arm in before.arms]
-    # The stack that was measured again is worse here than the first time, and the better of both counts.
-    opponent, found, noise = result.opponent, result.advised("adversarial"), result.advised("noise")
-    assert opponent is not None and found is not None and noise is not None and (found.seeds, noise.seeds) == (2, 5)
-    assert found.mean == pytest.approx(result.recipe[1].mean.mean - opponent.over((0, 1)).mean)
-
-
-def test_the_advised_moves_stand_on_the_best_stack_without_a_flow(tmp_path: Path) -> None:
-    def value(cell: planning.Cell) -> float:
-        return made_up(cell) + 0.04 * any(name == "latent-noise" for name, _ in cell.stack)
-
-    store = Store(tmp_path)
-    measure(planned(), store, value)
-    cells = measure(planned(beside="recipe", seeds=[0, 1]), store, value)
-    assert {tuple(name for name, _ in cell.base) for cell in cells} == {("cropflip", "trivial", "erasing")}
-    (result,) = reporting.results_of(store)
-    opponent, found = result.opponent, result.advised("adversarial")
-    assert opponent is not None and found is not None
-    assert [name for name, _ in opponent.stack] == ["cropflip", "trivial", "latent-noise"]
-    # The stack with the flow is stronger on the test images, so the gain is over it.
-    assert found.mean == pytest.approx(result.recipe[1].mean.mean - opponent.over((0, 1)).mean)
-
-
-@pytest.mark.parametrize(("better", "on_test"), [("cutmix", 0.03), ("mixup", -0.03)])
-def test_a_third_operation_counts_where_validation_prefers_it(
-    tmp_path: Path, better: str | None, on_test: float
-) -> None:
-    def value(cell: planning.Cell) -> float:
-        preferred = 0.03 if cell.method == better else -0.03
-        return made_up(cell) + (on_test if cell.stage == "final" else preferred)
-
-    store = Store(tmp_path)
-    measure(planned(), store, made_up)
-    measure(planned(beside="triples"), store, value)
-    (result,) = reporting.results_of(store)
-    arm, tried = result.best(("imagenette32",)), {row["method"] for row in result.tuning if row["stage"] == "triples"}
-    assert arm is not None and tried == {"jitter", "mixup", "cutmix", "pixel-adversarial", "latent-noise"}
-    chosen = [name for name, _ in result.opponent.stack]
-    assert chosen == ["cropflip", "trivial", "erasing", *([better] if better else [])]
-    assert (result.strongest(arm) is result.opponent) == (on_test >= 0)
-    assert len(result.strongest(arm).accuracies) == 5

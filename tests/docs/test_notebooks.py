@@ -1,11 +1,9 @@
-"""The notebooks in examples/: without outputs, of cells that compile and use names that exist; and (slow) they run."""
+"""The notebooks in examples/: without outputs, with imports that exist; and (slow) they run. Ruff reads their cells."""
 
 from __future__ import annotations
 
-import ast
-import builtins
-import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,25 +13,11 @@ NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_cells_compile_and_their_names_exist(path: Path) -> None:
-    """What a cell uses is imported or assigned in it or before it, and what it imports is there."""
+def test_the_cells_have_no_outputs_and_what_they_import_exists(path: Path) -> None:
     cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     assert len(cells) > 5 and not any(cell["outputs"] or cell["execution_count"] for cell in cells)
-    known = set(dir(builtins))
-    for cell in cells:
-        tree = ast.parse("".join(cell["source"]))
-        used = set()
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom):
-                module = importlib.import_module(node.module or "")
-                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                known |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.FunctionDef):
-                known |= {node.name, *(argument.arg for argument in node.args.args)}
-            elif isinstance(node, ast.Name):
-                (used if isinstance(node.ctx, ast.Load) else known).add(node.id)
-        assert used <= known, f"{path.name}: {sorted(used - known)}"
+    text = "".join(line for cell in cells for line in [*cell["source"], "\n"])
+    exec("\n".join(re.findall(r"^(?:from|import) .+", text, flags=re.M)), {})
 
 
 @pytest.mark.slow
