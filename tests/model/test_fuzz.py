@@ -126,34 +126,29 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def _change_json(rng: random.Random, data: bytes) -> bytes:
-    """Values replaced, scaled, dropped, renamed and repeated."""
+    """Values scaled, replaced, renamed and dropped."""
     value = json.loads(data)
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         places = _places(value)
         container, key = rng.choice(places)
-        kind, wild = rng.random(), copy.deepcopy(rng.choice(HOSTILE))
+        kind = rng.random()
         if kind < 0.4 and isinstance(container[key], int | float):
             container[key] = container[key] * rng.choice([-1, 0, 2, 10, 1000]) + rng.choice([-1, 0, 1])
-        elif kind < 0.7:
-            container[key] = wild
         elif kind < 0.8:
-            del container[key]
+            container[key] = copy.deepcopy(rng.choice([*HOSTILE, rng.choice(places)[0]]))
         elif kind < 0.9 and isinstance(container, dict):
             container[rng.choice(["__class__", "exec", key.upper(), key + " "])] = container.pop(key)
         else:
-            container[key] = copy.deepcopy(rng.choice(places)[0])
+            del container[key]
     return json.dumps(value, ensure_ascii=rng.random() < 0.8).encode("utf-8", "surrogatepass")
 
 
 def _change_bytes(rng: random.Random, data: bytes) -> bytes:
-    """Bits, bytes and pieces, half of the time in the first bytes alone, where a header is."""
+    """Pieces replaced or cut, half of the time in the first bytes alone, where a header is."""
     out, first = bytearray(data), rng.choice([1000, len(data)])
     for _ in range(rng.choice([1, 1, 2, 8])):
-        at, size = rng.randrange(max(1, min(len(out), first))), rng.choice([1, 1, 2, 4, 16, 200])
-        pieces = [b"", rng.randbytes(size), out[at : at + size], b"0", b"9", b"-", b'"', b"{", b"]", b",", b"\\", b"\0"]
-        out[at : at + rng.choice([0, 1, size])] = rng.choice(pieces)
-        if rng.random() < 0.1:
-            del out[rng.choice([at, len(out) - size]) :]
+        at, size = rng.randrange(max(1, min(len(out), first))), rng.choice([0, 1, 2, 16, 200])
+        out[at : at + size] = rng.choice([b"", rng.randbytes(size), b"9", b"-", b'"', b"{", b"]", b"\\", b"\0"])
     return bytes(out)
 
 
@@ -162,19 +157,17 @@ def _change_header(rng: random.Random, data: bytes) -> bytes:
     length = int.from_bytes(data[:8], "little")
     header, body = data[8 : 8 + length], data[8 + length :]
     if rng.random() < 0.15:
-        length = rng.choice([0, 1, length - 1, length + 1, len(data), len(data) - 8, 2**31, 2**63, 2**64 - 1, 10**8])
+        length = rng.choice([0, length - 1, length + 1, len(data), 2**31, 2**64 - 1, 10**8])
         return length.to_bytes(8, "little") + header + body
     table = json.loads(header)
     name = rng.choice([key for key in table if key != "__metadata__"])
-    kind = rng.choice([*ENTRIES, "drop", "rename", "metadata"])
+    kind = rng.choice([*ENTRIES, "drop", "rename"])
     if kind in ENTRIES:
         table[name][kind] = rng.choice(ENTRIES[kind])
     elif kind == "drop":
         del table[name]
-    elif kind == "rename":
-        table[rng.choice(["x", "flow." + name, name + "\0", "a" * 70_000])] = table.pop(name)
     else:
-        table["__metadata__"] = rng.choice([{}, {"a": "b" * 70_000}, {"a": 1}, [], None, {"format": "pickle"}])
+        table[rng.choice(["x", "flow." + name, name + "\0", "a" * 70_000])] = table.pop(name)
     header = json.dumps(table).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + body
@@ -203,7 +196,7 @@ def mutant(rng: random.Random, seeds: list[Pair]) -> Pair:
     return config, change(rng, weights)
 
 
-@pytest.mark.parametrize("count", [120, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_mutants(tmp_path: Path, seeds: list[Pair], count: int) -> None:
     counts: Counter[str] = Counter()
     for number in range(count):  # each number is one mutant, always the same
@@ -213,12 +206,6 @@ def test_mutants(tmp_path: Path, seeds: list[Pair], count: int) -> None:
             raise AssertionError(f"mutant {number}") from error
     # Both outcomes occur, or the mutations are too wild or too tame to find anything.
     assert counts["loaded"] > count / 50 and counts["refused"] > count / 2
-
-
-def test_a_bomb_in_the_config(tmp_path: Path, seeds: list[Pair]) -> None:
-    for text in ('{"a":[' + "[]," * 2_000_000 + "0]}", '{"a":' * 5000 + "0" + "}" * 5000):
-        config = json.dumps({**json.loads(seeds[0][0]), "training": "@"}).replace('"@"', text).encode()
-        outcome(tmp_path, (config, seeds[0][1]), show=False)
 
 
 def test_a_large_file_takes_twice_its_size_at_most(tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = dict(depth=[1, 1], blocks=[1, 1], width=[4, 4])
     tiny_model("latent", (3, 16, 16), autoencoder="taef2", whiten=4, **small).save(folder / "latent")
     GLEM.create("identity", (3, 16, 16), ["a"], autoencoder=Blocks()).adapt(photos(20)).save(folder / "own")
+    for name, own in (("full", None), ("latent", None), ("own", Blocks())):
+        model = GLEM.from_pretrained(folder / name, autoencoder=own)
+        assert bool(model.log_prob_per_class(images(3, model.image_shape)).isfinite().all())
     return folder
 
 
@@ -50,27 +53,18 @@ def changed(folders: Path, name: str, to: Path, config: dict[str, Any], tensor: 
 
 def first(value: float) -> Change:
     """Set the first number."""
-
-    def change(tensor: Tensor) -> Tensor:
-        tensor = tensor.clone()
-        tensor.view(-1)[0] = value
-        return tensor
-
-    return change
+    return lambda tensor: torch.cat([torch.full((1,), value, dtype=tensor.dtype), tensor.flatten()[1:]]).view_as(tensor)
 
 
 TENSORS: list[tuple[str, str, Change]] = [
     ("latent", "autoencoder.std", first(0.0)),
     ("latent", "flow.whiten.scale", first(1e-38)),
-    ("latent", "flow.whiten.gain", first(-1.0)),
     ("latent", "flow.flow.levels.0.layers.3.net.head.bias", first(1e12)),
     ("full", "modes.shared_scales", torch.zeros_like),
     ("full", "modes.shared_directions", lambda t: t[:1].expand_as(t)),
     ("full", "modes.scales", first(3e38)),
     ("full", "modes.directions", first(1e8)),
-    ("full", "modes.rest", first(1e30)),
     ("full", "modes.counts", torch.zeros_like),
-    ("full", "modes.counts", first(2**62)),
 ]
 
 
@@ -82,10 +76,7 @@ def test_tensors_that_would_fail_at_the_first_use(number: int, folders: Path, tm
         GLEM.from_pretrained(folder)
 
 
-SHAPES = [[3, 16384, 16384], [3, 8, 8], [2, 16, 16]]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [[3, 16384, 16384], [3, 8, 8], [2, 16, 16]], ids=str)
 def test_images_that_do_not_fit_the_flow_or_the_autoencoder(shape: list[int], folders: Path, tmp_path: Path) -> None:
     for name, own in (("latent", None), ("own", Blocks())):
         folder = changed(folders, name, tmp_path, {"autoencoder": {"image_shape": shape}})
@@ -99,7 +90,3 @@ def test_flows_that_do_not_fit_the_images(folders: Path, tmp_path: Path) -> None
         GLEM.from_pretrained(folder)
     with pytest.raises(ModelFileError, match="autoencoder="):
         GLEM.from_pretrained(folders / "full", autoencoder=Blocks())
-    for name, own in (("full", None), ("latent", None), ("own", Blocks())):
-        model = GLEM.from_pretrained(folders / name, autoencoder=own)
-        x = images(3, model.image_shape)
-        assert bool(model.log_prob_per_class(x).isfinite().all())
