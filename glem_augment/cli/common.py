@@ -41,10 +41,10 @@ def add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=text)
 
 
-def add_data(parser: argparse.ArgumentParser, split: str | None = "test", **optional: Any) -> None:
-    """DATA and its options; `split` is the default, None for test where there are splits."""
-    parser.add_argument("data", metavar="DATA", help=DATA_HELP, **optional)
-    parser.add_argument("--split", default=split, help=f"of DATA (default: {split or 'test, if there are splits'})")
+def add_data(parser: argparse.ArgumentParser, split: str = "test") -> None:
+    """DATA and its options; `split` is the default."""
+    parser.add_argument("data", metavar="DATA", help=DATA_HELP)
+    parser.add_argument("--split", default=split, help=f"of DATA, where it has splits (default: {split})")
 
 
 def add_class_map(parser: argparse._ActionsContainer) -> None:

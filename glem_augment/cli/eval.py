@@ -27,7 +27,7 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.describe(parser, DESCRIPTION, EXAMPLES)
     common.add_model(parser)
-    common.add_data(parser, split=None)
+    common.add_data(parser)
     common.add_class_map(parser)
     common.add_count(parser, "--limit", "use N images, evenly spread (default: all)")
     common.add_count(parser, "--round-trip", "images for the round trip, evenly spread; 0 for none", 1000)
@@ -45,14 +45,11 @@ def run(args: argparse.Namespace) -> None:
     model = common.load_model(args)
     common.uncovered(args, model)
     whole_folder = without_splits(args.data)
-    if whole_folder and args.split is not None:
-        raise ValueError(f"{args.data} has no splits, such as train/ and test/ folders: leave --split out")
-    data = images_for(model, args.data, args.class_map, split=args.split or "test")
+    data = images_for(model, args.data, args.class_map, split=args.split)
     if whole_folder and data.name == model.config.training.get("data"):
         common.note(f"the model may have been trained on these images ({data.name}): measure it on other images")
     if limit is not None and limit < len(data):
         data = data.subset(metrics.spread(len(data), limit))
-    split = None if whole_folder else args.split or "test"
-    result = {"model": args.model, "data": args.data, "split": split}
+    result = {"model": args.model, "data": args.data, "split": None if whole_folder else args.split}
     result |= metrics.evaluate(model, data, round_trip=round_trip)
     common.print_json(result)

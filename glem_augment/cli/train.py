@@ -13,7 +13,6 @@ from glem_augment.cli import common
 from glem_augment.training.config import SETTINGS, TrainConfig, check_setting
 
 if TYPE_CHECKING:
-    from glem_augment.model.glem import GLEM
     from glem_augment.training import Trainer
 
 DESCRIPTION = """\
@@ -103,11 +102,7 @@ def run(args: argparse.Namespace) -> None:
 
     device, out = common.pick_device(args, ranks=True), args.out
     settings = given(args)
-    if args.resume and not has_checkpoint(out):
-        # A run may have been killed before its first checkpoint.
-        common.note(f"glem: no checkpoint in {out}; starting from the beginning")
-        args.resume = False
-    if not args.resume:
+    if not (args.resume and has_checkpoint(out)):
         require_unused(out)  # before any image is read; the Trainer checks it again
     size, init_model = args.image_size, None
     if args.init is not None:  # a run takes image size and bits from its start model, unless they are given
@@ -122,11 +117,11 @@ def run(args: argparse.Namespace) -> None:
     data = open_data(args.data, args.split, size, args.channels, unlabelled=args.unlabelled)
     trainer = Trainer(data, config, out, args.resume, init_model, device, ready=lambda run: common.say(summary(run)))
     model = trainer.fit()
-    common.say(f"saved {out} after {tqdm.format_interval(trainer.seconds())}: {_held_out(model)}")
+    common.say(f"saved {out} after {tqdm.format_interval(trainer.seconds())}: {model!r}")
     if model.config.training["worse_than_independent_pixels"]:
         common.note(
-            f"glem: that is worse than independent pixels, {model.config.training['independent_pixels']:.3f}: "
-            "the model has not learned the images. Train for more --epochs, or at a lower --lr"
+            "glem: its likelihood is worse than that of independent pixels, "
+            f"{model.config.training['independent_pixels']:.3f}: train for more --epochs, or at a lower --lr"
         )
 
 
@@ -135,36 +130,18 @@ def summary(trainer: Trainer) -> str:
     from glem_augment.distributed import world_size
 
     model, config, batches = trainer.whole(trainer.model), trainer.config, trainer.batches
-    data, split = batches.data, batches.split
+    data, held_out = batches.data, len(batches.split.val)
     shape = "x".join(str(side) for side in model.image_shape)
     parameters = sum(p.numel() for p in model.flow.parameters())
     where = f" on {trainer.device}" + (f", from step {trainer.step}" if trainer.step else "")
     names = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
-    learners = f"{len(split.nf)} for the flow, {len(split.g)} for the Gaussians"
-    if not trainer.m_step.total:  # there are no M-steps
-        learners = f"{len(split.nf) + len(split.g)} for the flow and the Gaussians"
     rows = [
         ("data", f"{data.name}: {len(data)} images, {shape}, {len(data.classes)} classes ({names})"),
-        ("split", f"{learners}, {len(split.val)} held out"),
+        ("split", f"{len(data) - held_out} to train on, {held_out} held out"),
         ("flow", f"{model.config.flow['preset']}, {parameters:,} parameters, {model.numbers_are}"),
-        ("objective", _objective(config)),
+        ("objective", config.objective),
         ("batch", f"{config.batch_size} images on {world_size()} processes, learning rate {trainer.e_step.lr:g}"),
         ("steps", f"{trainer.total_steps} ({config.epochs} epochs of {trainer.steps_per_epoch}){where}"),
         ("out", str(trainer.out)),
     ]
     return "\n".join(f"{key:<11}{value}" for key, value in rows)
-
-
-def _objective(config: TrainConfig) -> str:
-    weights = {"hybrid": f", beta {config.beta:g}", "glem": f", KLD weight {config.kld_weight:g}"}
-    return config.objective + weights.get(config.objective, "")
-
-
-def _held_out(model: GLEM) -> str:
-    held_out = model.config.training.get("held_out") or {}
-    key, unit, _ = model.likelihood
-    likelihood, accuracy = held_out.get(f"val_{key}"), held_out.get("val_accuracy")
-    if likelihood is None:
-        return repr(model)
-    right = "" if accuracy is None else f", accuracy {100 * accuracy:.2f} %"
-    return f"{likelihood:.3f} {unit}{right} on {held_out['val_images']} held-out images"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """The state of a run, on the CPU. FileNotFoundError: there is none. TrainingError: it can't be read."""
+    """The state of a run, on the CPU. TrainingError: it can't be read."""
     path = folder / CHECKPOINT
-    if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, f"no checkpoint at {path}; start without --resume")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {**state, "settings": dict(state["settings"])}

@@ -27,6 +27,7 @@ from glem_augment.training.batches import EVAL_BATCH, Augment, Batches
 from glem_augment.training.checkpoint import (
     check_same_run,
     data_fingerprint,
+    has_checkpoint,
     load_checkpoint,
     require_unused,
     save_checkpoint,
@@ -49,7 +50,7 @@ class Trainer:
 
     Args:
         out: folder for the checkpoint, the log and, at the end, the model.
-        resume: go on from the checkpoint in `out`, with the same data, settings and `init_model`.
+        resume: go on from the checkpoint in `out`, if there is one, with the same data, settings and `init_model`.
         init_model: start from this model's flow (fine-tuning); `preset` and `flow_options` then have no effect.
         device: "cpu", "cuda", or None for CUDA where there is one.
         callbacks: functions of a row of metrics.jsonl, a dict with "kind" and "step", called when it is written. To end
@@ -98,7 +99,7 @@ class Trainer:
             "fingerprint": data_fingerprint(data),
             "init_from": init_model and {"origin": init_model.origin, "weights_sha256": weights_sha256(init_model)},
         }
-        begun = load_checkpoint(self.out) if resume else None
+        begun = load_checkpoint(self.out) if resume and has_checkpoint(self.out) else None
         if begun is not None:
             check_same_run(self.out, begun, self.identity)
         else:

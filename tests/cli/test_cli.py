@@ -153,7 +153,7 @@ def test_eval_prints_one_json_object(trained: Path, output: Output) -> None:
     out, err = output()
     result = json.loads(out)
     assert "may have been trained on these images" in err
-    fails([*argv, "--split", "val"], output, "has no splits", "--split")
+    fails([*argv, "--split", "val"], output, "has no splits")
     assert result["n"] == 18 and result["split"] is None and result["bits"] == 8
     assert 0 <= result["accuracy"] <= result["top5"] == 1.0
     assert result["model"] == str(trained)

@@ -42,9 +42,7 @@ def test_damaged_and_hostile_checkpoints_are_refused(tmp_path: Path, monkeypatch
 
 def test_resuming_needs_a_run_with_the_same_settings_and_data(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with pytest.raises(FileNotFoundError, match="without --resume"):
-        tiny_trainer(out, resume=True)
-    tiny_trainer(out).save_checkpoint()
+    tiny_trainer(out, resume=True).save_checkpoint()  # a run may have been killed before its first checkpoint
     with pytest.raises(TrainingError, match=CHECKPOINT):
         tiny_trainer(out)
     with pytest.raises(TrainingError, match="batch_size: 24 then, 30 now"):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from test_training import tiny_config, tiny_trainer, toy_data
 
-from glem_augment.cli.train import summary
 from glem_augment.distributed import Share
 from glem_augment.errors import DataError, TrainingError
 from glem_augment.training import Trainer
@@ -70,8 +69,6 @@ def test_an_epoch_of_a_joint_run_has_all_images(tmp_path: Path) -> None:
     options = dict(batch_size=19, epochs=2, modes_rank=0)
     new, em = tiny_trainer(tmp_path / "new", objective="hybrid", **options), tiny_trainer(tmp_path / "em", **options)
     assert (new.steps_per_epoch, em.steps_per_epoch) == (6, 5)
-    assert "114 for the flow and the Gaussians, 6 held out" in summary(new)
-    assert "102 for the flow, 12 for the Gaussians, 6 held out" in summary(em)
     seen: list[torch.Tensor] = []
     new.e_step.take = lambda x, *_: (seen.append(x), (0.0, 0.0))[1]
     new.fit()
