@@ -48,20 +48,17 @@ def test_recipes_are_settings_and_those_with_m_steps_say_so() -> None:
 # ---- tables and results ----------------------------------------------------------------------------------------------
 
 
-def test_every_table_comes_out_of_the_stored_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without data, flows or measuring, and as it is stored, but for the versions that wrote it."""
+def test_a_table_comes_out_of_the_stored_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without data, flows or measuring. `test_numbers` has the pages of all tables."""
     stored = BENCHMARKS / "results" / "paper"
     for path in stored.glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    options = ["all", "claims", "pareto", "--scale", "cpu", "--device", "cpu"]
+    options = ["6", "--scale", "cpu", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["paper.py", *options, "--out", str(tmp_path), "--work", str(tmp_path / "work")])
     assert main() == 0 and not (tmp_path / "work").exists()
-    for path in stored.glob("*.json"):
-        assert json.loads((tmp_path / path.name).read_text()) == json.loads(path.read_text()), path.name
-    for path in stored.glob("*.md"):
-        texts = [p.read_text().splitlines() for p in (path, tmp_path / path.name)]
-        found = [[line for line in lines if "written with" not in line] for lines in texts]
-        assert found[0] == found[1], path.name
+    assert json.loads((tmp_path / "table6.cpu.json").read_text()) == json.loads(
+        (stored / "table6.cpu.json").read_text()
+    )
 
 
 @pytest.mark.slow
