@@ -65,7 +65,8 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
         raise ModelFileError(f"{text!r} is a file; give its folder, {str(folder.parent)!r}")
     if not folder.is_dir():
         beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-        near = [] if text.startswith("hf-hub:") else get_close_matches(folder.name, beside, 1)
+        # Only the Hub has revisions.
+        near = [] if text.startswith("hf-hub:") or "@" in text else get_close_matches(folder.name, beside, 1)
         if near:
             raise ModelFileError(
                 f"no model at {text!r}; did you mean {folder.parent / near[0]}? For the Hub write hf-hub:..."
