@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from glem_augment.flows import Coupling, Flow, check_flow, create_flow, register
 from glem_augment.flows.coupling import COUPLINGS
 
 SHAPE = (3, 8, 8)
-PAGE = Path(__file__).parents[2] / "docs" / "flows.md"
 
 
 class GainAndShift(Flow):
@@ -37,49 +35,19 @@ class GainAndShift(Flow):
         return x, -self.gain.sum().expand(len(z))
 
 
-def of_the_page(package: str, name: str) -> Callable[[], Flow]:
-    """A class of docs/flows.md that wraps a flow of `package`."""
-
-    def make() -> Flow:
-        pytest.importorskip(package)
-        blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
-        space: dict[str, Any] = {"nn": nn}
-        exec("from glem_augment.flows import Flow, check_flow", space)
-        exec("from glem_augment.precision import full_precision", space)
-        (block,) = (block for block in blocks if f"class {name}" in block)
-        exec(block.replace("(3, 32, 32)", str(SHAPE)), space)
-        flow = space[name](SHAPE, steps=2)
-        flow(torch.rand(16, *SHAPE) - 0.5)  # ActNorms of normflows
-        return flow
-
-    return make
-
-
-freia, normflows = of_the_page("FrEIA", "FrEIAFlow"), of_the_page("normflows", "NormflowsFlow")
-
-
-@pytest.mark.parametrize("make", [GainAndShift, freia, normflows])
-def test_a_users_flow_is_adapted_and_augments(make: Callable[[], Flow], tmp_path: Path) -> None:
+def test_a_users_flow_is_adapted_and_augments(tmp_path: Path) -> None:
     torch.manual_seed(0)
     images = torch.randint(0, 256, (60, *SHAPE), dtype=torch.uint8)
     labels = torch.arange(60) % 3
-    x = torch.rand(2, *SHAPE).double() - 0.5
-    flow = GLEM.from_bijection(make().double(), SHAPE).flow
-    z, logdet = flow(x)
-    jacobian = torch.autograd.functional.jacobian(lambda v: flow(v[None])[0][0], x[0]).reshape(192, 192)
-    assert torch.linalg.slogdet(jacobian)[1].item() == pytest.approx(logdet[0].item(), abs=1e-4)
-    back, back_logdet = flow.inverse(z)
-    torch.testing.assert_close(back, x, rtol=0, atol=1e-6)
-    torch.testing.assert_close(back_logdet, -logdet, rtol=0, atol=1e-4)
-    model = GLEM.from_bijection(make(), SHAPE)
+    model = GLEM.from_bijection(GainAndShift(), SHAPE)
     assert model.classes == ["image"] and model.check_invertibility(images)["within_half_step"] == 1.0
 
     adapted = model.adapt((images, labels.numpy()), rank=4)
     adapted.save(tmp_path)
-    with pytest.raises(ModelFileError, match="pass an instance as module=$"):
+    with pytest.raises(ModelFileError, match="module="):
         GLEM.from_pretrained(tmp_path)
     torch.manual_seed(1)
-    again = GLEM.from_pretrained(tmp_path, module=make())
+    again = GLEM.from_pretrained(tmp_path, module=GainAndShift())
     assert torch.equal(again.log_prob(images), adapted.log_prob(images))
     moved, _ = GLEMAugment(again, p=1.0, seed=0)(images, labels)
     assert moved.shape == images.shape and bool((moved != images).any())

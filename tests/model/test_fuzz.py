@@ -10,7 +10,7 @@ import resource
 import signal
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 import yaml
 from model_cases import images, tiny_model
 from safetensors.torch import load, save
+from torch import Tensor
 
 from glem_augment import GLEM
 from glem_augment.cli.info import model_facts
@@ -206,6 +207,44 @@ def test_mutants(tmp_path: Path, seeds: list[Pair], count: int) -> None:
             raise AssertionError(f"mutant {number}") from error
     # Both outcomes occur, or the mutations are too wild or too tame to find anything.
     assert counts["loaded"] > count / 50 and counts["refused"] > count / 2
+
+
+# ---- single values -----------------------------------------------------------------------------------------------
+
+FULL, LATENT = 4, 5  # of `seeds`
+
+
+def first(value: float) -> Callable[[Tensor], Tensor]:
+    """Set the first number."""
+    return lambda tensor: torch.cat([torch.full((1,), value, dtype=tensor.dtype), tensor.flatten()[1:]]).view_as(tensor)
+
+
+@pytest.mark.parametrize(
+    ("seed", "name", "change"),
+    [
+        (LATENT, "autoencoder.std", first(0.0)),
+        (LATENT, "flow.whiten.scale", first(1e-38)),
+        (LATENT, "flow.flow.levels.0.layers.3.net.head.bias", first(1e12)),
+        (FULL, "modes.shared_scales", torch.zeros_like),
+        (FULL, "modes.shared_directions", lambda t: t[:1].expand_as(t)),
+        (FULL, "modes.scales", first(3e38)),
+        (FULL, "modes.directions", first(1e8)),
+        (FULL, "modes.counts", torch.zeros_like),
+    ],
+)
+def test_tensors_that_would_fail_at_the_first_use(
+    tmp_path: Path, seeds: list[Pair], seed: int, name: str, change: Callable[[Tensor], Tensor]
+) -> None:
+    config, weights = seeds[seed]
+    state = load(weights)
+    assert outcome(tmp_path, (config, save({**state, name: change(state[name]).contiguous()}))) == "refused"
+
+
+def test_shapes_that_do_not_fit(tmp_path: Path, seeds: list[Pair]) -> None:
+    config = json.loads(seeds[LATENT][0])
+    for part, shape in (("autoencoder", [3, 16384, 16384]), ("autoencoder", [2, 16, 16]), ("flow", [32, 4, 2])):
+        changed = json.dumps({**config, part: {**config[part], "image_shape": shape}}).encode()
+        assert outcome(tmp_path, (changed, seeds[LATENT][1])) == "refused"
 
 
 def test_a_large_file_takes_twice_its_size_at_most(tmp_path: Path) -> None:
