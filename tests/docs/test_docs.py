@@ -156,6 +156,5 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     pages = {path.relative_to(tmp_path / "site"): path.read_text() for path in (tmp_path / "site").rglob("*.html")}
     assert len(pages) > len(PAGES) and "<math" in pages[Path("method.html")]
-    assert "GLEMAugment" in pages[Path("api.html")] and Path("benchmarks/results/augmentation.html") in pages
     for path, text in pages.items():
         assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"?(?:https?:)?//", text), path

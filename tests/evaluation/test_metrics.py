@@ -1,4 +1,4 @@
-"""Accuracy, bits/dim, calibration and round trip of a flow, and rejected moves."""
+"""Accuracy, bits/dim, calibration and round trip of a flow."""
 
 from __future__ import annotations
 
