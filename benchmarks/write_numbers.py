@@ -36,6 +36,7 @@ from benchmarks.proof.augmentation.report import results_of, signed
 from benchmarks.proof.photographs import TUNING
 from benchmarks.proof.private import report as private_page
 from benchmarks.proof.private import summary as private_rows
+from benchmarks.proof.private_audit import report as audit_page
 from benchmarks.proof.private_curve import report as curve_page
 from benchmarks.proof.private_opponents import report as opponents_page
 from benchmarks.proof.samples_alone import as_long, summary, worth
@@ -54,6 +55,7 @@ REPORTS: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
     "fine_tuned": pretrained.report,
     "long_tails": long_tails.report,
     "private": private_page,
+    "private_audit": audit_page,
     "private_curve": curve_page,
     "private_opponents": opponents_page,
     "samples_alone": samples_page,
@@ -157,7 +159,8 @@ def private() -> Named:
     for n in curve_page(stored("private_curve"))["rows"]:
         half = f"± {n['+/-']:.1f}" if n["+/-"] else "(one)"
         cell = "refused" if n["accuracy"] is None else f"{n['accuracy']:.1f} {half}"
-        curve.setdefault(f"{n['set']}, {n['per class']:,}", {})[n["epsilon"]] = cell
+        name = f"{n['set']}, {n['per class']:,}" + ", all coordinates" * (n["coordinates"] == "all")
+        curve.setdefault(name, {})[n["epsilon"]] = cell
     columns = sorted({e for own in curve.values() for e in own})
     epsilons = " | ".join(f"ε = {epsilon:g}" for epsilon in columns)
     cells = [[name, *(own.get(e, "") for e in columns)] for name, own in curve.items()]
@@ -170,14 +173,17 @@ def private() -> Named:
         yield f"private_opponents, {data}: {method} epsilon {epsilon}", accuracy
         found += [[names[data], methods[method], epsilon, accuracy]] if method in methods else []
     yield "private classifiers", table("data | classifier | ε | accuracy", found)
-    both, kinds = ("Gaussian", "any mechanism"), {"ours": "a release", "ours, a fitted model": "a fitted model"}
+    audit = stored("private_audit")
+    for kind, name in (("ours", "trials"), ("ours, a fit", "fit trials")):
+        yield f"private_audit: {name}", f"{next(row['trials'] for row in audit if row['release'] == kind):,}"
+    kinds = {"ours": "a release", "ours, a fit": "a fit", "ours, a model": "a model"}
     kinds["ours, noise halved: a deliberate mistake"] = "a release with half the noise"
-    bounds = [
-        [kinds[row["release"]], f"{row['claimed epsilon']:g}", *(f"{row[f'at least, {of}']:.2f}" for of in both)]
-        for row in stored("private_audit")["rows"]
-        if row["release"] in kinds
-    ]
-    yield "private audit", table("attacked | promised ε | at least, normal scores | at least, any scores", bounds)
+    bounds = []
+    for row in (row for row in audit if row["release"] in kinds):
+        least = (f"{row[f'at least, {of}']:.2f}" for of in ("Gaussian", "any mechanism"))
+        bounds.append([kinds[row["release"]], str(row["images"]), f"{row['claimed epsilon']:g}", *least])
+    head = "attacked | images of a class | promised ε | at least, normal scores | at least, any scores"
+    yield "private audit", table(head, bounds)
 
 
 def photographs() -> Named:
@@ -306,8 +312,6 @@ def counts() -> Named:
     cells = stored("backbones")["cells"]
     yield "backbones: flows", in_words({row["variant"] for row in cells})
     yield "backbones: seeds", in_words({row["seed"] for row in cells})
-    for name in ("trials", "model_trials"):
-        yield f"private_audit: {name}", f"{stored('private_audit')[name]:,}"
     yield "paper: seeds", in_words({row["seed"] for row in stored("paper/table1.cpu")})
     for name, report in reports().items():
         yield f"{name}: command", ", ".join(f"`{line}`" for line in report["command"].splitlines())

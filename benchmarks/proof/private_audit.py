@@ -10,12 +10,15 @@ from the class, zeros, the class mean, and a real image. To "all others", the re
 that is there. The score is the logarithm of the likelihood ratio. Three kinds of attackers are measured:
 
 - "all others": knows every image but the canary, as the definition of differential privacy assumes.
-- "all others, of a model": the same, but sees only the mean and covariance of a class in a model that
-  `private_classes` made of two classes, with all releases and all steps after them.
+- "all others, of a fit": the same, and sees every release that `private_classes` makes of two classes: counts, sums of
+  the leading coordinates, energies, second moments, and cells where there are some. A model is computed from these.
+- "all others, of a model": the same, but sees only the mean and covariance of a class in the model.
 - "similar images": knows what releases of other images with and without the canary look like. The images of a class are
   drawn anew for each release.
 
-Of the last two kinds, half of the releases train the attack, and the other half count.
+Of the last two kinds, half of the releases train the attack, and the other half count. The number of images times mu
+decides the branch of a fit: FITS has classes of each branch, and the smallest classes that a fit takes. Stored rows are
+not measured again.
 
 Two lower bounds of epsilon hold for the worst canary with 95 % confidence (Bonferroni over the canaries):
 
@@ -30,9 +33,12 @@ catch. "No protection" releases the exact count, mean and covariance.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import sys
-import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,14 +50,18 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import parser, write_results
+from benchmarks.common import Rows, parser, processors, publish, usage
 from glem_augment import open_data
 from glem_augment.classes import privacy as mechanism
+from glem_augment.classes import private as fitting
 from glem_augment.classes.privacy import Privacy, PrivateSums, Release, epsilon_of
-from glem_augment.classes.private import private_classes
+from glem_augment.errors import DataError
 
 NAME, CONFIDENCE, REAL = "private_audit", 0.95, "real image"
-DIM, IMAGES, MODEL_IMAGES, CLASSES = 32, 100, 400, 20
+DIM, IMAGES, CLASSES = 32, 100, 20
+FITS = (100, 1.0), (100, 10.0), (400, 1.0), (400, 3.0), (400, 10.0)  # images of a class, and epsilon
+LEAST = 50  # images of a class times mu from which every fit makes a model
+Scores = dict[str, tuple[Tensor, Tensor]]  # by canary: without, and with it
 EPSILONS, SIZES = (0.2, 1.0, 3.0, 10.0), (20, 50, 100, 200, 500)
 
 
@@ -69,7 +79,7 @@ def latents() -> tuple[Tensor, Tensor]:
 def canaries(images: Tensor, clip: float) -> dict[str, Tensor]:
     """The numbers [DIM] that the attacks look for."""
     far = torch.zeros(DIM, dtype=torch.float64)
-    far[-1] = 100 * clip
+    far[0] = 100 * clip  # along a coordinate that every release has
     return {"far": far, "zeros": torch.zeros_like(far), "class mean": images.mean(0), REAL: images[0].clone()}
 
 
@@ -108,20 +118,19 @@ def bound_of_mu(without: Tensor, having: Tensor, error: float) -> float:
 # ---- attackers -------------------------------------------------------------------------------------------------------
 
 
-class AllOthers:
-    """The attacker that knows all `images` [n, DIM] of a class, but not whether the canary is there."""
+def log_ratios(release: Release, others: Sequence[Tensor], c: Tensor) -> Tensor:
+    """log p(release | images and canary) - log p(release | images), for each class [K].
 
-    def __init__(self, images: Tensor, clip: float) -> None:
-        self.clip, self.count, clipped = clip, len(images), _clipped(images, clip)
-        self.sum, self.second = clipped.sum(0), clipped.T @ clipped
-
-    def scores(self, release: Release, canary: Tensor) -> Tensor:
-        """log p(release | images and canary) - log p(release | images), up to a constant, for each class [K]."""
-        c = _clipped(canary, self.clip)
-        # Products of the canary's statistic with the release minus the statistics of the images, over the variances.
-        first, second = (release.sums - self.sum) @ c, (release.seconds - self.second) @ c @ c
-        count = release.counts - self.count
-        return count / release.sd_count**2 + first / release.sd_sum**2 + second / release.sd_second**2
+    `others` are the exact counts, sums and second moments of the images, and c [d] is the canary, clipped.
+    """
+    found, squared = torch.zeros((), dtype=torch.float64), c @ c
+    if len(release.counts):
+        found = found + (release.counts - others[0] - 0.5) / release.sd_count**2
+    if release.sums.numel():
+        found = found + ((release.sums - others[1]) @ c - squared / 2) / release.sd_sum**2
+    if release.seconds.numel():
+        found = found + ((release.seconds - others[2]) @ c @ c - squared**2 / 2) / release.sd_second**2
+    return found
 
 
 def _clipped(u: Tensor, clip: float) -> Tensor:
@@ -142,7 +151,8 @@ def private_scores(
         sums.add(rows.repeat(CLASSES, 1), torch.arange(CLASSES).repeat_interleave(len(rows)))
         return sums.release()
 
-    attacker, honest = AllOthers(images, clip), mechanism._gaussian
+    clipped, honest = _clipped(images, clip), mechanism._gaussian
+    others = torch.tensor(len(images)), clipped.sum(0), clipped.T @ clipped
     noise = (lambda count: honest(count) / 2) if halved else honest
     without: dict[str, list[Tensor]] = {name: [] for name in marks}
     having: dict[str, list[Tensor]] = {name: [] for name in marks}
@@ -150,8 +160,8 @@ def private_scores(
         for _ in trange(-(-trials // CLASSES), desc=f"epsilon {privacy.epsilon:g}{', noise halved' * halved}"):
             blank = release(None)
             for name, mark in marks.items():
-                without[name].append(attacker.scores(blank, mark))
-                having[name].append(attacker.scores(release(mark), mark))
+                without[name].append(log_ratios(blank, others, _clipped(mark, clip)))
+                having[name].append(log_ratios(release(mark), others, _clipped(mark, clip)))
     return {name: (torch.cat(without[name])[:trials], torch.cat(having[name])[:trials]) for name in marks}
 
 
@@ -201,41 +211,77 @@ def bare_scores(
     return trained_attack(without, having)
 
 
-def model_scores(
-    pool: Tensor, images: int, marks: dict[str, Tensor], privacy: Privacy, clip: float, trials: int
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """By canary: scores of "all others, of a model", without and with the canary in the first of two classes."""
-    z, y = pool[: 2 * images], torch.arange(2).repeat_interleave(images)
-    prior = torch.ones(DIM, dtype=torch.float64)
+class Watched(PrivateSums):
+    """Sums without the canaries, which are the last rows, except the one that is `present`.
 
-    def gaussians(extra: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        rows, labels = (z, y) if extra is None else (torch.cat([z, extra[None]]), torch.cat([y, y[:1]]))
-        found = []
-        for _ in trange(2 * trials, desc=f"models, epsilon {privacy.epsilon:g}"):
-            modes = private_classes(rows, labels, 2, prior, clip, privacy, None).classes.modes
-            assert modes is not None
-            cells, weight = modes.mean[: modes.parts].double(), modes.counts[: modes.parts].double()
-            mean = weight @ cells / weight.sum()
-            within = modes.directions[0].double() * modes.scales[0].double()[:, None]
-            between = (cells - mean) * (weight / weight.sum()).sqrt()[:, None]
-            found.append((mean, within.T @ within + between.T @ between + modes.rest[0].double().diag()))
+    They add to `scores` [canaries] the logarithm of the likelihood ratio of their release, given all earlier releases.
+    """
+
+    present: int | None
+    scores: Tensor
+
+    def add(self, u: Tensor, y: Tensor) -> None:
+        first, units = len(u) - len(self.scores), (1.0, self.clip / mechanism._ONE, (self.clip / mechanism._ONE) ** 2)
+        super().add(u[:first], y[:first])
+        self.others = [exact.double() * unit for exact, unit in zip(self._secret(), units, strict=False)]
+        self.canaries = mechanism._fixed_point(u[first:], self.clip).double() * units[1], y[first:]
+        if self.present is not None:
+            super().add(u[first:][self.present, None], y[first:][self.present, None])
+
+    def release(self) -> Release:
+        found = super().release()
+        ratios = [log_ratios(found, self.others, c)[k] for c, k in zip(*self.canaries, strict=True)]
+        self.scores += torch.stack(ratios)
         return found
 
-    blank, scores = gaussians(None), {}
-    for name, mark in marks.items():
+
+def fit_scores(
+    pool: Tensor, images: int, marks: dict[str, Tensor], privacy: Privacy, clip: float, trials: int
+) -> tuple[Scores, Scores]:
+    """By canary: scores of "all others, of a fit", without and with the canary in the first of two classes.
+
+    The second result has the scores of "all others, of a model". It is empty if a fit refused the classes, whose scores
+    are of the counts alone.
+    """
+    z = torch.cat([pool[: 2 * images], *(mark[None] for mark in marks.values())])
+    y = torch.cat([torch.arange(2).repeat_interleave(images), torch.zeros(len(marks), dtype=torch.int64)])
+    prior = torch.ones(DIM, dtype=torch.float64)
+
+    def fits(present: int | None) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        scores, models = [], []
+        for _ in trange(trials, desc=f"fits of {images} images, epsilon {privacy.epsilon:g}"):
+            watched = type("Watched", (Watched,), {"present": present, "scores": torch.zeros(len(marks)).double()})
+            with mock.patch.object(fitting, "PrivateSums", watched), contextlib.suppress(DataError):
+                modes = fitting.private_classes(z, y, 2, prior, clip, privacy, None).classes.modes
+                models.append(_gaussian_of(modes))
+            scores.append(watched.scores)
+        return torch.stack(scores), models
+
+    (blank, blanks), having = fits(None), [fits(place) for place in range(len(marks))]
+    releases = {name: (blank[:, i], having[i][0][:, i]) for i, name in enumerate(marks)}
+    if any(len(models) < trials for models in (blanks, *(models for _, models in having))):
+        return releases, {}
+    found = {}
+    for (name, mark), (_, models) in zip(marks.items(), having, strict=True):
         attack = Leaning(pool, mark)
-        pairs = (torch.stack([attack.features(*each) for each in models]) for models in (blank, gaussians(mark)))
-        scores[name] = trained_attack(*pairs)
-    return scores
+        found[name] = trained_attack(*(torch.stack([attack.features(*m) for m in each]) for each in (blanks, models)))
+    return releases, found
+
+
+def _gaussian_of(modes: Any) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the first class, over its cells."""
+    cells, weight = modes.mean[: modes.parts].double(), modes.counts[: modes.parts].double()
+    mean = weight @ cells / weight.sum()
+    within = modes.directions[0].double() * modes.scales[0].double()[:, None]
+    between = (cells - mean) * (weight / weight.sum()).sqrt()[:, None]
+    return mean, within.T @ within + between.T @ between + modes.rest[0].double().diag()
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def row(
-    kind: str, images: int, attacker: str, scores: dict[str, tuple[Tensor, Tensor]], delta: float, claim: float | None
-) -> dict[str, Any]:
-    """The worst canary's bounds."""
+def bounds(scores: Scores, delta: float, claim: float | None) -> dict[str, Any]:
+    """The worst canary's bounds, of scores by canary."""
     error = (1 - CONFIDENCE) / 4  # for four canaries
     by_any = {name: bound_of_any(*pair, delta, error) for name, pair in scores.items()}
     by_mu = {name: bound_of_mu(*pair, error) for name, pair in scores.items() if float(pair[0].std()) > 0}
@@ -243,10 +289,7 @@ def row(
     tightest = normal if claim and normal else by_any
     worst = max(tightest.values())
     return {
-        "release": kind,
-        "images": images,
-        "attacker knows": attacker,
-        "claimed epsilon": claim,
+        "trials": len(next(iter(scores.values()))[0]),
         "at least, any mechanism": round(max(by_any.values()), 3),
         "at least, Gaussian": round(max(normal.values()), 3) if claim else None,
         "worst canary": max(tightest, key=tightest.__getitem__),
@@ -257,46 +300,58 @@ def row(
     }
 
 
+def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The page of the rows."""
+    return {
+        "title": "What releases of class statistics tell about one image: lower bounds of epsilon, 95 %",
+        "command": usage(__doc__),
+        "measured on": processors(rows),
+        "delta": " and ".join(f"{delta:g}" for delta in dict.fromkeys(row["delta"] for row in rows)),
+        "dimension": DIM,
+        "rows": [{name: value for name, value in row.items() if name not in ("delta", "processor")} for row in rows],
+    }
+
+
 def main() -> None:
     args = parser(__doc__)
     args.set_defaults(threads=1)
     args.add_argument("--trials", type=int, default=10_000, help="with and without each canary (%(default)s)")
     args.add_argument("--bare-trials", type=int, default=2000, help="the same, without protection (%(default)s)")
-    args.add_argument("--model-trials", type=int, default=300, help="the same, of fitted models (%(default)s)")
+    args.add_argument("--fit-trials", type=int, default=1000, help="the same, of whole fits (%(default)s)")
     args.add_argument("--delta", type=float, default=1e-6)
     args = args.parse_args()
     torch.set_num_threads(args.threads)
-    began = time.process_time()
     public, private = latents()
     clip = float(public.norm(dim=1).quantile(0.9))
     generator = torch.Generator().manual_seed(0)  # of the images of a class; the noise has no seed
     images = private[torch.randperm(len(private), generator=generator)[:IMAGES]]
-    marks, rows = canaries(images, clip), []
-    for halved in (False, True):
-        for epsilon in EPSILONS:
-            privacy = Privacy(epsilon, args.delta)
-            tried = {"far": marks["far"]} if halved else marks  # the worst of them, to save time
-            scores = private_scores(images, tried, privacy, clip, args.trials, halved)
-            kind = "ours, noise halved: a deliberate mistake" if halved else "ours"
-            rows.append(row(kind, IMAGES, "all others", scores, args.delta, epsilon))
-            print(*rows[-1].values(), flush=True)
-    for epsilon in (1.0, 10.0):  # at 0.2, classes of this size are drowned in noise
-        scores = model_scores(private, MODEL_IMAGES, marks, Privacy(epsilon, args.delta), clip, args.model_trials)
-        rows.append(row("ours, a fitted model", MODEL_IMAGES, "all others, of a model", scores, args.delta, epsilon))
-        print(*rows[-1].values(), flush=True)
+    marks, rows = canaries(images, clip), Rows(args.out / f"{NAME}.json")
+
+    def measure(kind: str, count: int, attacker: str, claim: float | None, scores: Callable[[], Scores]) -> None:
+        key = {"release": kind, "images": count, "attacker knows": attacker, "claimed epsilon": claim}
+        rows.row(key | {"delta": args.delta}, lambda: bounds(scores(), args.delta, claim))
+
+    for halved, epsilon in itertools.product((False, True), EPSILONS):
+        tried = {"far": marks["far"]} if halved else marks  # the worst of them, to save time
+        given = images, tried, Privacy(epsilon, args.delta), clip, args.trials, halved
+        kind = "ours, noise halved: a deliberate mistake" if halved else "ours"
+        measure(kind, IMAGES, "all others", epsilon, partial(private_scores, *given))
+    for count, epsilon in FITS:
+        fits = cache(partial(fit_scores, private, count, marks, Privacy(epsilon, args.delta), clip, args.fit_trials))
+        measure("ours, a fit", count, "all others, of a fit", epsilon, lambda: fits()[0])  # noqa: B023
+        if count * Privacy(epsilon, args.delta).mu > LEAST:
+            measure("ours, a model", count, "all others, of a model", epsilon, lambda: fits()[1])  # noqa: B023
     # The exact statistics of known images differ in every release with the canary, at any size.
     certain = torch.zeros(args.bare_trials).double(), torch.ones(args.bare_trials).double()
-    rows.append(row("no protection", IMAGES, "all others", {"any": certain}, args.delta, None))
+    measure("no protection", IMAGES, "all others", None, lambda: {"any": certain})
     pool = private[(private != marks[REAL]).any(1)]
     for count in SIZES:
-        found = {k: bare_scores(pool, count, mark, args.bare_trials, generator) for k, mark in marks.items()}
-        rows.append(row("no protection", count, "similar images", found, args.delta, None))
-        print(*rows[-1].values(), flush=True)
-    write_results(
-        args.out, NAME, "What releases of class statistics tell about one image: lower bounds of epsilon, 95 %", rows,
-        delta=args.delta, dimension=DIM, trials=args.trials, bare_trials=args.bare_trials,
-        model_trials=args.model_trials, cpu_seconds=round(time.process_time() - began),
-    )  # fmt: skip
+        draws = torch.Generator().manual_seed(count)
+        measure(
+            "no protection", count, "similar images", None,
+            lambda: {k: bare_scores(pool, count, mark, args.bare_trials, draws) for k, mark in marks.items()},  # noqa: B023
+        )  # fmt: skip
+    publish(args.out, NAME, report(rows.all()), rows.all())
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 1. *Statistic.* An image with latent u in class y is clipped to |u| <= R. With v = u / R = (p, w), p the leading
    coordinates, the image adds t = (a0, a1 v, a2 svec(p p^T), a2 w^2) in the place of class y, and zeros elsewhere. svec
-   is the lower triangle with its off-diagonal elements times sqrt(2), so |svec(p p^T)| = |p|^2. Any function of one
-   image and of public or released numbers may be u: leading coordinates, z less a released mean, energies.
+   is the lower triangle with its off-diagonal elements times sqrt(2), so |svec(p p^T)| = |p|^2. u and the place may be
+   any functions of one image and of public or released numbers: leading coordinates, z less a released mean, energies
+   in bands; a class, a cell of a class, or one place for all.
 2. *Norm.* |t|^2 = a0^2 + a1^2 |v|^2 + a2^2 (|p|^4 + sum w_i^4), and |p|^4 + sum w_i^4 <= (|p|^2 + |w|^2)^2 <= 1. With
    a0^2 + a1^2 + a2^2 = 1, |t| <= 1. Places of classes are disjoint. One image thus changes the sum of all t by at most
    1 in L2, and m images of one person change it by at most m.
@@ -13,7 +14,8 @@
    exactly when delta >= Phi(mu/2 - epsilon/mu) - e^epsilon Phi(-mu/2 - epsilon/mu) (Balle & Wang 2018).
 4. *Composition.* Releases of the same images are together sqrt(sum mu^2)-GDP. Clips, slots and coordinates of a release
    may depend on earlier ones, and so may its mu: composition is fully adaptive as long as the sum of mu^2 has a fixed
-   bound (Smith & Thakurta 2022). Every branch of a fit adds up to the promise's mu^2, which `describe` checks.
+   bound (Smith & Thakurta 2022). Every branch of a fit adds up to the promise's mu^2, which `describe` checks, or stops
+   after the counts.
 5. *Exact sums.* v is cut towards zero to multiples of 2^-20, by operations that see this image alone. Its norm is
    checked in integers. Sums and products are integers below 2^53 in float64, and below 2^63 in int64. So the sums have
    no rounding, and the order of the images leaves no trace (Mironov 2012; Casacuberta et al. 2022).

@@ -143,8 +143,8 @@ class ImageData(Dataset):
         return other
 
     @property
-    def repeated(self) -> bool:
-        """Whether an image is there several times, as in a subset of repeated indices."""
+    def repeated(self) -> str:
+        """Two names of an image that is there several times, as in a subset of repeated indices; "" if none is."""
         return self._source.repeated
 
     def where(self, index: int) -> str:

@@ -101,10 +101,14 @@ class Source(Dataset):
         return replace(self, rows=self.rows[rows], targets=self.targets[rows], classes=names, class_ids=ids)
 
     @property
-    def repeated(self) -> bool:
-        """Whether an image is there several times."""
-        found = self.rows.tolist() if self.paths is None else [os.path.realpath(self.paths[row]) for row in self.rows]
-        return len(set(found)) < len(found) or (self.key is not None and getattr(self.items, "repeated", False))
+    def repeated(self) -> str:
+        """Two names of an image that is there several times; "" if there is none."""
+        first: dict[Any, int] = {}
+        for index, row in enumerate(self.rows.tolist()):
+            image = row if self.paths is None else os.path.realpath(self.paths[row])
+            if first.setdefault(image, index) != index:
+                return f"{self.where(first[image])} and {self.where(index)}"
+        return str(getattr(self.items, "repeated", "")) if self.key is not None else ""
 
     def where(self, index: int) -> str:
         """The path of image `index`, or a description where it has no path."""

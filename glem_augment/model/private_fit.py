@@ -89,7 +89,7 @@ def stored_coordinates(name: str) -> Path:
 def check_images(images: ImageData, public: ImageData | None) -> None:
     """Refuse images of which one has influence beyond its latent, and warn of public facts that were read from them."""
     if images.repeated:
-        raise DataError("an image is in this private set several times: give it once")
+        raise DataError(f"one image is in this private set several times ({images.repeated}): give it once")
     if public is not None and public.image_shape == images.image_shape:
         # An image of one colour may be in both.
         known = {hash(x.numpy().tobytes()) for x in public.some(_PUBLIC_IMAGES) if x.min() < x.max()}
