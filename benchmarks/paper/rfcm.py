@@ -20,7 +20,6 @@ from torch import Tensor
 
 from glem_augment.checks import check_number
 from glem_augment.classes.fit import REST_FLOOR
-from glem_augment.classes.statistics import centred
 
 # With less, float64 can't tell the determinant of two images' covariance from zero.
 _LEAST_RIDGE = 1e-10
@@ -35,18 +34,19 @@ def fit_covariances(
     """Estimate the covariances class by class, with one class in memory besides the result.
 
     Args:
-        latents_of_class: gives the latents [n, d] of class y = 0 .. K - 1; called once for each.
+        latents_of_class: gives the latents [n, d], n >= 2, of class y = 0 .. K - 1; called once for each.
         num_classes: K.
         ridge: variance that is added in every dimension, as a share of the class's mean variance, at least 1e-10.
 
     Raises:
-        DataError: a class has fewer than two images, or latents that are not finite.
         ValueError: the ridge is negative.
     """
     ridge = check_number("ridge", ridge, 0.0, math.inf)
     means, diagonals, factors, counts = [], [], [], []
     for y in range(num_classes):
-        mean, rows = centred(latents_of_class(y), f"class {y}")
+        latents = latents_of_class(y).double()
+        mean = latents.mean(0)
+        rows = latents - mean
         counts.append(len(rows))
         rows = rows / math.sqrt(len(rows) - 1)
         if len(rows) > rows.shape[1]:

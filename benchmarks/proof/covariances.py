@@ -37,7 +37,7 @@ def measure(z: Tensor, y: Tensor, held: int, count: int) -> dict[str, Any]:
     others, truth = z[-held:], y[-held:]
 
     def accuracy(full: bool) -> float:
-        statistics = class_statistics(lambda k: train[labels == k], classes, dim, 64)
+        statistics = class_statistics(lambda k: train[labels == k], range(classes), dim, 64)
         right = fit_classes(statistics, 64, full=full).log_prob(others).argmax(1) == truth
         return round(100 * float(right.double().mean()), 2)
 

@@ -93,7 +93,8 @@ def measure(kind: str, name: str, rate: float, steps: int, x: Tensor, y: Tensor)
 
     whiten = getattr(flow, "whiten", None)
     if whiten is not None:
-        whiten.fit(*pooled_covariance(lambda k: train[labels == k].flatten(1), CLASSES, len(whiten.gain), dim))
+        rank = len(whiten.gain)
+        whiten.fit(*pooled_covariance(lambda k: train[labels == k].flatten(1), range(CLASSES), rank, dim))
     flow.initialise(noisy(train[:512]))
     means = nn.Parameter(torch.zeros(CLASSES, dim))
     learned = [p for p in flow.parameters() if p.requires_grad]

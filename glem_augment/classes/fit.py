@@ -44,6 +44,7 @@ REST_FLOOR = 1e-8
 _LARGEST_VARIANCE = 1e5
 SHRINKAGE = 10.0  # k
 KEPT = 2000  # at most about so many latents fit the temperature
+_ROWS = 64  # latents at a time, which bounds the memory
 
 Psi = tuple[float, float, float] | None
 
@@ -154,17 +155,19 @@ def left_out_temperature(
 
     `floor` is the least variance of a class without the latent.
     """
-    scores = gaussians.log_prob(torch.cat(statistics.kept).to(gaussians.mu)).double()
-    y = _labels(statistics.kept)
     pooled = statistics.pooled.squares / statistics.pooled.count
-    own = []
-    for z, each in zip(statistics.kept, statistics.classes, strict=True):
-        factor, deviation = each.count / max(1, each.count - 1), z.double() - each.mean
-        left = (each.squares - factor * deviation.square()).clamp_min(0)
-        variance = shrunk_variance(left, torch.tensor(each.count - 2.0), pooled, shrinkage).clamp_min(floor)
-        own.append(-0.5 * ((factor * deviation).square() / variance + variance.log() + math.log(2 * math.pi)).sum(1))
-    scores[torch.arange(len(y)), y] = torch.cat(own)
-    return fit_temperature(scores, y)
+    found = []
+    for y, each in enumerate(statistics.classes):
+        factor, freedom = each.count / max(1, each.count - 1), torch.tensor(each.count - 2.0)
+        for z in statistics.kept[y].split(_ROWS):
+            scores = gaussians.log_prob(z.to(gaussians.mu)).double()
+            squares = (z.double() - each.mean).square()
+            left = (each.squares - factor * squares).clamp_min(0)
+            variance = shrunk_variance(left, freedom, pooled, shrinkage).clamp_min(floor)
+            terms = factor**2 * squares / variance + variance.log() + math.log(2 * math.pi)
+            scores[:, y] = -0.5 * terms.sum(1)
+            found.append(scores)
+    return fit_temperature(torch.cat(found), _labels(statistics.kept))
 
 
 @torch.no_grad()

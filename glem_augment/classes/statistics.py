@@ -11,14 +11,12 @@ A few latents are kept to fit the temperature of the posterior (`classes.fit`). 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from glem_augment import distributed
 from glem_augment.classes.groups import k_means
 from glem_augment.errors import DataError
 
@@ -47,14 +45,21 @@ class Moments:
     squares: Tensor
 
     @classmethod
-    def of(cls, latents: Tensor, name: str, most: int) -> Moments:
+    def of(cls, latents: Tensor, name: object, most: int) -> Moments:
         """Moments of latents [n, d], with at most `most` directions.
 
         DataError, with the class's `name`: no latents, or latents that are not finite.
         """
-        mean, rows = centred(latents, name, least=1)
-        squares = torch.cat([part.square().sum(0) for part in rows.split(_COLUMNS, 1)])
-        return cls(len(rows), mean, *leading_modes(rows, most), squares)
+        if not len(latents):
+            raise DataError(f"class {name} has no images: add images or leave it out")
+        latents = latents.detach().cpu()
+        mean = torch.cat([part.double().mean(0) for part in latents.split(_COLUMNS, 1)])
+        squares = torch.cat([part.square().sum(0) for part in _deviations(latents, mean)])
+        if not bool(squares.isfinite().all()):
+            raise DataError(
+                f"class {name} has latents that are not finite: check the flow with model.check_invertibility"
+            )
+        return cls(len(latents), mean, *leading_modes(latents, most, mean), squares)
 
     @classmethod
     def of_covariance(cls, count: int, mean: Tensor, covariance: Tensor) -> Moments:
@@ -147,9 +152,9 @@ def _parts_without(parts: list[Moments], latents: Tensor) -> list[Moments]:
 
 @torch.no_grad()
 def class_statistics(
-    latents_of_class: Callable[[int], Tensor], num_classes: int, dim: int, rank: int, parts: int = 1, keep: int = 0
+    latents_of_class: Callable[[int], Tensor], names: Sequence[object], dim: int, rank: int, parts: int = 1, keep: int = 0
 ) -> ClassStatistics:
-    """Statistics of K classes, with one class in memory at a time. All ranks call this together.
+    """Statistics of the classes that errors call `names`, with one class in memory at a time.
 
     Args:
         latents_of_class: gives the latents [n, d] of class y = 0 .. K - 1; called once for each.
@@ -160,21 +165,19 @@ def class_statistics(
     Raises:
         DataError: a class without images (fewer than 2 P, with parts), no class with two, or latents not finite.
     """
-    whole = can_be_whole(num_classes, dim)
+    whole = can_be_whole(len(names), dim)
     pool, found, groups, kept = _Pool(dim, dim if whole else rank), [], [], []
-    for first in range(0, num_classes, distributed.world_size()):
-        turn = range(num_classes)[first : first + distributed.world_size()]
-        own: Any = None
-        for y in turn:
-            z = latents_of_class(y)
-            kept.append(z[_spread(len(z), keep // num_classes)])
-            if y - first == distributed.rank():
-                own = _moments(z, y, pool.handed, parts)
-        for _, (each, of_parts) in zip(turn, distributed.gather(own), strict=False):
-            if each.count > 1:
-                pool.add(each)
-            found.append(each if whole else each.cut(rank))
-            groups.append([found[-1]] if of_parts is None else of_parts if whole else [p.cut(rank) for p in of_parts])
+    for y, name in enumerate(names):
+        z = latents_of_class(y)
+        kept.append(z[_spread(len(z), keep // len(names))])
+        each = Moments.of(z, name, pool.handed)
+        if each.count > 1:
+            pool.add(each)
+        each = each if whole else each.cut(rank)
+        found.append(each)
+        group = k_means(z, parts) if parts > 1 else None
+        of_parts = [each] if group is None else [Moments.of(z[group == j], name, pool.rank) for j in group.unique()]
+        groups.append(of_parts)
     return ClassStatistics(found, groups, pool.moments(), whole, parts, kept if keep else [])
 
 
@@ -189,22 +192,15 @@ def _spread(count: int, most: int) -> Tensor:
     return torch.arange(chosen) * count // max(1, chosen)
 
 
-def _moments(z: Tensor, y: int, most: int, parts: int) -> tuple[Moments, list[Moments] | None]:
-    """Moments of the latents of class y, and of its groups."""
-    whole, name = Moments.of(z, f"class {y}", most), f"class {y}"
-    if parts == 1:
-        return whole, None
-    group = k_means(z.detach().cpu(), parts)
-    return whole, [Moments.of(z[group == j], name, most) for j in group.unique()]
-
-
 class _Pool:
     """Adds up the scatter of classes."""
 
     def __init__(self, dim: int, rank: int) -> None:
         # Classes hand on more modes than are stored, so that the top modes of the pooled covariance lose little.
         self.rank, self.handed = rank, min(dim, max(4 * rank, 128))
-        self.factor = torch.empty(6 * self.handed, dim, dtype=torch.float64)
+        # Where modes are left out anyway, float32 takes half the memory.
+        dtype = torch.float64 if self.handed == dim else torch.float32
+        self.factor = torch.empty(6 * self.handed, dim, dtype=dtype)
         self.used = 0  # rows F of `factor` with F^T F = the summed scatter, nearly
         self.squares, self.means = torch.zeros(2, dim, dtype=torch.float64)
         self.freedom = self.classes = 0
@@ -236,7 +232,7 @@ class _Pool:
 
 @torch.no_grad()
 def pooled_covariance(
-    rows_of_class: Callable[[int], Tensor], num_classes: int, rank: int, dim: int
+    rows_of_class: Callable[[int], Tensor], names: Sequence[object], rank: int, dim: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The classes' mean [d], and the modes [k, d], standard deviations [k] and rest [d] of their pooled covariance.
 
@@ -245,67 +241,54 @@ def pooled_covariance(
     noise, and `flows.linear.Whiten` would blow up other images by dividing by their spread.
     """
     pool = _Pool(dim, rank)
-    for y in range(num_classes):
-        pool.add(Moments.of(rows_of_class(y), f"class {y}", pool.handed))
+    for y, name in enumerate(names):
+        pool.add(Moments.of(rows_of_class(y), name, pool.handed))
     found = pool.moments().cut(min(rank, max(1, pool.freedom // IMAGES_PER_MODE)))
     values = found.values / math.sqrt(found.count)
     rest = found.squares / found.count - (values[:, None] * found.directions).square().sum(0)
     return found.mean, found.directions, values, rest.clamp_min(0)
 
 
-def centred(latents: Tensor, name: str, least: int = 2) -> tuple[Tensor, Tensor]:
-    """The mean [d] of a class's latents [n, d] and their deviations from it [n, d], float64 on the CPU.
-
-    DataError, with the class's `name`: fewer than `least` latents, or latents that are not finite.
-    """
-    if len(latents) < least:
-        raise DataError(
-            f"{name} has {len(latents)} images; its covariance needs at least {least}: add images or leave it out"
-        )
-    rows = latents.detach().to("cpu", torch.float64, copy=True)
-    mean = rows.mean(0)
-    rows -= mean
-    if not all(bool(part.isfinite().all()) for part in rows.split(_COLUMNS, 1)):
-        raise DataError(f"{name} has latents that are not finite: check the flow with model.check_invertibility")
-    return mean, rows
-
-
-def leading_modes(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The leading right singular vectors [r, d] and values [r], descending, of rows [n, d] float64.
+def leading_modes(rows: Tensor, rank: int, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The leading right singular vectors [r, d] and values [r], descending, of rows [n, d] less their mean; float64.
 
     r <= min(rank, n, d): values that are numerically zero are left out. The largest entry of a vector is positive, so
     that fits can be compared.
     """
-    there = (rows.amax(1) > 0) | (rows.amin(1) < 0)
-    rows = rows if bool(there.all()) else rows[there]
-    values, directions = _decomposed(rows, min(rank, *rows.shape))
-    real = values > math.sqrt(RELATIVE_TOLERANCE) * values[:1]
-    values, directions = values[real], directions[real]
+    mean = torch.zeros(rows.shape[1], dtype=torch.float64) if mean is None else mean
+    values, directions = _decomposed(rows, mean, min(rank, *rows.shape))
+    real = int((values > math.sqrt(RELATIVE_TOLERANCE) * values[:1]).sum())
     # Vectors from a Gram matrix are orthogonal up to rounding relative to the largest singular value. So weak vectors
     # are not quite orthogonal to strong ones. A QR decomposition (Gram-Schmidt in the order of strength) mends that.
-    directions = torch.linalg.qr(directions.T).Q.T
-    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    return directions * largest.sign(), values
+    directions = torch.linalg.qr(directions[:real].T).Q.T
+    positive = directions.amax(1, keepdim=True) >= -directions.amin(1, keepdim=True)
+    return directions.mul_(torch.where(positive, 1, -1)), values[:real]
 
 
-def _decomposed(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _deviations(rows: Tensor, mean: Tensor) -> Iterator[Tensor]:
+    """Rows [n, d] less their mean [d], a few columns at a time: a float64 copy would take twice their memory."""
+    return (part - centre for part, centre in zip(rows.split(_COLUMNS, 1), mean.split(_COLUMNS), strict=True))
+
+
+def _decomposed(rows: Tensor, mean: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Singular values [rank] and right singular vectors [rank, d], not quite orthonormal, by the fastest method."""
     n, dim = rows.shape
-    if not n:
-        return rows.new_zeros(0), rows
     if min(n, dim) > MAX_EIGH:
         with torch.random.fork_rng(devices=[]):  # a fit is repeatable
             torch.manual_seed(0)
-            _, values, right = torch.svd_lowrank(rows, q=min(n, dim, 2 * rank + 16), niter=12)
+            _, values, right = torch.svd_lowrank(rows - mean, q=min(n, dim, 2 * rank + 16), niter=12)
         return values[:rank], right[:, :rank].T
+    # The eigenvectors of the smaller of the two Gram matrices take a fraction of the time of an SVD.
+    gram = torch.zeros(min(n, dim), min(n, dim), dtype=torch.float64)
+    for part in [(rows - mean).T] if n > dim else _deviations(rows, mean):
+        gram.addmm_(part, part.T)
     try:
-        # The eigenvectors of the smaller of the two Gram matrices take a fraction of the time of an SVD.
-        values, vectors = torch.linalg.eigh(rows @ rows.T if n <= dim else rows.T @ rows)
+        values, vectors = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:  # repeated eigenvalues can keep it from converging
-        _, values, right = torch.linalg.svd(rows, full_matrices=False)
+        _, values, right = torch.linalg.svd(rows - mean, full_matrices=False)
         return values[:rank], right[:rank]
     values = values.flip(0)[:rank].clamp_min(0).sqrt()
     vectors = vectors.flip(1)[:, :rank].T
     if n <= dim:
-        vectors = vectors @ rows
-    return values, vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-300)
+        vectors = torch.cat([vectors @ part for part in _deviations(rows, mean)], 1)
+    return values, vectors.div_(vectors.norm(dim=1, keepdim=True).clamp_min(1e-300))

@@ -469,7 +469,7 @@ class GLEM(LatentModel):
         total = sum(len(each) for each in rows)
         with progress_bar("fit", total=total) as bar:
             latents = self.latents_of_classes(images, rows, seed, bar.update)
-            return class_statistics(latents, len(rows), self.dim, rank, parts, KEPT)
+            return class_statistics(latents, images.classes, self.dim, rank, parts, KEPT)
 
     def _fit_classes(self, statistics: ClassStatistics, rank: int) -> Classes:
         # A flow of pixels leaves the dimensions of a class nearly independent. Pixels and latents of an autoencoder are

@@ -58,7 +58,7 @@ def initialise(model: GLEM, batches: Batches, objective: Objective, init_model: 
     whiten = getattr(model.flow, "whiten", None)
     if whiten is not None and not whiten.initialised:
         numbers = partial(numbers_of_class, model, batches)
-        whiten.fit(*pooled_covariance(numbers, model.num_classes, len(whiten.gain), model.dim))
+        whiten.fit(*pooled_covariance(numbers, model.classes, len(whiten.gain), model.dim))
     model.initialise(x, seeded(config.seed, 1))
 
     def statistics() -> LatentStatistics:

@@ -26,7 +26,7 @@ PAPER: Psi = (0.5, 0.2, 0.05)
 
 
 def statistics_of(latents: list[Tensor], rank: int, parts: int = 1, keep: int = KEPT) -> ClassStatistics:
-    return class_statistics(latents.__getitem__, len(latents), latents[0].shape[1], rank, parts, keep)
+    return class_statistics(latents.__getitem__, range(len(latents)), latents[0].shape[1], rank, parts, keep)
 
 
 def fitted(latents: list[Tensor], rank: int, shrinkage: float) -> Classes:

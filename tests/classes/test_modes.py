@@ -28,7 +28,7 @@ def make_latents(counts: list[int], dim: int, seed: int = 0) -> list[Tensor]:
 
 
 def fit(latents: list[Tensor], rank: int) -> ClassModes:
-    return fit_modes(class_statistics(latents.__getitem__, len(latents), latents[0].shape[1], rank), rank)
+    return fit_modes(class_statistics(latents.__getitem__, range(len(latents)), latents[0].shape[1], rank), rank)
 
 
 def covariance(directions: Tensor, scales: Tensor) -> Tensor:
