@@ -43,7 +43,6 @@ REST_FLOOR = 1e-8
 # config.json holds numbers of psi up to 1e6; a flow can't invert latents of that size anyway.
 _LARGEST_VARIANCE = 1e5
 SHRINKAGE = 10.0  # k
-KEPT = 2000  # at most about so many latents fit the temperature
 _ROWS = 64  # latents at a time, which bounds the memory
 
 Psi = tuple[float, float, float] | None
@@ -72,7 +71,7 @@ def fit_classes(
     """
     least = floor * float((statistics.pooled.squares / statistics.pooled.count).mean())
     found = Classes(_fit_gaussians(statistics, shrinkage, psi, least), fit_modes(statistics, rank, full), full)
-    if not statistics.kept:
+    if not statistics.kept_counts:
         return found
     if full:
 
@@ -155,35 +154,38 @@ def left_out_temperature(
 
     `floor` is the least variance of a class without the latent.
     """
-    pooled = statistics.pooled.squares / statistics.pooled.count
-    found = []
-    for y, each in enumerate(statistics.classes):
-        factor, freedom = each.count / max(1, each.count - 1), torch.tensor(each.count - 2.0)
-        for z in statistics.kept[y].split(_ROWS):
-            scores = gaussians.log_prob(z.to(gaussians.mu)).double()
-            squares = (z.double() - each.mean).square()
-            left = (each.squares - factor * squares).clamp_min(0)
-            variance = shrunk_variance(left, freedom, pooled, shrinkage).clamp_min(floor)
-            terms = factor**2 * squares / variance + variance.log() + math.log(2 * math.pi)
-            scores[:, y] = -0.5 * terms.sum(1)
-            found.append(scores)
-    return fit_temperature(torch.cat(found), _labels(statistics.kept))
+    pooled, found = statistics.pooled.squares / statistics.pooled.count, []
+    labels = _labels(statistics.kept_counts)
+    for z, y in zip(statistics.kept.split(_ROWS), labels.split(_ROWS), strict=True):
+        scores = gaussians.log_prob(z.to(gaussians.mu)).double()
+        own = [statistics.classes[k] for k in y.tolist()]
+        count = torch.tensor([[each.count] for each in own]).double()
+        factor = count / (count - 1)
+        squares = (z - torch.stack([each.mean for each in own])).square()
+        left = (torch.stack([each.squares for each in own]) - factor * squares).clamp_min(0)
+        variance = shrunk_variance(left, count - 2, pooled, shrinkage).clamp_min(floor)
+        terms = factor.square() * squares / variance + variance.log() + math.log(2 * math.pi)
+        scores[torch.arange(len(y)), y] = -0.5 * terms.sum(1)
+        found.append(scores)
+    return fit_temperature(torch.cat(found), labels)
 
 
 @torch.no_grad()
 def held_out_temperature(statistics: ClassStatistics, fit: Callable[[ClassStatistics], Classes]) -> float:
     """T for classes that `fit` makes, from up to a fifth of each class's latents, which are held out."""
-    most = [min(each.count // 5, len(z)) for each, z in zip(statistics.classes, statistics.kept, strict=True)]
-    kept = [z[torch.arange(n) * len(z) // max(1, n)] for n, z in zip(most, statistics.kept, strict=True)]
+    kept = []
+    for each, z in zip(statistics.classes, statistics.kept.split(statistics.kept_counts), strict=True):
+        most = min(each.count // 5, len(z))
+        kept.append(z[torch.arange(most) * len(z) // max(1, most)])
     if not sum(map(len, kept)):
         return 1.0
     found = fit(statistics.without(kept))
     scores = found.log_prob(torch.cat(kept).to(found.gaussians.mu))
-    return fit_temperature(scores, _labels(kept))
+    return fit_temperature(scores, _labels([len(z) for z in kept]))
 
 
-def _labels(latents: list[Tensor]) -> Tensor:
-    return torch.repeat_interleave(torch.tensor([len(z) for z in latents]))
+def _labels(counts: list[int]) -> Tensor:
+    return torch.repeat_interleave(torch.tensor(counts))
 
 
 def shrunk_variance(scatter: Tensor, freedom: Tensor, pooled: Tensor, shrinkage: float) -> Tensor:

@@ -22,10 +22,11 @@ from glem_augment.errors import DataError
 
 # Scatter is whole up to these limits: dimensions, and numbers in all.
 WHOLE_DIM, _MOST_WHOLE = 1024, 2**26
+KEPT = 2000  # at most about so many latents are kept
 IMAGES_PER_MODE = 8  # of a pooled covariance that whitens
 # Eigenvalues below this share of the largest are rounding, not variation: their directions would be noise.
 RELATIVE_TOLERANCE = 1e-10
-_COLUMNS = 2048  # of float64 numbers that are squared at a time
+_COLUMNS = 512  # of float64 numbers that are squared at a time
 # Up to this size an eigendecomposition takes seconds; above it, randomised subspace iteration finds the leading modes.
 MAX_EIGH = 4096
 
@@ -45,8 +46,8 @@ class Moments:
     squares: Tensor
 
     @classmethod
-    def of(cls, latents: Tensor, name: object, most: int) -> Moments:
-        """Moments of latents [n, d], with at most `most` directions.
+    def of(cls, latents: Tensor, name: object, most: int, pool: _Pool | None = None) -> Moments:
+        """Moments of latents [n, d], with at most `most` directions. Their scatter is added to `pool`.
 
         DataError, with the class's `name`: no latents, or latents that are not finite.
         """
@@ -59,7 +60,11 @@ class Moments:
             raise DataError(
                 f"class {name} has latents that are not finite: check the flow with model.check_invertibility"
             )
-        return cls(len(latents), mean, *leading_modes(latents, most, mean), squares)
+        rows = leading_rows(latents, most if pool is None else pool.handed, mean)
+        found = cls(len(latents), mean, *orthonormal(rows[:most]), squares)
+        if pool is not None:
+            pool.add(found, rows)
+        return found
 
     @classmethod
     def of_covariance(cls, count: int, mean: Tensor, covariance: Tensor) -> Moments:
@@ -85,10 +90,6 @@ class Moments:
         scatter = self.scatter() - away.T @ away - (n - j) * shift @ shift.T
         return Moments.of_covariance(n - j, mean, scatter / max(1, n - j - 1))
 
-    def cut(self, most: int) -> Moments:
-        """The same moments with at most `most` directions, without the memory of further ones."""
-        return replace(self, directions=self.directions[:most].clone(), values=self.values[:most].clone())
-
 
 @dataclass
 class ClassStatistics:
@@ -99,7 +100,8 @@ class ClassStatistics:
         parts: of the groups of each class; one group, the class itself, without parts.
         pooled: the scatter of all classes about their means; `count` is its degrees of freedom, and the mean is the
             classes' mean.
-        kept: a few latents [m, d] of each class, evenly spread over its images; empty lists or tensors for none.
+        kept: a few latents [m, d] of all classes in order, evenly spread over the images of each; float32.
+        kept_counts: how many of each class; empty for none.
         most_parts: P, the largest number of groups of a class.
         whole: whether the directions span all of the scatter.
     """
@@ -109,7 +111,8 @@ class ClassStatistics:
     pooled: Moments
     whole: bool
     most_parts: int = 1
-    kept: list[Tensor] = field(default_factory=list)
+    kept: Tensor = field(default_factory=lambda: torch.empty(0))
+    kept_counts: list[int] = field(default_factory=list)
 
     @property
     def dim(self) -> int:
@@ -129,7 +132,7 @@ class ClassStatistics:
             parts = [_parts_without(*pair) for pair in zip(self.parts, latents, strict=True)]
         pool = _Pool(self.dim, self.dim)
         for each in classes:
-            pool.add(each)
+            pool.add(each, each.values[:, None] * each.directions)
         return ClassStatistics(classes, parts, pool.moments(), True, self.most_parts)
 
     def as_one_class(self) -> ClassStatistics:
@@ -152,7 +155,7 @@ def _parts_without(parts: list[Moments], latents: Tensor) -> list[Moments]:
 
 @torch.no_grad()
 def class_statistics(
-    latents_of_class: Callable[[int], Tensor], names: Sequence[object], dim: int, rank: int, parts: int = 1, keep: int = 0
+    latents_of_class: Callable[[int], Tensor], names: Sequence[object], dim: int, rank: int, parts: int = 1
 ) -> ClassStatistics:
     """Statistics of the classes that errors call `names`, with one class in memory at a time.
 
@@ -160,25 +163,27 @@ def class_statistics(
         latents_of_class: gives the latents [n, d] of class y = 0 .. K - 1; called once for each.
         rank: how many modes of a class will be used; with scatter that is not whole, no more are stored.
         parts: P, into which k-means divides the images of a class.
-        keep: how many latents to keep in all.
 
     Raises:
         DataError: a class without images (fewer than 2 P, with parts), no class with two, or latents not finite.
     """
     whole = can_be_whole(len(names), dim)
-    pool, found, groups, kept = _Pool(dim, dim if whole else rank), [], [], []
+    pool, found, groups, kept_counts = _Pool(dim, dim if whole else rank), [], [], []
+    most = max(1, KEPT // len(names))
+    kept = torch.empty(len(names) * most, dim)
     for y, name in enumerate(names):
         z = latents_of_class(y)
-        kept.append(z[_spread(len(z), keep // len(names))])
-        each = Moments.of(z, name, pool.handed)
-        if each.count > 1:
-            pool.add(each)
-        each = each if whole else each.cut(rank)
-        found.append(each)
-        group = k_means(z, parts) if parts > 1 else None
-        of_parts = [each] if group is None else [Moments.of(z[group == j], name, pool.rank) for j in group.unique()]
-        groups.append(of_parts)
-    return ClassStatistics(found, groups, pool.moments(), whole, parts, kept if keep else [])
+        chosen, start = _spread(len(z), most), sum(kept_counts)
+        kept[start : start + len(chosen)] = z[chosen]
+        kept_counts.append(len(chosen))
+        each = Moments.of(z, name, pool.rank, pool)
+        found.append(each if whole else replace(each, directions=each.directions.float()))
+        groups.append(found[-1:])
+        if parts > 1:
+            group = k_means(z, parts)
+            groups[-1] = [Moments.of(z[group == j], name, pool.rank) for j in group.unique()]
+        del z, each  # they would stay during the next class
+    return ClassStatistics(found, groups, pool.moments(), whole, parts, kept[: sum(kept_counts)], kept_counts)
 
 
 def can_be_whole(num_classes: int, dim: int) -> bool:
@@ -187,8 +192,8 @@ def can_be_whole(num_classes: int, dim: int) -> bool:
 
 
 def _spread(count: int, most: int) -> Tensor:
-    """At most `most` (at least one) of `count` indices, evenly spread; none of a single one, which can't be missed."""
-    chosen = min(count, max(1, most)) if count > 1 else 0
+    """At most `most` of `count` indices, evenly spread; none of a single one, which can't be missed."""
+    chosen = min(count, most) if count > 1 else 0
     return torch.arange(chosen) * count // max(1, chosen)
 
 
@@ -205,28 +210,28 @@ class _Pool:
         self.squares, self.means = torch.zeros(2, dim, dtype=torch.float64)
         self.freedom = self.classes = 0
 
-    def add(self, each: Moments) -> None:
-        """Add the scatter of a class."""
-        self._append(each.values, each.directions)
+    def add(self, each: Moments, rows: Tensor) -> None:
+        """Add a class with its `leading_rows`."""
+        if each.count < 2:
+            return
+        self._append(rows)
         self.squares += each.squares
         self.means += each.mean
         self.freedom += each.count - 1
         self.classes += 1
         if self.used > 5 * self.handed:  # one decomposition for several classes
-            directions, values = leading_modes(self.factor[: self.used], self.handed)
-            self.used = 0
-            self._append(values, directions)
+            rows, self.used = leading_rows(self.factor[: self.used], self.handed), 0
+            self._append(rows)
 
-    def _append(self, values: Tensor, directions: Tensor) -> None:
-        rows = self.factor[self.used : self.used + len(values)]
-        torch.mul(values[:, None], directions, out=rows)
-        self.used += len(values)
+    def _append(self, rows: Tensor) -> None:
+        self.factor[self.used : self.used + len(rows)] = rows
+        self.used += len(rows)
 
     def moments(self) -> Moments:
         """The pooled scatter. DataError: no class has two images."""
         if not self.freedom:
             raise DataError("no class has two images, so the variation within a class is unknown: add images")
-        found = leading_modes(self.factor[: self.used], self.rank)
+        found = orthonormal(leading_rows(self.factor[: self.used], self.rank))
         return Moments(self.freedom, self.means / self.classes, *found, self.squares)
 
 
@@ -242,42 +247,41 @@ def pooled_covariance(
     """
     pool = _Pool(dim, rank)
     for y, name in enumerate(names):
-        pool.add(Moments.of(rows_of_class(y), name, pool.handed))
-    found = pool.moments().cut(min(rank, max(1, pool.freedom // IMAGES_PER_MODE)))
-    values = found.values / math.sqrt(found.count)
-    rest = found.squares / found.count - (values[:, None] * found.directions).square().sum(0)
-    return found.mean, found.directions, values, rest.clamp_min(0)
+        Moments.of(rows_of_class(y), name, rank, pool)
+    found, most = pool.moments(), min(rank, max(1, pool.freedom // IMAGES_PER_MODE))
+    directions, values = found.directions[:most], found.values[:most] / math.sqrt(found.count)
+    rest = found.squares / found.count - (values[:, None] * directions).square().sum(0)
+    return found.mean, directions, values, rest.clamp_min(0)
 
 
-def leading_modes(rows: Tensor, rank: int, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The leading right singular vectors [r, d] and values [r], descending, of rows [n, d] less their mean; float64.
+def orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The directions [r, d] and the lengths [r], descending, of `leading_rows`.
 
-    r <= min(rank, n, d): values that are numerically zero are left out. The largest entry of a vector is positive, so
-    that fits can be compared.
+    Values that are numerically zero are left out. The largest entry of a direction is positive, so that fits can be
+    compared.
     """
-    mean = torch.zeros(rows.shape[1], dtype=torch.float64) if mean is None else mean
-    values, directions = _decomposed(rows, mean, min(rank, *rows.shape))
+    values = rows.norm(dim=1)
     real = int((values > math.sqrt(RELATIVE_TOLERANCE) * values[:1]).sum())
-    # Vectors from a Gram matrix are orthogonal up to rounding relative to the largest singular value. So weak vectors
-    # are not quite orthogonal to strong ones. A QR decomposition (Gram-Schmidt in the order of strength) mends that.
-    directions = torch.linalg.qr(directions[:real].T).Q.T
+    # Rows from a Gram matrix are orthogonal up to rounding relative to the largest. So weak rows are not quite
+    # orthogonal to strong ones. A QR decomposition (Gram-Schmidt in the order of strength) mends that.
+    directions = torch.linalg.qr(rows[:real].T).Q.T
     positive = directions.amax(1, keepdim=True) >= -directions.amin(1, keepdim=True)
     return directions.mul_(torch.where(positive, 1, -1)), values[:real]
 
 
-def _deviations(rows: Tensor, mean: Tensor) -> Iterator[Tensor]:
-    """Rows [n, d] less their mean [d], a few columns at a time: a float64 copy would take twice their memory."""
-    return (part - centre for part, centre in zip(rows.split(_COLUMNS, 1), mean.split(_COLUMNS), strict=True))
+def leading_rows(rows: Tensor, rank: int, mean: Tensor | None = None) -> Tensor:
+    """Rows F [min(rank, n, d), d] with F^T F the strongest part of the scatter of rows [n, d] about `mean`; float64.
 
-
-def _decomposed(rows: Tensor, mean: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Singular values [rank] and right singular vectors [rank, d], not quite orthonormal, by the fastest method."""
+    They are the leading right singular vectors times their values, not quite orthogonal, by the fastest method.
+    """
     n, dim = rows.shape
+    rank = min(rank, n, dim)
+    mean = torch.zeros(dim, dtype=torch.float64) if mean is None else mean
     if min(n, dim) > MAX_EIGH:
         with torch.random.fork_rng(devices=[]):  # a fit is repeatable
             torch.manual_seed(0)
             _, values, right = torch.svd_lowrank(rows - mean, q=min(n, dim, 2 * rank + 16), niter=12)
-        return values[:rank], right[:, :rank].T
+        return (right * values).T[:rank]
     # The eigenvectors of the smaller of the two Gram matrices take a fraction of the time of an SVD.
     gram = torch.zeros(min(n, dim), min(n, dim), dtype=torch.float64)
     for part in [(rows - mean).T] if n > dim else _deviations(rows, mean):
@@ -286,9 +290,13 @@ def _decomposed(rows: Tensor, mean: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:  # repeated eigenvalues can keep it from converging
         _, values, right = torch.linalg.svd(rows - mean, full_matrices=False)
-        return values[:rank], right[:rank]
-    values = values.flip(0)[:rank].clamp_min(0).sqrt()
+        return values[:rank, None] * right[:rank]
     vectors = vectors.flip(1)[:, :rank].T
-    if n <= dim:
-        vectors = torch.cat([vectors @ part for part in _deviations(rows, mean)], 1)
-    return values, vectors.div_(vectors.norm(dim=1, keepdim=True).clamp_min(1e-300))
+    if n > dim:
+        return values.flip(0)[:rank, None].clamp_min(0).sqrt() * vectors
+    return torch.cat([vectors @ part for part in _deviations(rows, mean)], 1)
+
+
+def _deviations(rows: Tensor, mean: Tensor) -> Iterator[Tensor]:
+    """Rows [n, d] less their mean [d], a few columns at a time: a float64 copy would take twice their memory."""
+    return (part - centre for part, centre in zip(rows.split(_COLUMNS, 1), mean.split(_COLUMNS), strict=True))

@@ -17,7 +17,7 @@ from torch import nn
 
 from glem_augment.checks import check_whole
 from glem_augment.classes.classes import Classes
-from glem_augment.classes.fit import KEPT, fit_classes, fit_modes
+from glem_augment.classes.fit import fit_classes, fit_modes
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import ClassModes
 from glem_augment.classes.privacy import Privacy
@@ -469,7 +469,7 @@ class GLEM(LatentModel):
         total = sum(len(each) for each in rows)
         with progress_bar("fit", total=total) as bar:
             latents = self.latents_of_classes(images, rows, seed, bar.update)
-            return class_statistics(latents, images.classes, self.dim, rank, parts, KEPT)
+            return class_statistics(latents, images.classes, self.dim, rank, parts)
 
     def _fit_classes(self, statistics: ClassStatistics, rank: int) -> Classes:
         # A flow of pixels leaves the dimensions of a class nearly independent. Pixels and latents of an autoencoder are

@@ -14,7 +14,7 @@ from torch.distributions import MultivariateNormal, Normal
 
 from glem_augment import GLEM, GLEMAugment, Noise, open_data
 from glem_augment.classes.classes import Classes
-from glem_augment.classes.fit import KEPT, REST_FLOOR, fit_classes, fit_modes, fit_temperature, psi_that_holds
+from glem_augment.classes.fit import REST_FLOOR, fit_classes, fit_modes, fit_temperature, psi_that_holds
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import SHRUNK
 from glem_augment.classes.statistics import ClassStatistics, Moments, class_statistics
@@ -25,8 +25,8 @@ Psi = tuple[float, float, float] | None
 PAPER: Psi = (0.5, 0.2, 0.05)
 
 
-def statistics_of(latents: list[Tensor], rank: int, parts: int = 1, keep: int = KEPT) -> ClassStatistics:
-    return class_statistics(latents.__getitem__, range(len(latents)), latents[0].shape[1], rank, parts, keep)
+def statistics_of(latents: list[Tensor], rank: int, parts: int = 1) -> ClassStatistics:
+    return class_statistics(latents.__getitem__, range(len(latents)), latents[0].shape[1], rank, parts)
 
 
 def fitted(latents: list[Tensor], rank: int, shrinkage: float) -> Classes:
