@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -21,6 +20,7 @@ import torch
 import yaml
 from model_cases import photos
 from PIL import Image
+from test_cli import write_images
 
 from glem_augment import GLEM, GLEMAugment, open_data
 
@@ -53,12 +53,8 @@ def test_the_recipe_runs_with_a_small_eva02_and_taef2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     finetune = load("finetune_timm", monkeypatch)
-    rng = np.random.default_rng(0)
-    for split, name in itertools.product(("train", "val"), "abcdefghij"):
-        (tmp_path / "data" / split / name).mkdir(parents=True)
-        for i in range(2):
-            coarse = Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8))
-            coarse.resize((56, 56), Image.Resampling.BICUBIC).save(tmp_path / "data" / split / name / f"{i}.png")
+    for split in ("train", "val"):
+        write_images(tmp_path / "data" / split, tuple("abcdefghij"), (7, 7), 2)
     model = GLEM.create("identity", (3, 56, 56), ["image"], autoencoder="taef2")
     model.adapt(str(tmp_path / "data"), rank=8, pooled=True).save(tmp_path / "modes")
     small = ["--model", "eva02_tiny_patch14_224", "--num-classes", "null", "--img-size", "56", "--epochs", "1"]
@@ -88,26 +84,15 @@ def test_options_come_from_the_command_line_over_the_file(monkeypatch: pytest.Mo
             options(text, *given)
 
 
-def folders(root: Path, per_class: int = 2, **splits: str) -> Path:
-    """Grey images as root/split/class/*.png; the classes of a split are given as one text."""
-    for split, classes in splits.items():
-        for name in classes.split():
-            (root / split / name).mkdir(parents=True)
-            for i in range(per_class):
-                pixels = torch.randint(256, (28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
-                Image.fromarray(pixels.numpy()).save(root / split / name / f"{i}.png")
-    return root
-
-
 def test_validation_folders_are_labelled_as_the_training_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     finetune, loop = load("finetune_timm", monkeypatch), load("torchvision_loop", monkeypatch)
-    # "train" and "val" are names of classes like others.
-    root = folders(tmp_path, train="bag train val", val="train val")
-    for train, val in (finetune.datasets(root), loop.datasets(root, 8)):
+    write_images(tmp_path / "train", ("bag", "train", "val"), (28, 28), 2, "L")  # names of classes like others
+    write_images(tmp_path / "val", ("train", "val"), (28, 28), 2, "L")
+    for train, val in (finetune.datasets(tmp_path), loop.datasets(tmp_path, 8)):
         assert [train[i][1] for i in range(len(train))] == [0, 0, 1, 1, 2, 2]
         assert [val[i][1] for i in range(len(val))] == [1, 1, 2, 2]
-    folders(root, val="coat")
-    for load_data in (lambda: finetune.datasets(root), lambda: loop.datasets(root, 8)):
+    write_images(tmp_path / "val", ("coat",), (28, 28), 2, "L")
+    for load_data in (lambda: finetune.datasets(tmp_path), lambda: loop.datasets(tmp_path, 8)):
         with pytest.raises(SystemExit, match="coat"):
             load_data()
 
@@ -225,13 +210,9 @@ def test_the_quality_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_does_it_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """A whole run on images of which one class is brighter."""
+    """A whole run on images of two colours."""
     example = load("does_it_help", monkeypatch)
-    rng = np.random.default_rng(0)
-    for i, name in itertools.product(range(12), "ab"):
-        (tmp_path / name).mkdir(exist_ok=True)
-        pixels = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8) + 100 * (name == "b")
-        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / name / f"{i}.png")
+    write_images(tmp_path, ("a", "b"), (16, 16), 12)
     monkeypatch.setattr(example, "too_little", lambda *_: None)
     few = [stack for stack in example.ordinary() if stack.batch is not None][::3]
     monkeypatch.setattr(example, "ordinary", lambda: few)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_cli import write_images
 
 from glem_augment import GLEM
 from glem_augment.cli import main
@@ -51,10 +52,7 @@ def test_a_preview_shows_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         preview(model, data.subset([]))
     model.save(tmp_path / "flow")
-    for i in range(6):
-        (tmp_path / "photos" / f"class {i % 3}").mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(i).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "photos" / f"class {i % 3}" / f"{i}.png")
+    write_images(tmp_path / "photos", tuple(model.classes), (20, 30), 2)
     command = ["preview", str(tmp_path / "flow"), str(tmp_path / "photos"), "--out", str(tmp_path / "p.png")]
     assert main(command) == 0
     assert Image.open(tmp_path / "p.png").height > 0
