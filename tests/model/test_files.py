@@ -86,7 +86,7 @@ def test_half_precision_weights_and_configs_without_optional_fields_are_read(sav
 
 def test_the_flow_of_clothes_classifies_and_inverts(bundled_test) -> None:
     model = GLEM.from_pretrained("bundled:fashion-mnist")
-    x, y = bundled_test.tensor()[::16], torch.as_tensor(bundled_test.targets)[::16]
+    x, y = bundled_test.tensor()[::25], torch.as_tensor(bundled_test.targets)[::25]
     assert (model.predict(x) == y).float().mean() > 0.85
     assert float(model.bits_per_dim(x, y).mean()) < 4
     report = model.check_invertibility(x)
@@ -99,7 +99,7 @@ def test_the_flow_of_clothes_classifies_and_inverts(bundled_test) -> None:
 
 def test_the_flow_of_colour_knows_its_own_samples() -> None:
     model = GLEM.from_pretrained("bundled:cifar10")
-    y = torch.arange(10).repeat(5)
+    y = torch.arange(10).repeat(3)
     x = UINT8.from_floats(model.sample(y, 0.8, torch.Generator().manual_seed(0), "rfcm"))
     assert (model.predict(x) == y).float().mean() > 0.7 and x.unique().numel() > 200
     found = model.check_invertibility(x)
