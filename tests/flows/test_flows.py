@@ -52,6 +52,7 @@ FLOWS: dict[str, dict[str, Any]] = {
     "bottleneck": one_step(1, subnet="bottleneck"),
     "patches": dict(name="mef_tiny", image_shape=(1, 8, 8), patch=4, **{**TINY, "depth": [1, 1]}),
     "identity": dict(name="identity", image_shape=(3, 3, 5)),
+    "latent": dict(name="latent", image_shape=(8, 2, 2), depth=[1, 1], blocks=[1, 1], width=[6, 6]),
 }
 
 
@@ -209,14 +210,3 @@ def test_equal_images_cannot_be_whitened(rank: int) -> None:
         scales = torch.full((len(directions),), 1e-7).double()
         with pytest.raises(DataError, match="whiten"):
             layer.fit(nothing, directions.double(), scales, nothing)
-
-
-def test_a_flow_of_latents_has_one_level_without_a_squeeze() -> None:
-    flow = create_flow("latent", (32, 4, 4), depth=[1, 1], width=[16, 16])
-    x = torch.randn(3, 32, 4, 4)
-    flow.initialise(x)
-    z, logdet = flow(x)
-    back, other = flow.inverse(z)
-    assert z.shape == (3, 512) and torch.allclose(back, x, atol=1e-4) and torch.allclose(logdet, -other, atol=1e-3)
-    with pytest.raises(ValueError, match="even"):
-        create_flow("latent", (3, 4, 4))

@@ -14,7 +14,6 @@ import torch
 from test_recomputed import flow_and_images
 from torch import Tensor
 
-from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.precision import full_precision
 
 CUDA, CUDNN, MKLDNN = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
@@ -129,11 +128,3 @@ def test_a_backward_pass_under_autocast_is_that_of_float32(memory: str) -> None:
         # Torch's own parts of the pass run in bfloat16 there. This library's do not, and do not fail.
         assert got.dtype == torch.float32
         assert float((got - want).norm() / want.norm()) < 0.05
-
-
-def test_a_compiled_program_may_go_through_it() -> None:
-    torch.manual_seed(0)
-    gaussians, z = ClassGaussians(3, 5), torch.randn(4, 5)
-    compiled = torch.compile(lambda latents: gaussians.log_prob(latents).exp(), backend="eager")
-    with torch.no_grad():
-        assert torch.equal(compiled(z), gaussians.log_prob(z).exp())

@@ -9,15 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from glem_augment.flows import PRESETS, build_flow, create_flow, resolve_preset
+from glem_augment.flows import build_flow, create_flow, resolve_preset
 from glem_augment.flows.build import check_spec
-from glem_augment.names import PRESET_NAMES
 
 SMALL = dict(depth=[1, 2], blocks=[1, 1], width=[6, 8])
-
-
-def test_the_types_name_every_preset() -> None:
-    assert set(PRESET_NAMES) == set(PRESETS)
 
 
 def test_the_parameters_of_the_published_size() -> None:

@@ -39,13 +39,6 @@ def test_shape_format_and_start(kind: str, activation: str) -> None:
     assert net.double()(x.double()).is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(("kind", "activation"), KINDS)
-def test_gradients_in_float64(kind: str, activation: str) -> None:
-    net = filled(Subnet(kind, 2, 2, 4, 1, activation)).double()
-    x = torch.randn(2, 2, 3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, *_: net(x), (x, *net.parameters()))
-
-
 def test_the_published_block_is_unchanged() -> None:
     """The formula written out, with the names under which saved models hold the weights."""
     net = filled(small("residual"))
