@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,9 @@ from glem_augment import GLEM
 from glem_augment.model.files import CHECKPOINT, CONFIG, WEIGHTS
 from glem_augment.training.checkpoint import has_checkpoint, load_checkpoint
 
-# In the fast suite, and in the slow one.
-SLOW = (pytest.mark.slow, pytest.mark.timeout(3600))
-
-
-def every(stride: int) -> pytest.MarkDecorator:
-    """A fault at every so many operations on files in the fast suite, and at each operation in the slow one."""
-    return pytest.mark.parametrize("stride", [stride, pytest.param(1, marks=SLOW)])
+# A fault at one operation on a file in the fast suite, and at each operation in the slow one.
+SLOW = pytest.param(range(3, 10_000), marks=(pytest.mark.slow, pytest.mark.timeout(3600)))
+PLACES = pytest.mark.parametrize("places", [[25], SLOW])
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +100,13 @@ def test_training_killed_at_random_moments(tmp_path: Path, images: Path, undistu
     assert runs >= 1
 
 
-@every(15)
+@PLACES
 def test_training_killed_before_operations_on_files(
-    tmp_path: Path, images: Path, undisturbed: tuple[Path, float], stride: int
+    tmp_path: Path, images: Path, undisturbed: tuple[Path, float], places: Sequence[int]
 ) -> None:
     """Kills between two renames, or in the middle of a write, are rare at random moments; here they are certain."""
     notes, deaths = tmp_path / "notes", 0
-    for at in range(3, 10_000, stride):
+    for at in places:
         out = tmp_path / str(at)
         code = run(train_argv(images, out), notes, faulty.DIED, die_at=at, every_step=False)
         all_whole(out)
@@ -120,7 +117,7 @@ def test_training_killed_before_operations_on_files(
         shutil.rmtree(out)
         if code == 0:
             break
-    assert deaths >= 20 // stride
+    assert deaths >= min(20, len(places))
 
 
 def exported(folder: Path) -> dict[str, bytes]:
@@ -129,9 +126,9 @@ def exported(folder: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in found.items() if not re.search(r"(^|/)\.", name)}
 
 
-@every(30)
+@PLACES
 def test_an_export_killed_in_the_middle_of_operations_on_files(
-    tmp_path: Path, undisturbed: tuple[Path, float], stride: int
+    tmp_path: Path, undisturbed: tuple[Path, float], places: Sequence[int]
 ) -> None:
     def argv(out: Path) -> list[str]:
         return ["generate", str(undisturbed[0]), "--per-class", "10", "--seed", "3", "--out", str(out)]
@@ -139,7 +136,7 @@ def test_an_export_killed_in_the_middle_of_operations_on_files(
     notes, deaths = tmp_path / "notes", 0
     run(argv(tmp_path / "whole"), notes)
     whole = exported(tmp_path / "whole")
-    for at in range(10, 10_000, stride):
+    for at in places:
         out = tmp_path / str(at)
         code = run(argv(out), notes, faulty.DIED, die_at=at)
         if code == faulty.DIED:

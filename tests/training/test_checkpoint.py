@@ -65,9 +65,7 @@ def test_other_labels_names_or_pixels_are_other_data() -> None:
 CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a counter is missing": lambda state: state.pop("bad_steps"),
     "a tensor is missing": lambda state: state["model"].pop("latent_classes.gaussians.mu"),
-    "a tensor is unknown": lambda state: state["model"].update(x=torch.zeros(3)),
     "no optimizer": lambda state: state.update(flow_optimizer=None),
-    "no random state": lambda state: state.pop("rng"),
     "a setting is unknown": lambda state: state["settings"].update(unknown=1),
 }
 

@@ -15,22 +15,21 @@ from glem_augment.training.config import SETTINGS, check_setting
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("bad", "words"),
     [
-        (dict(objective="gan"), "objective must be one of 'hybrid', 'mle', 'glem'"),
-        (dict(objective="mle", beta=0.1), "mle.*use 'hybrid'"),
+        (dict(objective="gan"), "objective.*'gan'"),
+        (dict(objective="mle", beta=0.1), "mle.*beta"),
         (dict(augment=("cutmix",)), "cutmix"),
-        (dict(epochs=0), "epochs must be at least 1"),
-        (dict(lr=0), "lr must be finite and above 0"),
-        (dict(bits=9), "bits must be at most 8"),
-        (dict(flow_options=[1]), "flow_options must be a table"),
-        (dict(lr="fast"), "lr must be a number, got 'fast'"),
-        (dict(epoch=3), "epoch"),
+        (dict(lr=0), "lr"),
+        (dict(bits=9), "bits"),
+        (dict(flow_options=[1]), "flow_options"),
+        (dict(lr="fast"), "lr.*'fast'"),
+        (dict(latent_noise=0.1), "latent_noise"),  # without an autoencoder
     ],
-    ids=lambda v: str(v) if isinstance(v, dict) else "",
+    ids=str,
 )
-def test_bad_settings_are_refused_by_name(bad: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
+def test_bad_settings_are_refused_by_name(bad: dict[str, Any], words: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=words):
         TrainConfig(**bad)
 
 

@@ -71,7 +71,3 @@ def test_a_flow_starts_from_whitened_latents(photos: ImageData, tmp_path: Path) 
     trainer = Trainer(photos, config, tmp_path)
     assert bool(trainer.model.flow.whiten.initialised)  # type: ignore[union-attr]
 
-
-def test_noise_on_latents_needs_an_autoencoder() -> None:
-    with pytest.raises(ValueError, match="latent_noise"):
-        TrainConfig(latent_noise=0.1)

@@ -125,7 +125,3 @@ def test_a_single_class_has_nothing_to_repel() -> None:
     statistics.add(torch.randn(8, 3), torch.zeros(8, dtype=torch.long), torch.rand(8))
     assert Repulsion(3.0).m_loss(gaussians, statistics, FIRST).isfinite()
 
-
-def test_an_objective_with_m_steps_needs_their_loss() -> None:
-    with pytest.raises(NotImplementedError, match="Objective has M-steps, so it needs m_loss"):
-        Objective().m_loss(ClassGaussians(1, 3), LatentStatistics(1, 3), FIRST)

@@ -79,7 +79,7 @@ def test_shares_are_whole_and_fall_with_the_total(monkeypatch: pytest.MonkeyPatc
 # ---- training --------------------------------------------------------------------------------------------------------
 
 RUNS: dict[str, dict[str, Any]] = {
-    # 20 steps. Five images of a batch on several ranks.
+    # 10 steps. Five images of a batch on several ranks.
     "glem": dict(batch_size=5, epochs=1, augment=("flip", "crop", "rotate", "jitter"), memory="recomputed"),
     # A third rank never has an image.
     "hybrid": dict(batch_size=2, epochs=1, objective="hybrid", beta=0.2),
@@ -88,7 +88,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def data(name: str) -> ImageData:
-    return toy_data(30 if name == "hybrid" else 119, k=2)
+    return toy_data({"glem": 62, "hybrid": 12, "mle": 119}[name], k=2)
 
 
 def noting(out: Path, name: str) -> tuple[Trainer, list[tuple[float, float]]]:
@@ -138,7 +138,7 @@ def test_runs_on_several_ranks_are_those_on_one(tmp_path: Path, alone: dict[str,
         assert len([row for row in written if row["kind"] == "epoch"]) == RUNS[name]["epochs"]
         saved = GLEM.from_pretrained(tmp_path / name).state_dict()
         assert all(torch.equal(saved[key], value) for key, value in first[name][1].items())
-    assert len(alone["glem"][0]) == 20
+    assert len(alone["glem"][0]) == 10
 
 
 # ---- deaths ----------------------------------------------------------------------------------------------------------
@@ -162,15 +162,15 @@ def run_until(out: Path, dies: int | None, step: int, resume: bool) -> Any:
 @pytest.mark.parametrize(("dies", "resumed"), [(1, (2,)), pytest.param(0, (1, 3, 2), marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, dies: int, resumed: tuple[int, ...]) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    ends = on_ranks(2, tmp_path / "dies", run_until, out, dies, 6, False)
+    ends = on_ranks(2, tmp_path / "dies", run_until, out, dies, 3, False)
     assert ends[dies] is None and f"rank {1 - dies} has lost the other processes" in str(ends[1 - dies])
     checkpoint = (out / CHECKPOINT).read_bytes()
-    assert load_checkpoint(out)["step"] == 6
+    assert load_checkpoint(out)["step"] == 3
     on_ranks(2, tmp_path / "undisturbed", run_until, whole, None, 0, False)
     for ranks in resumed:
         shutil.rmtree(out)
         out.mkdir()
         (out / CHECKPOINT).write_bytes(checkpoint)
-        assert on_ranks(ranks, tmp_path / f"again{ranks}", run_until, out, None, 0, True) == [12] * ranks
+        assert on_ranks(ranks, tmp_path / f"again{ranks}", run_until, out, None, 0, True) == [6] * ranks
     for file in (WEIGHTS, CONFIG):
         assert (out / file).read_bytes() == (whole / file).read_bytes()

@@ -66,7 +66,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 RUNS = {
     "glem": dict(augment=("crop", "jitter"), memory="recomputed"),
-    "mle": dict(schedule="cosine", epochs=4, objective="mle"),
+    "mle": dict(schedule="cosine", epochs=2, objective="mle"),
     "hybrid": dict(
         preset="mef_tiny", flow_options=dict(depth=[1, 1], blocks=[1, 1], width=[4, 4]), objective="hybrid", epochs=2,
         precision="bf16",
@@ -111,10 +111,8 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, name: 
     options, whole = RUNS[name], tmp_path / "whole"
     undisturbed = tiny_trainer(whole, **options)
     undisturbed.fit()
-    ends = [("E-step", 2), ("E-step", undisturbed.total_steps)]
-    if undisturbed.m_step.total:
-        ends.append(("M-step", 2))
-    for number, dies in enumerate(ends):
+    ends = [("E-step", undisturbed.total_steps), ("M-step", 2)]
+    for number, dies in enumerate(ends if undisturbed.m_step.total else ends[:1]):
         out = tmp_path / str(number)
         dying = Dying(toy_data(), tiny_config(**options), out, device="cpu")
         dying.dies = dies
@@ -134,18 +132,13 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, name: 
         assert comparable(out) == comparable(whole)
 
 
-def test_a_run_tells_people_of_every_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny_trainer(tmp_path, toy_data(300), epochs=2).fit()
-    out = capsys.readouterr().out
-    epochs = re.findall(r"epoch (\d)/2: [0-9.]+ bits/dim.*, accuracy [0-9.]+ % on held-out images", out)
-    assert epochs == ["1", "2"]
-
-
-def test_training_improves_bits_and_finds_the_classes(tmp_path: Path) -> None:
+def test_training_improves_bits_and_finds_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = toy_data(300)
     trainer = tiny_trainer(tmp_path / "run", data, epochs=5, objective="hybrid", val_fraction=0.2)
     before = trainer.measure()
     model = trainer.fit()
+    told = re.findall(r"epoch (\d)/5: [0-9.]+ bits/dim, accuracy [0-9.]+ %", capsys.readouterr().out)
+    assert told == list("12345")
     history = [row for row in rows(tmp_path / "run") if row["kind"] == "epoch"]
     assert history[-1]["val_bits_per_dim"] < before["val_bits_per_dim"] - 0.1
     assert history[-1]["val_accuracy"] > 0.98
