@@ -70,4 +70,3 @@ def test_a_flow_starts_from_whitened_latents(photos: ImageData, tmp_path: Path) 
     config = TrainConfig(epochs=1, **OPTIONS)  # type: ignore[arg-type]
     trainer = Trainer(photos, config, tmp_path)
     assert bool(trainer.model.flow.whiten.initialised)  # type: ignore[union-attr]
-

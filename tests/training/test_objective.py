@@ -124,4 +124,3 @@ def test_a_single_class_has_nothing_to_repel() -> None:
     gaussians, statistics = ClassGaussians(1, 3), LatentStatistics(1, 3)
     statistics.add(torch.randn(8, 3), torch.zeros(8, dtype=torch.long), torch.rand(8))
     assert Repulsion(3.0).m_loss(gaussians, statistics, FIRST).isfinite()
-
