@@ -33,7 +33,7 @@ from torch import Tensor
 from glem_augment.classes.classes import Classes
 from glem_augment.classes.gaussians import INNER, ClassGaussians
 from glem_augment.classes.modes import ClassModes
-from glem_augment.classes.statistics import ClassStatistics, Moments
+from glem_augment.classes.statistics import ClassStatistics
 from glem_augment.errors import DataError
 from glem_augment.names import HIGHEST_TEMPERATURE, INITIAL_VARIANCE, LOWEST_SHARE
 
@@ -96,20 +96,15 @@ def fit_modes(statistics: ClassStatistics, rank: int, full: bool = False) -> Cla
         for row, part in enumerate(parts, y * statistics.most_parts):
             modes.mean[row], modes.counts[row] = part.mean, part.count
             shown, degrees = (part, part.count - 1) if part.count > 1 else (pooled, freedom)
-            _store(modes, row, shown, degrees)
+            directions, scales = shown.directions[:rank], shown.values[:rank] / math.sqrt(degrees)
+            modes.directions[row, : len(scales)] = directions.float()
+            modes.scales[row, : len(scales)] = scales.float()
+            explained = (scales[:, None] * directions).square().sum(0)
+            modes.rest[row] = (shown.squares / degrees - explained).clamp_min(REST_FLOOR).float()
     scales = pooled.values[: len(modes.shared_scales)] / math.sqrt(freedom)
     modes.shared_directions[: len(scales)] = pooled.directions[: len(scales)].float()
     modes.shared_scales[: len(scales)] = scales.float()
     return modes
-
-
-def _store(modes: ClassModes, row: int, moments: Moments, degrees: int) -> None:
-    """Write the strongest modes of a class, and the part of its variance [d] outside them."""
-    directions, scales = moments.directions[: modes.rank], moments.values[: modes.rank] / math.sqrt(degrees)
-    modes.directions[row, : len(scales)] = directions.float()
-    modes.scales[row, : len(scales)] = scales.float()
-    explained = (scales[:, None] * directions).square().sum(0)
-    modes.rest[row] = (moments.squares / degrees - explained).clamp_min(REST_FLOOR).float()
 
 
 def _fit_gaussians(statistics: ClassStatistics, shrinkage: float, psi: Psi, least: float) -> ClassGaussians:

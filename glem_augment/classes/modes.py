@@ -121,10 +121,6 @@ class ClassModes(ClassSampler):
             present = present[self.counts > 0]
         return int(present.min()), int(present.max())
 
-    def in_words(self, most: int) -> str:
-        """How many of the top `most` modes the classes have: "64", or "19 to 64"."""
-        return " to ".join(dict.fromkeys(str(min(count, most)) for count in self.fewest_and_most))
-
     def covariance_rows(self, rows: Tensor) -> Tensor:
         """The rows of `directions`, `scales` and `rest` for rows of `mean`, int64 of any shape."""
         return rows // self.parts if self.tied else rows

@@ -15,7 +15,6 @@ from glem_augment.distributed import Share, add_up, progress_bar
 from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData, LabelledImages, images_for
 from glem_augment.model.glem import GLEM
-from glem_augment.model.latent_model import psnr, summarise_errors
 
 __all__ = ["calibrate", "calibration_error", "evaluate", "spread"]
 
@@ -101,16 +100,8 @@ def evaluate(model: GLEM, data: ImageData, batch_size: int = 256, round_trip: in
     confidence, right, right_top, own, any_class = torch.cat(found).unbind(1)
     invertibility = None
     if count := min(round_trip, len(data)):
-        chosen = data.batches(spread(len(data), count), batch_size)
-        errors, flow_errors = [], []
-        for x, _ in chosen:
-            errors.append(model.round_trip_error(x).cpu())
-            flow_errors += [] if model.autoencoder is None else [model.flow_error(x).cpu()]
-        error = torch.cat(errors)
-        invertibility = {"images": count, **summarise_errors(error)}
-        if model.autoencoder is not None:
-            invertibility["psnr"] = psnr(error)
-            invertibility["flow_error"] = float(torch.cat(flow_errors).max())
+        x = data.subset(spread(len(data), count)).tensor()
+        invertibility = {"images": count, **model.check_invertibility(x)}
     key, _, unit = model.likelihood
     return {
         "n": len(data),

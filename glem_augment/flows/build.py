@@ -10,7 +10,7 @@ from glem_augment.flows.coupling import WITHOUT_COUPLINGS, find_coupling
 from glem_augment.flows.flow import Flow
 from glem_augment.flows.layers import ActNorm, Mixing1x1
 from glem_augment.flows.linear import FlatIdentity, WhitenedFlow
-from glem_augment.flows.multiscale import MultiscaleFlow
+from glem_augment.flows.multiscale import Level, MultiscaleFlow
 from glem_augment.flows.stationary import StationaryFlow
 from glem_augment.flows.subnets import ACTIVATIONS, SUBNETS, Subnet
 
@@ -91,10 +91,10 @@ def build_flow(spec: dict[str, Any]) -> Flow:
     levels, side = [], full["patch"]
     for depth, blocks, net_width in zip(spec["depth"], spec["blocks"], spec["width"], strict=True):
         channels, height, width = side * side * channels, height // side, width // side
-        side = 2
         net = dict(width=net_width, blocks=blocks, activation=full["activation"])
         norm = partial(ActNorm, channels, height, width, spec["actnorm"])
         coupling = partial(kind, channels, partial(Subnet, full["subnet"], **net), **options)
-        levels.append([(norm(), Mixing1x1(channels), coupling()) for _ in range(depth)])
-        channels //= 2
-    return MultiscaleFlow(image_shape, levels, full["patch"])
+        steps = [(norm(), Mixing1x1(channels), coupling()) for _ in range(depth)]
+        levels.append(Level(steps, (channels, height, width), side))
+        channels, side = channels // 2, 2  # half of the channels leave
+    return MultiscaleFlow(image_shape, levels)

@@ -60,16 +60,16 @@ class Mixing(NamedTuple):
 
 
 class Level(nn.Module):
-    """A squeeze of pixel blocks of side `side`, and its steps on tensors of height x width."""
+    """A squeeze of pixel blocks of side `side`, and its steps on tensors of `shape` (C, H, W)."""
 
-    def __init__(self, steps: list[Step], height: int, width: int, side: int = 2) -> None:
+    def __init__(self, steps: list[Step], shape: tuple[int, int, int], side: int) -> None:
         super().__init__()
         # The names of saved weights count from 1.
         self.layers = nn.ModuleList([nn.Identity(), *(layer for step in steps for layer in step)])
-        self.side = side
+        self.shape, self.side = shape, side
         # Tuples, because the modules are registered above.
         self.norms, self.mixing_layers, self.couplings = zip(*steps, strict=True)
-        self.pixels = height * width
+        self.pixels = shape[1] * shape[2]
         self._cache: dict = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,25 +150,17 @@ class MultiscaleFlow(Flow):
     """x [B,C,H,W] -> z [B, C*H*W]: per level a squeeze and its steps, then half of the channels are factored out.
 
     All parts are concatenated, first level first, into one flat latent. There is no learned split prior, because the
-    class Gaussians cover every dimension (Dinh et al. 2017, Sec. 3.6). The first level's squeeze makes pixel blocks
-    of side `patch` channels; later levels have side 2.
+    class Gaussians cover every dimension (Dinh et al. 2017, Sec. 3.6).
     """
 
     recomputes = True
     levels: list[Level]
 
-    def __init__(self, image_shape: tuple[int, int, int], levels: list[list[Step]], patch: int = 2) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], levels: list[Level]) -> None:
         super().__init__(image_shape)
-        self.levels = nn.ModuleList()  # type: ignore[assignment]  # which torch does not type by its items
-        channels, height, width = image_shape
-        self.part_shapes: list[tuple[int, int, int]] = []
-        for index, steps in enumerate(levels):
-            side = 2 if index else patch
-            channels, height, width = side * side * channels, height // side, width // side
-            self.levels.append(Level(steps, height, width, side))
-            if index < len(levels) - 1:
-                channels //= 2
-            self.part_shapes.append((channels, height, width))
+        self.levels = nn.ModuleList(levels)  # type: ignore[assignment]  # which torch does not type by its items
+        shapes = [level.shape for level in levels]
+        self.part_shapes = [(c // 2, h, w) for c, h, w in shapes[:-1]] + shapes[-1:]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with full_precision(x.device.type):

@@ -277,10 +277,11 @@ class GLEM(LatentModel):
         c, h, w = self.image_shape
         parameters = sum(p.numel() for p in self.flow.parameters())
         flow = f"{parameters / 1e6:.2f} M flow parameters" if parameters else "no flow"
-        modes = "no modes" if self.modes is None else f"{self.modes.in_words(self.modes.rank)} modes per class"
+        counts = ["no"] if self.modes is None else map(str, self.modes.fewest_and_most)
         return (
             f"GLEM({self.config.flow.get('preset', 'flow')}, {c}x{h}x{w} {self.numbers_are}, "
-            f"{self.num_classes} class{'es' * (self.num_classes > 1)}, {flow}, {modes})"
+            f"{self.num_classes} class{'es' * (self.num_classes > 1)}, {flow}, "
+            f"{' to '.join(dict.fromkeys(counts))} modes per class)"
         )
 
     # ---- fitting to labelled images ------------------------------------------------------------------------------
@@ -397,7 +398,6 @@ class GLEM(LatentModel):
         config = replace(
             base.config,
             privacy=None,  # a private model's promise says nothing about these images
-            psi=found.gaussians.psi,
             class_ids=[ONE_CLASS] if pooled else list(named.class_ids),
             class_names=[ONE_CLASS] if pooled else list(named.classes),
             training={

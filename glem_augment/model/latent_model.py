@@ -195,11 +195,18 @@ class LatentModel(nn.Module):
             `within_half_step`, which rounding gives back exactly, and `non_finite`. With an autoencoder also the
             `psnr` in dB, and the largest `flow_error`.
         """
-        error = self.round_trip_error(x)
-        found = summarise_errors(error)
+        parts = x.split(_CHUNK)
+        error = torch.cat([self.round_trip_error(part).cpu() for part in parts])
+        finite, count = error[error.isfinite()], max(1, error.numel())
+        found = {
+            "max_error": float(finite.max()) if finite.numel() else math.inf,
+            "mean_error": float(finite.sum()) / max(1, finite.numel()),
+            "within_half_step": float((finite < 0.5).sum()) / count,
+            "non_finite": 1 - finite.numel() / count,
+        }
         if not self.codec.exact:
-            found["psnr"] = psnr(error)
-            found["flow_error"] = float(self.flow_error(x).max())
+            found["psnr"] = 20 * math.log10(255) - 10 * math.log10(max(1e-12, float(error.square().mean())))
+            found["flow_error"] = max(float(self.flow_error(part).max()) for part in parts)
         return found
 
     # ---- densities and classification ----------------------------------------------------------------------------
@@ -308,19 +315,3 @@ class LatentModel(nn.Module):
         if device is None or torch.empty(0, device=device).device == self.device:
             return self
         return copy.deepcopy(self).to(device)
-
-
-def psnr(error: Tensor) -> float:
-    """The peak signal-to-noise ratio, in dB, of errors in uint8 steps."""
-    return 20 * math.log10(255) - 10 * math.log10(max(1e-12, float(error.square().mean())))
-
-
-def summarise_errors(error: Tensor) -> dict[str, float]:
-    """The four numbers of `LatentModel.check_invertibility`, from the errors of all pixels."""
-    finite, count = error[torch.isfinite(error)], max(1, error.numel())
-    return {
-        "max_error": float(finite.max()) if finite.numel() else math.inf,
-        "mean_error": float(finite.sum()) / max(1, finite.numel()),
-        "within_half_step": float((finite < 0.5).sum()) / count,
-        "non_finite": 1 - finite.numel() / count,
-    }

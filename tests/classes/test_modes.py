@@ -49,8 +49,6 @@ def test_modes_are_the_eigenvectors_of_the_covariance(count: int, rank: int) -> 
     # Never more modes than dimensions, or than the larger class has.
     assert (modes.rank, modes.dim, modes.num_classes) == (min(rank, 24, count), 24, 2)
     kept = [min(modes.rank, len(z) - 1) for z in latents]  # of n images there are n - 1 modes
-    words = str(kept[0]) if kept[0] == kept[1] else f"{kept[0]} to {kept[1]}"
-    assert modes.in_words(99) == words and modes.in_words(4) == "4"
     assert modes.fewest_and_most == tuple(kept) and modes.counts.tolist() == [count, count + 1]
     for y, (z, k) in enumerate(zip(latents, kept, strict=True)):
         cov, v = torch.cov(z.T), modes.directions[y]
