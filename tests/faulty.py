@@ -5,19 +5,14 @@ The processes are forked from one that has imported everything, so that each cos
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import math
 import multiprocessing
 import os
-import random
-import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -35,74 +30,33 @@ _CONTEXT.set_forkserver_preload(["pytest", *(f"glem_augment.{name}" for name in 
 DIED = 9
 
 
-def start(argv: list[str], notes: Path, die_at: int | None = None, every_step: bool = True) -> BaseProcess:
-    """Start `glem ARGV`; its exit code is the process's.
+def run(argv: list[str], log: Path, die_at: int | None = None) -> int | None:
+    """The exit code of `glem ARGV` in a new process, -N for signal N.
 
     Args:
-        argv: of the command.
-        notes: a file that gets a line "start", and one with the step after every checkpoint that was written;
-            `notes` + ".log" gets what the command prints.
+        log: gets the text that the command prints.
         die_at: end the process, as abruptly as SIGKILL would, in place of this operation (counted from 0) on a file.
-        every_step: write a checkpoint after every step of a training, in place of every two minutes.
     """
-    notes.unlink(missing_ok=True)
-    process = _CONTEXT.Process(target=_child, args=(argv, str(notes), die_at, every_step))
+    process = _CONTEXT.Process(target=_child, args=(argv, str(log), die_at))
     process.start()
-    deadline = time.monotonic() + 60
-    while not notes.exists() and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return process
-
-
-def finish(process: BaseProcess) -> int | None:
-    """Wait for the end; the exit code, -N for signal N."""
     process.join(100)
     assert process.exitcode is not None, "the command hangs"
     return process.exitcode
 
 
-def kill_at_random(process: BaseProcess, within: float, rng: random.Random, number: int) -> int | None:
-    """After up to `within` seconds SIGKILL, or where `number` is odd SIGTERM; the exit code (0 if the command was
-    faster)."""
-    process.join(rng.uniform(0, within))
-    if process.exitcode is None and process.pid is not None:
-        with contextlib.suppress(ProcessLookupError):  # it may have ended just now
-            os.kill(process.pid, (signal.SIGKILL, signal.SIGTERM)[number % 2])
-    return finish(process)
-
-
-def steps_noted(notes: Path) -> int:
-    """The last step whose checkpoint the process knew to be written; -1 for none."""
-    steps = [int(line) for line in notes.read_text().split("\n")[:-1] if line != "start"] if notes.exists() else []
-    return steps[-1] if steps else -1
-
-
-def _child(argv: list[str], notes: str, die_at: int | None, every_step: bool) -> None:
+def _child(argv: list[str], path: str, die_at: int | None) -> None:
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # tqdm's lock holds a semaphore, which killed processes would leave behind
-    log = os.open(f"{notes}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    Trainer.checkpoint_seconds = 0.0 if every_step else math.inf
-    file = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    _note_saves(file)
-    os.write(file, b"start\n")
+    Trainer.checkpoint_seconds = math.inf
     if die_at is not None:
         die_before(die_at, lambda: os._exit(DIED), [*writing_operations(), *naming_operations()])
     code = cli.main(argv)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _note_saves(file: int) -> None:
-    real, write = Trainer.save_checkpoint, os.write
-
-    def save(self: Trainer) -> None:
-        real(self)
-        write(file, f"{self.step}\n".encode())
-
-    Trainer.save_checkpoint = save
 
 
 Operation = tuple[Any, str]  # owner, attribute
