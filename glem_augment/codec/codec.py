@@ -87,7 +87,7 @@ class Codec(nn.Module):
         return True
 
 
-CODECS: dict[str, type[Codec]] = {}
+CODECS: dict[str, Callable[[tuple[int, int, int]], Codec]] = {}
 _Kind = TypeVar("_Kind", bound=type[Codec])
 
 
