@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--source", choices=SOURCES, help="see above (default: rfcm, or gaussian without modes)")
     temperature = "for gaussian and rfcm: factor on the standard deviation (default: 0.9; 1 for a private model)"
     source.add_argument("--temperature", type=float, metavar="T", help=temperature)
-    real = parser.add_argument_group("real images, for --per-class balance and --source mixup; the set takes their class numbers")
+    purpose = "for --per-class balance and --source mixup; the set takes their class numbers"
+    real = parser.add_argument_group(f"real images, {purpose}")
     real.add_argument("--real", metavar="DATA", help=common.DATA_HELP)
     real.add_argument("--split", default="train", help="split of DATA (default: train)")
     common.add_class_map(real)

@@ -109,7 +109,7 @@ class Draws:
         if source != "mixup":
             return
         if real is None:
-            raise ValueError("source='mixup' mixes real images: give real=")
+            raise ValueError("source='mixup' mixes real images: give real= (--real)")
         missing = (np.asarray(counts) > 0) & (np.bincount(real.targets, minlength=len(counts)) == 0)
         if missing.any():
             names = ", ".join(model.classes[i] for i in np.flatnonzero(missing)[:10])

@@ -48,7 +48,7 @@ def class_counts(model: GLEM, per_class: PerClass, real: Real | None) -> list[in
                 f"per_class must be a number, {k} numbers, a table of names or 'balance', got {per_class!r}"
             )
         if real is None:
-            raise ValueError("per_class='balance' fills up a real data set: give real=")
+            raise ValueError("per_class='balance' fills up a real data set: give real= (--real)")
         present = np.bincount(real.targets, minlength=k)
         given = np.where(np.isin(np.arange(k), real.classes), present.max() - present, 0).tolist()
         if not any(given):
