@@ -63,17 +63,19 @@ class Comparison:
         models: for each kind of moves, a function that makes a model with modes of some training images.
         steps: of each training. network: of timm, trained from scratch.
         copies: moved copies of every image.
+        bf16: whether the network runs in bfloat16, which takes ten times as long on a processor without it.
     """
 
     models: dict[str, Callable[[ImageData], GLEM]]
     steps: int
     network: str = NETWORK
     copies: int = 4
+    bf16: bool = True
     _fitted: dict[tuple[str, ImageData], GLEM] = field(default_factory=dict)
     _copies: dict[tuple[Stack, ImageData], Tensor] = field(default_factory=dict)
 
     def accuracy(self, stack: Stack, train: ImageData, test: ImageData, seed: int) -> float:
-        """Percent of the test images that a network recognises, trained in bfloat16 on images moved in float32."""
+        """Percent of the test images that a network recognises, trained on images moved in float32."""
         if stack.policy and not stack.adversarial:
             self.moved(stack, train)
         with torch.random.fork_rng(devices=[]):
@@ -86,7 +88,7 @@ class Comparison:
         )
         batches = islice(self.batches(stack, train, seed, network), self.steps)
         # A cache of the weights in bfloat16 would last for the whole block, and hide all steps.
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             descend(network, batches, optimizer, schedule.step_update)
             network.eval()
             with torch.inference_mode():

@@ -99,10 +99,14 @@ class Pooled(Noise):
         modes, eps = batch.model.pooled, self.strength * batch.drawn["eps"]
         if not self.smooth:
             return torch.addmm(batch.z, eps[:, : modes.rank] * modes.scales[0], modes.directions[0])
-        shape = batch.model.image_shape
-        white = torch.fft.rfft2(eps[:, : batch.model.dim].reshape(-1, *shape))
-        field = torch.einsum("hwij,njhw->nihw", _colours(batch.model), white)
-        return batch.z + torch.fft.irfft2(field, s=shape[1:]).flatten(1)
+        return batch.z + smooth_fields(batch.model, eps[:, : batch.model.dim])
+
+
+def smooth_fields(model: GLEM, white: Tensor) -> Tensor:
+    """White noise [n, d] turned into smooth noise [n, d] with the energy, spectrum and colours of the pooled modes."""
+    waves = torch.fft.rfft2(white.reshape(-1, *model.image_shape))
+    field = torch.einsum("hwij,njhw->nihw", _colours(model), waves)
+    return torch.fft.irfft2(field, s=model.image_shape[1:]).flatten(1)
 
 
 @cache
