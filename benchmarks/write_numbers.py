@@ -51,7 +51,8 @@ from glem_augment.model.files import bundled_models
 PAPER = (*(f"table{n}" for n in range(1, 9)), "pareto")
 REPORTS: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
     "augmentation": lambda _: augmentation_page(results_of(Store(RESULTS))),
-    "directions": directions.page,
+    "directions": lambda rows: directions.page(rows, "noise"),
+    "adversarial_directions": lambda rows: directions.page(rows, "adversarial"),
     "fine_tuned": pretrained.report,
     "long_tails": long_tails.report,
     "private": private_page,
@@ -235,6 +236,12 @@ def latents() -> Named:
     rows = stored("covariances")["rows"]
     columns = [name for name in rows[0] if name != "count"]
     cells = [["" if row[name] is None else str(row[name]) for name in columns] for row in rows]
+    better = [
+        max(value for name, value in row.items() if name.startswith("shrunk") and value is not None) - row["variances"]
+        for row in rows
+        if row["per dimension"] < 8
+    ]
+    yield "covariances: most with few images", f"{max(better):.1f}"
     yield "covariances", table(" | ".join(columns).replace("per dimension", "images per number"), cells)
 
 
@@ -407,7 +414,7 @@ def names() -> dict[str, str]:
     found: dict[str, str] = {}
     own = (
         augmentation(Store(RESULTS), stored("no_network")["measured"]),
-        directions.numbers(stored("directions"), stored("photographs")["cells"]),
+        directions.numbers(stored("directions"), "noise", stored("photographs")["cells"]),
         long_tails.numbers(stored("long_tails")),
         pretrained.numbers(stored("pretrained")["measured"]),
         pretrained.fine_tuned_numbers(stored("fine_tuned")),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -54,7 +56,7 @@ def numbers(store: Store, no_network: list[dict[str, Any]]) -> Named:
     """Gains and counts; `no_network`: the rows of no_network.py."""
     results = results_of(store)
     others = by_seed(no_network, "setting", "method")
-    gains: dict[str, list[Interval]] = {}
+    gains: dict[str, list[tuple[str, Interval]]] = {}  # with the data set
     over_stack: dict[tuple[str, str], dict[str, Interval]] = {}  # of settings and classifiers, by the kind of moves
     lowest: list[bool] = []  # whether a row's strength is the lowest that was tried
     for group, chosen in GROUPS.items():
@@ -72,7 +74,7 @@ def numbers(store: Store, no_network: list[dict[str, Any]]) -> Named:
                 lowest.append(arm.params["strength"] == METHODS[arm.method].trials[0]["strength"])
                 for what, gain in zip(OVER, over, strict=True):
                     if gain is not None:
-                        gains.setdefault(f"{group}: {what}", []).append(gain)
+                        gains.setdefault(f"{group}: {what}", []).append((SETTINGS[result.setting].data, gain))
                 control = result.control(arm)
                 for first, last in ((0, 9), (5, 9)):
                     if control and len(arm.accuracies) > last:
@@ -94,30 +96,12 @@ def numbers(store: Store, no_network: list[dict[str, Any]]) -> Named:
     yield "triples: preferred", f"{sum(len(result.opponents) > 1 for result in tried)} of {len(tried)}"
     once = [result for result in results if all(row["seed"] == TUNING_SEED for row in result.tuning)]
     yield "tuned on one seed", f"{len(once)} of {len(results)}"
+    yield from first_places(results)
     yield "flows: at the lowest strength", f"{sum(lowest)} of {len(lowest)}"
     yield from pixel_modes(results, gains, over_stack)
     yield from without_network(results, others)
-    lines = []
-    for name, found in gains.items():
-        clear, chances = sum(gain.clear for gain in found), holm([gain.chance for gain in found])
-        corrected = sum(p < 0.05 and gain.mean > 0 for p, gain in zip(chances, found, strict=True))
-        mean = interval(gain.mean for gain in found)
-        counts = {"rows": len(found), "positive": sum(gain.mean > 0 for gain in found)}
-        counts |= {"clear": clear, "clear after Holm": corrected}
-        for what, count in counts.items():
-            yield f"{name}: {what}", str(count)
-        yield f"{name}: mean", mean.text(2, sign=True)
-        lines.append([name, *map(str, counts.values()), mean.text(2, sign=True)])
-        if name == f"adversarial {RECIPE:g}, fixed: over that stack":
-            brief = [f"mean of {len(found)} comparisons", mean.text(2, sign=True)]
-            rows = [brief, ["comparisons clear of zero", str(clear)], ["clear after Holm's correction", str(corrected)]]
-            noise = gains["noise 0.5, fixed: over that stack"]
-            gain = interval(found.mean for found in noise).text(2, sign=True)
-            rows.append([f"`Noise(strength=0.5)`, mean of {len(noise)}", gain])
-            head = "comparison | gain in points (± over comparisons, which share data sets)"
-            yield "moves in brief", table(head, rows)
-    head = "comparison | rows | mean above zero | interval above zero | after Holm's correction | mean over rows"
-    yield "verdicts", table(head, lines)
+    yield from verdicts(gains)
+    yield from directions(results)
     kinds = ("unlabelled images", "other images", "pixels")
     lines = [
         [f"`{setting}`", classifier, *(bold(over.get(kind)) or "not measured" for kind in kinds)]
@@ -128,9 +112,88 @@ def numbers(store: Store, no_network: list[dict[str, Any]]) -> Named:
     yield "clear gains", table(head, sorted(lines, key=naturally))
 
 
+def first_places(results: list[Result]) -> Named:
+    """How often validation images put a move first, of the settings and flows in which it was tried."""
+    first: dict[str, list[bool]] = {"adversarial": [], "mode-mixup": []}
+    for result in results:
+        rows = [row for row in result.tuning if row["stage"] == "ours" and row["base"] == result.base]
+        for flow in dict.fromkeys(row["flow"] for row in rows):
+            values: dict[tuple[str, str], list[float]] = {}
+            for row in rows:
+                if row["flow"] == flow:
+                    key = row["method"].removesuffix("-shared"), str([row["method"], row["params"]])
+                    values.setdefault(key, []).append(row["val_accuracy"])
+            most = max(map(len, values.values()))  # the best trials have more tuning seeds
+            best = max((k for k in values if len(values[k]) == most), key=lambda k: statistics.mean(values[k]))
+            for move, found in first.items():
+                found += [best[0] == move] if any(method == move for method, _ in values) else []
+    for move, found in first.items():
+        yield f"first on validation images: {move}", f"{sum(found)} of {len(found)}"
+
+
+def verdicts(gains: dict[str, list[tuple[str, Interval]]]) -> Named:
+    """Counts and means of each family of comparisons, and the correction over all families."""
+    advised = f"adversarial {RECIPE:g}, fixed: over that stack"
+    lines = []
+    for name, pairs in {**gains, "all of these": list(itertools.chain(*gains.values()))}.items():
+        found = [gain for _, gain in pairs]
+        chances = holm([gain.chance for gain in found])
+        counts = {
+            "rows": len(found),
+            "positive": sum(gain.mean > 0 for gain in found),
+            "clear": sum(gain.clear for gain in found),
+            "clear after Holm": sum(p < 0.05 and gain.mean > 0 for p, gain in zip(chances, found, strict=True)),
+        }
+        for what, count in counts.items():
+            yield f"{name}: {what}", str(count)
+        if name not in gains:
+            lines.append([f"**{name}**", *map(str, counts.values()), "", ""])
+            continue
+        by_data: dict[str, list[float]] = {}
+        for data, gain in pairs:
+            by_data.setdefault(data, []).append(gain.mean)
+        over_data = interval(map(statistics.mean, by_data.values()))
+        means = interval(gain.mean for gain in found), over_data
+        for over, mean in zip(("mean", "mean over data sets"), means, strict=True):
+            yield f"{name}: {over}", mean.text(2, sign=True)
+        texts = [mean.text(2, sign=True) if mean.seeds > 1 else "" for mean in means]
+        lines.append([name, *map(str, counts.values()), *texts])
+        if name == advised:
+            few = over_data.mean < 1 and counts["clear after Holm"] < len(found) / 4
+            assert over_data.clear and few, "the sentence at the head of README's table and of evidence.md is wrong"
+            brief = {
+                f"mean over {len(by_data)} data sets ({len(found)} comparisons)": texts[1],
+                "comparisons clear of zero": str(counts["clear"]),
+                "clear after Holm's correction": str(counts["clear after Holm"]),
+            }
+        if name == "noise 0.5, fixed: over that stack":
+            brief[f"`Noise(strength=0.5)`, mean over {len(by_data)} data sets"] = texts[1]
+            yield "moves in brief", table("comparison | gain in points (± over data sets)", map(list, brief.items()))
+    head = "comparison | rows | mean above zero | interval above zero | after Holm's correction | mean over rows"
+    yield "verdicts", table(f"{head} | mean over data sets", lines)
+
+
+def directions(results: list[Result]) -> Named:
+    """Adversarial moves along the modes of the class's pixels over the same along pooled modes, each as tuned."""
+    lines, gains = [], []
+    for result in results:
+        arms = {arm.method: arm for arm in result.arms if arm.side == "control"}
+        own, pooled = arms.get("adversarial"), arms.get("adversarial-shared")
+        if own and pooled and (gain := paired_gain(own.accuracies, pooled.accuracies)):
+            gains.append(gain)
+            sides = [f"{arm.mean.mean:.1f} % ({arm.params['strength']:g})" for arm in (own, pooled)]
+            line = [f"`{result.setting}`", result.classifier, *sides, signed(gain, 2), str(gain.seeds)]
+            lines.append(line)
+    head = "setting | classifier | class's modes (strength) | pooled modes (strength) | class's over pooled | seeds"
+    yield "adversarial class and pooled", table(head, sorted(lines, key=naturally))
+    yield "adversarial class and pooled: above", f"{sum(gain.clear for gain in gains)} of {len(gains)}"
+    below = sum(gain.mean + gain.half < 0 for gain in gains)
+    yield "adversarial class and pooled: below", f"{below} of {len(gains)}"
+
+
 def pixel_modes(
     results: list[Result],
-    gains: dict[str, list[Interval]],
+    gains: dict[str, list[tuple[str, Interval]]],
     over_stack: dict[tuple[str, str], dict[str, Interval]],
 ) -> Named:
     """Moves along the modes of the pixels: tuned, and the fixed moves that the pages advise."""
@@ -155,14 +218,15 @@ def pixel_modes(
         shorter += [tried.pop(RECIPE / 2) > max(tried.values())] if RECIPE / 2 in tried else []
         gain = paired_gain(arm.accuracies, strongest.accuracies)
         assert gain is not None
-        gains.setdefault("pixels' modes: over that stack", []).append(gain)
+        data = SETTINGS[result.setting].data
+        gains.setdefault("pixels' modes: over that stack", []).append((data, gain))
         over_stack.setdefault((result.setting, result.classifier), {})["pixels"] = gain
         strengths.append(arm.params["strength"])
         advised = {name: result.advised(name) for name in RECIPES}
         for name, found in advised.items():
             if found is not None:
                 over_stack[result.setting, result.classifier][name] = found
-                gains.setdefault(f"{fixed[name]}, fixed: over that stack", []).append(found)
+                gains.setdefault(f"{fixed[name]}, fixed: over that stack", []).append((data, found))
         lines.append(
             [f"`{result.setting}`", result.classifier, stack_text(result, strongest, arm.accuracies),
              f"{arm.mean.mean:.1f} %",
