@@ -9,8 +9,8 @@ fields; beside it are crop + flip alone, and ColorJitter 0.4, which changes brig
 
 Adversarial moves of strength 0.25 go along the modes of the class, along all pooled modes, and along as many smooth
 random directions as the class has modes, drawn once for each class. In the two controls each move is stretched to the
-length, in pixels before clipping, of the move that the same image would make along the modes of its class. Networks of adversarial
-moves are trained in float32, which is faster on processors without bfloat16.
+length, in pixels before clipping, of the move that the same image would make along the modes of its class. Networks of
+adversarial moves are trained in float32, which is faster on processors without bfloat16.
 
 Nothing is chosen, and the seeds are 0 to 9. Each seed draws other training images; all test images are judged. Stored
 rows are not measured again. A setting is in the table when all its seeds are stored.
