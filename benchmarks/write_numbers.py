@@ -18,22 +18,23 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
 
-from benchmarks.common import RESULTS, ROOT, Interval, Named, by_seed, interval, markdown, table
+from benchmarks.common import RESULTS, ROOT, Interval, Named, by_seed, holm, interval, markdown, table
 from benchmarks.paper.claims import verdicts
 from benchmarks.paper.paper import stored_page
 from benchmarks.proof import directions, long_tails, pretrained
+from benchmarks.proof import photographs as photos
+from benchmarks.proof.augmentation.named import bold
 from benchmarks.proof.augmentation.named import numbers as augmentation
 from benchmarks.proof.augmentation.plan import Store
 from benchmarks.proof.augmentation.report import page as augmentation_page
-from benchmarks.proof.augmentation.report import results_of, signed
-from benchmarks.proof.photographs import TUNING
+from benchmarks.proof.augmentation.report import results_of
 from benchmarks.proof.private import report as private_page
 from benchmarks.proof.private import summary as private_rows
 from benchmarks.proof.private_audit import report as audit_page
@@ -48,6 +49,11 @@ from glem_augment.hub.cards import table_row
 from glem_augment.io import atomic_write, json_text
 from glem_augment.model.files import bundled_models
 
+
+def photograph_page(name: str, record: dict[str, Any]) -> dict[str, Any]:
+    return photos.page(name, record["cells"], stored("photographs")["cells"])
+
+
 PAPER = (*(f"table{n}" for n in range(1, 9)), "pareto")
 REPORTS: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
     "augmentation": lambda _: augmentation_page(results_of(Store(RESULTS))),
@@ -55,6 +61,7 @@ REPORTS: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
     "adversarial_directions": lambda rows: directions.page(rows, "adversarial"),
     "fine_tuned": pretrained.report,
     "long_tails": long_tails.report,
+    **{name: partial(photograph_page, name) for name in photos.SETTINGS},
     "private": private_page,
     "private_audit": audit_page,
     "private_curve": curve_page,
@@ -190,36 +197,45 @@ def private() -> Named:
 
 def photographs() -> Named:
     """Few photographs per class, with stacks chosen on other images."""
-    found = stored("photographs")
-    for setting in ("photographs", "photographs_50", "photographs_128"):
-        if (RESULTS / f"{setting}.json").is_file() and "rows" in stored(setting):  # a run that stopped has cells alone
-            yield from _photographs(setting)
-    judged = {row["stack"] for row in found["cells"] if row["seed"] == TUNING} - {"crop + flip"}
+    chosen, compared = stored("photographs")["cells"], {}
+    for name, setting in photos.SETTINGS.items():
+        cells, lines = stored(name)["cells"], []
+        found = photos.differences(name, cells, chosen, setting.seeds)
+        first = photos.differences(name, cells, chosen, setting.first)
+        for pair, gain in found.items():
+            yield f"{name}: {pair}", gain.text(sign=True)
+            yield f"{name}: {pair}, first {len(setting.first)} seeds", first[pair].text(sign=True)
+        compared |= {
+            (name, pair): gain for pair, gain in found.items() if tuple(pair.split(" over ")) in photos.COMPARED
+        }
+        for row in photos.page(name, cells, chosen)["rows"]:
+            mean = Interval(row["accuracy"], row["+/-"], row["seeds"])
+            gains = [
+                found.get(f"{row['what'].split('; ')[0]} over {base}") for base in ("crop + flip", "best other stack")
+            ]
+            lines.append([row["what"], row["stack"], f"{mean.text()} %", *map(bold, gains), str(mean.seeds)])
+        head = "what | stack | test accuracy | over crop + flip | over the best other stack | seeds"
+        yield name, table(head, lines)
+    chances = dict(zip(compared, holm([gain.chance for gain in compared.values()]), strict=True))
+    clear = {key: chances[key] < 0.05 and gain.mean > 0 for key, gain in compared.items()}
+    moves = ("moves on the best other stack over ColorJitter", "moves on crop + flip over ColorJitter")
+    yield "photographs: differences", in_words(set(compared))
+    yield "photographs: clear moves", which(clear[name, pair] for pair in moves for name in list(photos.SETTINGS)[:2])
+    noise = [f"class noise over {base} noise" for base in ("pooled", "smooth")]
+    yield "photographs: clear noise", which(clear["photographs", pair] for pair in noise)
+    judged = {row["stack"] for row in chosen if row["seed"] == photos.TUNING} - {"crop + flip"}
     ours = {name for name in judged if "modes" in name}
-    yield from (
-        ("photographs: other stacks", in_words(judged - ours)),
-        ("photographs: trials of moves", in_words(ours)),
-    )
+    yield "photographs: other stacks", in_words(judged - ours)
+    yield "photographs: trials of moves", in_words(ours)
 
 
-def _photographs(setting: str) -> Named:
-    found, lines = stored(setting), []
-    for row in found["rows"]:
-        seeds, over = row["seeds"], []
-        mean = Interval(row["accuracy"], row["+/-"], seeds)
-        for place, base in enumerate(("crop + flip", "the best other stack"), 1):
-            gain = Interval(row[f"over {base}"], row[f"+/- ({place})"], seeds)
-            over.append("" if gain.half == 0 else f"**{signed(gain, 1)}**" if gain.clear else signed(gain, 1))
-            for what in row["what"].split("; "):
-                yield f"{setting}: {what}, over {base}", gain.text(sign=True)
-        for what in row["what"].split("; "):
-            yield f"{setting}: {what}", mean.text()
-        lines.append([row["what"], row["stack"], f"{mean.text()} %", *over, str(seeds)])
-    for row in found["differences"]:
-        gain = Interval(row["points"], row["+/-"], row["seeds"])
-        yield f"{setting}: {row['difference']}", gain.text(sign=True)
-    head = "what | stack | test accuracy | over crop + flip | over the best other stack | seeds"
-    yield setting, table(head, lines)
+def which(clear: Iterable[bool]) -> str:
+    """Words for the differences that are clear."""
+    found = list(clear)
+    names = [name for name, one in zip(("first", "second", "third", "fourth"), found, strict=False) if one]
+    if not names or len(names) == len(found):
+        return "all are clear" if names else "none is clear"
+    return f"only the {' and the '.join(names)} {'is' if len(names) == 1 else 'are'} clear"
 
 
 def latents() -> Named:
