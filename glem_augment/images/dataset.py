@@ -59,7 +59,7 @@ class ImageData(Dataset):
         self._source, self._pixels, self._clip = source, pixels, clip
         self._rows = np.arange(len(source))  # of `_pixels`, which subsets share
         self.image_shape, self.pixel_range = image_shape, pixel_range
-        self.name = _printable(source.name)
+        self.name = source.name
         self.targets, self.named = source.targets, source.named
         self.classes, self.class_ids = list(source.classes), list(source.class_ids)
         self.unstated: list[str] = []
@@ -149,7 +149,7 @@ class ImageData(Dataset):
 
     def where(self, index: int) -> str:
         """The path of image `index`, or a description where it has no path."""
-        return _printable(self._source.where(index))
+        return self._source.where(index)
 
     def with_targets(
         self, targets: Integers, classes: Sequence[str], class_ids: Sequence[str] | None = None
@@ -267,8 +267,7 @@ def _range_of(dtype: str, name: str, value_range: Limits | None) -> PixelRange:
     if isinstance(value_range, PixelRange):
         if value_range.dtype != dtype:
             raise DataError(
-                f"{_printable(name)} has images of {dtype}, the model takes {value_range}: fit a model to these images "
-                "(GLEM.fit)"
+                f"{name} has images of {dtype}, the model takes {value_range}: fit a model to these images (GLEM.fit)"
             )
         return value_range
     if value_range is not None:
@@ -276,7 +275,7 @@ def _range_of(dtype: str, name: str, value_range: Limits | None) -> PixelRange:
             raise ValueError(f"value_range must be (low, high), got {value_range!r}")
         return PixelRange(dtype, *np.asarray(value_range).tolist())
     if dtype not in DEFAULT_RANGES:
-        raise DataError(f"{_printable(name)} has images of {dtype}: {_STATE}")
+        raise DataError(f"{name} has images of {dtype}: {_STATE}")
     return DEFAULT_RANGES[dtype]
 
 
@@ -288,7 +287,6 @@ def _in_range(pixels: torch.Tensor, pixel_range: PixelRange, name: str, clip: bo
     low, high = np.array([pixel_range.low, pixel_range.high], values.dtype)
     if low <= values.min() and values.max() <= high:
         return pixels
-    name = _printable(name)
     if not clip:
         raise DataError(f"{name} has values from {values.min():.6g} to {values.max():.6g}, outside [0, 1]: {_STATE}")
     warnings.warn(f"{name} has values outside {pixel_range}, which are clipped", stacklevel=3)
@@ -315,10 +313,10 @@ def as_image_data(
         ids = data.class_ids if data.named and len(names) == len(data.class_ids) else None
         data = data.with_targets(data.targets, names, ids)
     if data.image_shape != image_shape:
-        fix = f"open the data with open_data(..., image_size=({height}, {width}), channels={channels})"
-        if channels not in (1, 3):  # images are converted to no other number of channels
-            fix = f"give images of {channels} channels, opened with image_size=({height}, {width})"
-        raise DataError(f"{data.name} has images of shape {data.image_shape}, the model takes {image_shape}: {fix}")
+        raise DataError(
+            f"{data.name} has images of shape {data.image_shape}, the model takes {image_shape}: give images of "
+            f"{channels} channels, opened with open_data(..., image_size=({height}, {width}))"
+        )
     if data.pixel_range != pixel_range:
         raise DataError(
             f"{data.name} has images of {data.pixel_range}, the model takes {pixel_range}: open them with "
@@ -416,8 +414,3 @@ def check_indices(indices: Integers, count: int) -> np.ndarray:
     if chosen.size and not np.issubdtype(chosen.dtype, np.integer):
         raise TypeError(f"indices must be integers, got {chosen.dtype}")
     return np.arange(count)[chosen.astype(np.int64).reshape(-1)]
-
-
-def _printable(text: str) -> str:
-    """`text` with Python's escapes for control characters and for bytes that are not UTF-8."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -64,8 +64,6 @@ def match_classes(
         return np.zeros(len(data.ids), dtype=np.int64)
     stated = {} if class_map is None else {str(theirs): str(ours) for theirs, ours in class_map.items()}
     found = {data.find(theirs): model.find(ours) for theirs, ours in stated.items()}
-    if len(found) < len(stated):
-        raise ClassMismatchError(f"class_map names a class of the data twice: {_listed(list(stated))}")
     for form in _FORMS:
         ours, theirs = _unique(model.columns(data), form), _unique(data.columns(model), form)
         found = {i: ours[name] for name, i in theirs.items() if name in ours} | found

@@ -1,8 +1,8 @@
-"""One image: read from a file, as a tensor, and resized and cropped to a size."""
+"""One image: read from a file (an .npy file runs no code), as a tensor, and resized and cropped to a size."""
 
 from __future__ import annotations
 
-import math
+import threading
 from typing import IO
 
 import numpy as np
@@ -12,12 +12,16 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as F
 
-from glem_augment.images.arrays import read_array
+from glem_augment.codec.pixel_range import DTYPES
+from glem_augment.errors import BadImageError
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".npy")
 # PIL goes by content rather than by extension, and some of its formats run other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP")
-_LONGEST = 16  # an image is cropped to this many times the needed length before it is resized
+MOST_CHANNELS, _FEW_COLUMNS = 16, 4
+_READ_AS = {"float16": "float32", "float64": "float32"}
+# NumPy parses headers as Python, and several threads at once make Python's parser count wrong (SystemError in 3.11).
+_PARSING = threading.Lock()
 
 
 def read(file: str | IO[bytes]) -> Image.Image | Tensor:
@@ -32,6 +36,37 @@ def read(file: str | IO[bytes]) -> Image.Image | Tensor:
     if dtype_of(image) == "uint8" and (image.mode == "I" or any(";16" in str(tile[-1]) for tile in tiles)):
         raise ValueError("it has more than 8 bits per channel, which PIL drops: save it as .npy")
     return image
+
+
+def read_array(path: str) -> Tensor:
+    """The image [C,H,W] in an .npy file; [H,W] has one channel, float16 and float64 become float32.
+
+    BadImageError: another layout or dtype. ValueError, OSError, ...: a damaged file, or Python objects.
+    """
+    with _PARSING:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # only the header is read
+    read_as = _READ_AS.get(array.dtype.name, array.dtype.name)
+    if read_as not in DTYPES:
+        raise BadImageError(f"{path} holds {array.dtype.name}: save it as {', '.join(DTYPES)}")
+    array = array[None] if array.ndim == 2 else array
+    check_layout(array.shape, path)
+    with np.errstate(over="ignore"):  # a float64 that is too large becomes infinite, which is refused later
+        return torch.from_numpy(np.array(array, dtype=read_as, order="C"))
+
+
+def check_layout(shape: tuple[int, ...], where: str) -> None:
+    """BadImageError unless `shape` is [C,H,W] with 1 to 16 channels.
+
+    More than 4 channels of at most 4 columns are taken for [H,W,C] and refused, as are more than 16 channels.
+    """
+    if len(shape) != 3 or min(shape) == 0:
+        raise BadImageError(f"{where} has the shape {list(shape)[:8]}: an image is [C,H,W] or [H,W]")
+    channels, _, columns = shape
+    if channels > MOST_CHANNELS or columns <= _FEW_COLUMNS < channels:
+        raise BadImageError(
+            f"{where} has the shape {list(shape)}, but an image is [C,H,W] of at most {MOST_CHANNELS} channels: if "
+            "they are last, give x.permute(0, 3, 1, 2), or numpy.moveaxis(x, -1, 0) of one array"
+        )
 
 
 def dtype_of(image: Image.Image | Tensor) -> str:
@@ -75,10 +110,6 @@ def resize_and_crop(pixels: Tensor, height: int, width: int) -> Tensor:
     """Resize an image [C,H,W] so that it just covers height x width, then crop the centre."""
     h, w = pixels.shape[-2:]
     scale = max(height / h, width / w)
-    # Without this crop, resizing an image of 1 x 50 million pixels would take gigabytes.
-    h = min(h, math.ceil(_LONGEST * height / scale))
-    w = min(w, math.ceil(_LONGEST * width / scale))
-    pixels = F.center_crop(pixels, [h, w])
     target = [max(height, round(h * scale)), max(width, round(w * scale))]
     if target != [h, w]:
         if pixels.dtype == torch.uint16:  # torchvision truncates it

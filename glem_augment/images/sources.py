@@ -20,12 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision.datasets import DatasetFolder, VisionDataset
 from torchvision.datasets.folder import default_loader, find_classes, make_dataset
-from torchvision.transforms.v2 import functional as F
 
 from glem_augment.checks import closest
 from glem_augment.codec.pixel_range import DTYPES, PixelRange
 from glem_augment.errors import BadImageError, DataError
-from glem_augment.images.arrays import check_layout
 from glem_augment.images.matching import (
     ONE_CLASS,
     Integers,
@@ -36,7 +34,7 @@ from glem_augment.images.matching import (
     of_hugging_face,
     readable_names,
 )
-from glem_augment.images.readers import EXTENSIONS, as_pil, dtype_of, read, shape_of, to_tensor
+from glem_augment.images.readers import EXTENSIONS, as_pil, check_layout, dtype_of, read, shape_of, to_tensor
 from glem_augment.io import expand
 
 # Names of the folders of a split, the preferred one first. If only test or val exists, it serves for both.
@@ -103,9 +101,13 @@ class Source(Dataset):
     @property
     def repeated(self) -> str:
         """Two names of an image that is there several times; "" if there is none."""
+        image: Any
         first: dict[Any, int] = {}
         for index, row in enumerate(self.rows.tolist()):
-            image = row if self.paths is None else os.path.realpath(self.paths[row])
+            image = row
+            if self.paths is not None:  # links are the same file
+                file = os.stat(self.paths[row])
+                image = file.st_dev, file.st_ino
             if first.setdefault(image, index) != index:
                 return f"{self.where(first[image])} and {self.where(index)}"
         return str(getattr(self.items, "repeated", "")) if self.key is not None else ""
@@ -151,7 +153,7 @@ class Source(Dataset):
             ) from error
 
     def _image(self, item: Any) -> Image.Image | Tensor:
-        """The image of an item: a path, an open file (of timm), a PIL image, a tensor, or a uint8 array [H,W,C]."""
+        """The image of an item: a path, an open file (of timm), a PIL image, or a tensor or array [C,H,W]."""
         if isinstance(item, str):
             return read(item)
         if hasattr(item, "read"):
@@ -159,10 +161,10 @@ class Source(Dataset):
                 return read(io.BytesIO(item.read()))
         if isinstance(item, Image.Image):
             return item.copy()  # it is closed after use
+        if isinstance(item, np.ndarray):
+            item = torch.from_numpy(np.array(item))
         if isinstance(item, Tensor) and dtype_of(item) in DTYPES:
             return as_pil(item.contiguous())
-        if isinstance(item, np.ndarray) and item.dtype == np.uint8:
-            return F.to_pil_image(item)
         found = getattr(item, "dtype", type(item).__name__)
         raise TypeError(
             f"it is {found}, no PIL image or tensor of {', '.join(DTYPES)}: give the data set without its transform"
@@ -270,30 +272,20 @@ def _image_folder(folder: Path) -> Source:
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder that `SyntheticDataset.export` wrote; None of another. DataError: it did not finish."""
-    try:
-        manifest = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        unfinished = manifest.get("complete") is False
-    except FileNotFoundError:
+    if not (folder / PROVENANCE).exists():
         return None
-    except (ValueError, AttributeError):
-        raise DataError(f"{folder / PROVENANCE} is damaged: run the export again") from None
-    if unfinished:
+    manifest = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    if manifest.get("complete") is False:
         raise DataError(f"{folder} is an export that did not finish; to finish it, {manifest.get('finish')}")
     return manifest
 
 
 def _exported_classes(folder: Path) -> list[str]:
-    """The folders of an export in the order of their labels. DataError: classes.json is missing or damaged."""
-    try:
-        labels = json.loads((folder / CLASS_FILE).read_text(encoding="utf-8"))
-        names = sorted(labels, key=labels.__getitem__)
-        if [labels[name] for name in names] == list(range(len(names))) and set(_folders(folder)) <= set(names):
-            return names
-    except FileNotFoundError:
-        raise DataError(f"{folder} holds shards: read them with webdataset or timm, or export imagefolder") from None
-    except (ValueError, TypeError, AttributeError):
-        pass
-    raise DataError(f"{folder / CLASS_FILE} does not give each class folder a label: run the export again")
+    """The folders of an export in the order of their labels. DataError: they are shards."""
+    if not (folder / CLASS_FILE).exists():
+        raise DataError(f"{folder} holds shards: read them with webdataset or timm, or export imagefolder")
+    labels = json.loads((folder / CLASS_FILE).read_text(encoding="utf-8"))
+    return sorted(labels, key=labels.__getitem__)
 
 
 def _folders(folder: Path) -> list[str]:

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import gc
 import io
-import pickle
-import struct
-import sys
-import time
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from glem_augment.codec.pixel_range import UINT8, PixelRange
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.images import open_data
-from glem_augment.images.arrays import check_layout, read_array
 from glem_augment.images.dataset import ImageData, as_image_data
-from glem_augment.images.readers import resize_and_crop
+from glem_augment.images.readers import check_layout, resize_and_crop
 
 RNG = np.random.default_rng(0)
 X16 = RNG.integers(0, 65536, (4, 6, 7)).astype(np.uint16)
@@ -99,18 +91,6 @@ def test_images_of_different_kinds_are_refused(tmp_path: Path) -> None:
         open_data(path, value_range=(-20, 20), cache_bytes=0)
 
 
-def test_bmp_of_16_bits_per_pixel_is_an_8_bit_image(tmp_path: Path) -> None:
-    """5, 6 and 5 bits of three colours."""
-    (tmp_path / "a").mkdir()
-    masks = (0xF800, 0x07E0, 0x001F)
-    about = struct.pack("<IiiHHIIiiII3I", 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0, *masks)
-    pixels = struct.pack("<4H", 0xF800, 0x07E0, 0x001F, 0xFFFF)
-    head = struct.pack("<2sIHHI", b"BM", 14 + len(about) + len(pixels), 0, 0, 14 + len(about))
-    (tmp_path / "a" / "0.bmp").write_bytes(head + about + pixels)
-    x = open_data(tmp_path).tensor()
-    assert x.dtype == torch.uint8 and x[0, :, 1, 0].tolist() == [255, 0, 0] and x[0, :, 0, 1].tolist() == [255] * 3
-
-
 class Bomb:
     """Fails the test if it is unpickled."""
 
@@ -132,30 +112,24 @@ def saved(x: np.ndarray, **options: bool) -> bytes:
 
 HOSTILE = {
     "pickled": saved(np.array([Bomb(), None]), allow_pickle=True),
-    "bare": pickle.dumps(Bomb()),
     "huge": npy("(16, 100000, 100000)"),
-    "overflow": npy("(1, 9223372036854775807, 2)"),
     "code": npy("(1, __import__('os').abort(), 4)"),
     "cut": npy("(1, 4, 4)", b"x" * 9),
     "nan": saved(np.full((1, 4, 4), np.nan, np.float32)),
-    "large": saved(np.full((1, 4, 4), 1e300)),
     "hwc": saved(np.zeros((16, 16, 3), np.float32)),
     "many": saved(np.zeros((17, 8, 8), np.float32)),
-    "vector": saved(np.zeros(4, np.float32)),
     "empty": saved(np.zeros((0, 4, 4), np.float32)),
     "int64": saved(np.zeros((1, 4, 4), np.int64)),
-    "table": saved(np.zeros((1, 4), [("a", "<f4")])),
 }
 
 
-def test_hostile_arrays_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_hostile_arrays_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for name, content in HOSTILE.items():
         path = tmp_path / "a" / f"{name}.npy"
         path.write_bytes(content)
-        with pytest.raises(BadImageError, match=rf"{name}\.npy") as caught:
+        with pytest.raises(BadImageError, match=rf"{name}\.npy"):
             open_data(tmp_path).tensor()
-        assert "\n" not in str(caught.value)
         path.unlink()
 
 
@@ -165,8 +139,9 @@ def test_channels_come_first() -> None:
             check_layout(shape, "x")
         with pytest.raises(DataError, match="permute"):
             open_data((torch.zeros(2, *shape), [0, 1]))
-        with pytest.raises(DataError, match="permute"):
-            open_data([(torch.zeros(shape), 0)])
+        for image in (torch.zeros(shape), np.zeros(shape, np.uint8)):
+            with pytest.raises(DataError, match="permute"):
+                open_data([(image, 0)])
     for shape in ((16, 8, 8), (12, 6, 7), (3, 16, 3), (4, 4, 4), (1, 1, 1)):
         check_layout(shape, "x")
 
@@ -203,28 +178,3 @@ def test_tensors_have_ranges_too() -> None:
     ):
         with pytest.raises(DataError):
             as_image_data(given, shape, pixel_range=wanted)
-
-
-def test_threads_read_headers_while_memory_is_collected(tmp_path: Path) -> None:
-    """In Python 3.11 a parser that waits within a finaliser lets the parsers of other threads count wrong."""
-
-    class Waits:
-        def __del__(self) -> None:
-            time.sleep(0)
-
-    def read(index: int) -> Tensor:
-        waits = Waits()
-        waits.cycle = waits  # type: ignore[attr-defined]
-        del waits
-        return read_array(str(tmp_path / "a.npy"))
-
-    np.save(tmp_path / "a.npy", np.zeros((2, 4, 4), np.float32))
-    before, often = gc.get_threshold(), sys.getswitchinterval()
-    gc.set_threshold(20, 2, 2)
-    sys.setswitchinterval(1e-5)
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            assert len(list(pool.map(read, range(2000)))) == 2000
-    finally:
-        gc.set_threshold(*before)
-        sys.setswitchinterval(often)

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -239,9 +240,19 @@ def test_what_one_image_could_change_is_refused_or_told(model: GLEM, data: Image
     shutil.copytree(tmp_path / "good", tmp_path / "links")
     first = min((tmp_path / "links" / "class 0").iterdir())
     first.with_name("y.png").symlink_to(first)
+    shutil.copytree(tmp_path / "good", tmp_path / "hard")
+    last = max((tmp_path / "hard" / "class 1").iterdir())
+    last.with_name("z.png").hardlink_to(last)
     links = tmp_path / "links"
-    for repeated in (twice, Subset(twice, [0, 1]), Subset(data.subset([0, 0, 1]), [0, 1, 2]), folder, links):
-        with pytest.raises(DataError, match="several times"):
+    for repeated, named in (
+        (twice, "image 0 of"),
+        (Subset(twice, [0, 1]), "image 0 of"),
+        (Subset(data.subset([0, 0, 1]), [0, 1, 2]), "image 0 of"),
+        (folder, str(folder.samples[0][0])),
+        (links, f"{first} and {first.with_name('y.png')}"),
+        (tmp_path / "hard", f"{last} and {last.with_name('z.png')}"),
+    ):
+        with pytest.raises(DataError, match=re.escape(named)):
             check_images(open_data(repeated, image_size=16, channels=1), None)
     assert open_data(tmp_path / "good", image_size=16).unstated == ["channels"]
     same = [ImageData.from_tensors(torch.zeros(2, 1, 16, 16, dtype=torch.uint8), [0, 0], ["a"]) for _ in range(2)]
