@@ -5,14 +5,13 @@ A safetensors file is validated in two steps: the header before memory is alloca
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import os
 import re
 import secrets
-import stat
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from mmap import ACCESS_READ, mmap
@@ -31,17 +30,6 @@ __all__ = ["atomic_write", "finite", "json_text", "save_png", "write_json"]  # f
 
 # Temporary files of `atomic_write`, which a killed process leaves behind.
 LEFT_OVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
-# `atomic_write` rewrites these system errors, because they name a temporary file, or none.
-_REFUSED = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EEXIST,
-}
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _EXACT = {torch.bool: {"BOOL"}, torch.int64: {"I64"}, torch.int32: {"I32"}}
 _CHUNK = 2**18  # numbers per check, which bounds the memory
@@ -60,57 +48,36 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb", 
     The content goes to a temporary file in the same folder, because a rename is atomic only within one file system. It
     is flushed to the disk with `fsync`, unless `sync` is False, and renamed. On any error in the `with` block the
     temporary file is removed, and the old file at `path` stays. Missing parent folders are made. Permissions of a
-    replaced file are kept. A link is replaced, not its target. A device or a pipe (`/dev/stdout`) is written directly.
+    replaced file are kept. A link is replaced, not its target. A device or a pipe (`/dev/null`) is written directly.
 
     Raises:
         OSError, PermissionError, ...: the disk is full, the folder is not writable, ...; the message names `path`.
     """
     path = Path(path)
     text: dict[str, Any] = {"encoding": "utf-8", "newline": "\n"} if mode == "w" else {}
-    try:
-        before = path.stat()
-    except OSError:  # no such file; any other reason shows when the file is written
-        before = None
-    if before is not None and not stat.S_ISREG(before.st_mode):
-        with open(path, mode, **text) as special:
-            yield special
+    if path.exists() and not path.is_file():
+        with open(path, mode, **text) as device:
+            yield device
         return
-    # The random part keeps two processes that write the same file apart. File systems count bytes, not characters.
-    start = os.fsencode(path.name)[:100].decode("utf-8", "ignore")
-    temporary = path.parent / f".{start}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    # The random part keeps two processes that write the same file apart. File systems limit the length of names.
+    temporary = path.parent / f".{path.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(temporary, mode.replace("w", "x"), **text)
-        try:
+        with open(temporary, mode.replace("w", "x"), **text) as file:
             yield file
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-        finally:
-            with suppress(OSError):  # closing flushes again, and may fail again: the first error is the one to report
-                file.close()
-        if before is not None:
-            with suppress(OSError):  # some file systems have no permissions
-                temporary.chmod(stat.S_IMODE(before.st_mode))
+        with suppress(OSError):  # a new file, or a file system without permissions
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        # The `with` block may also raise errors about other files.
-        ours = {str(temporary), str(path), *map(str, path.parents)}
-        if isinstance(error, OSError) and error.errno in _REFUSED and str(error.filename or path) in ours:
-            blocked = error.errno in (errno.ENOTDIR, errno.EEXIST)
-            reason = "a part of it is a file, not a folder" if blocked else os.strerror(error.errno).lower()
-            raise OSError(error.errno, f"cannot write {path}: {reason}; choose another folder") from error
+        # System errors name the temporary file, or none.
+        if isinstance(error, OSError) and error.errno and str(error.filename or temporary) == str(temporary):
+            error.filename = str(path)
         raise
-    if not sync:
-        return
-    with suppress(OSError):  # makes the rename itself durable; Windows cannot sync folders
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:
@@ -181,13 +148,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
-    """`path` with `~` and `~user` replaced by home folders; ValueError for a user that does not exist."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ValueError(
-            f"{os.fspath(path)}: that user has no home folder; write ./~... for a name that begins with ~"
-        ) from None
+    """`path` with `~` and `~user` replaced by home folders."""
+    return Path(os.path.expanduser(path))
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------

@@ -144,25 +144,20 @@ def latent_shape(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> t
             "pixels"
         )
     height, width = _padded(autoencoder, image_shape)
-    factor, found = _factor(autoencoder), getattr(autoencoder, "channels", None)
-    if factor and isinstance(found, int):
-        if found < 1:
-            raise ValueError(f"channels of an autoencoder must be at least 1, got {found}")
+    factor, found = getattr(autoencoder, "factor", None), getattr(autoencoder, "channels", None)
+    if factor and found:
         return found, height // factor, width // factor
-    padded = (3, height, width)
-    try:  # shapes without memory, where the module can
-        h, back = _tried(autoencoder, padded, torch.device("meta"))
-    except Exception:
-        try:
-            h, back = _tried(autoencoder, padded, None)
-        except Exception as error:
-            raise ValueError(f"the autoencoder can't take an image {list(padded)}: {error}") from error
-    if h.ndim != 4 or back.shape != (1, *padded):
+    probe: Any = copy.deepcopy(autoencoder)  # a user's module may change when it is called
+    like = next((t for t in probe.parameters() if t.is_floating_point()), torch.zeros(()))
+    with torch.no_grad(), evaluating(probe):
+        h = probe.encode(like.new_full((1, 3, height, width), 0.5))
+        back = probe.decode(h)
+    if h.ndim != 4 or back.shape != (1, 3, height, width):
         raise ValueError(
             f"the autoencoder turns an image {[3, height, width]} into {list(h.shape[1:])} and back into "
             f"{list(back.shape[1:])}: it needs another image size, or is none"
         )
-    return h.shape[1], h.shape[2], math.prod(h.shape[3:])
+    return h.shape[1], h.shape[2], h.shape[3]
 
 
 def _numbers_of(codec: Codec, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -187,29 +182,8 @@ def _numbers_of(codec: Codec, image_shape: tuple[int, int, int]) -> tuple[int, i
     return codec.shape
 
 
-def _factor(autoencoder: nn.Module) -> int:
-    """By what the autoencoder divides the sides of images; 0 if it does not say. ValueError: below 1."""
-    factor = getattr(autoencoder, "factor", None)
-    if not isinstance(factor, int):
-        return 0
-    if factor < 1:
-        raise ValueError(f"factor of an autoencoder must be at least 1, got {factor}")
-    return factor
-
-
 def _padded(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
     """Height and width, extended so that the autoencoder divides them."""
-    factor = _factor(autoencoder) or 1
+    factor = getattr(autoencoder, "factor", None) or 1
     height, width = (-(-side // factor) * factor for side in image_shape[1:])
     return height, width
-
-
-def _tried(
-    autoencoder: nn.Module, image_shape: tuple[int, int, int], device: torch.device | None
-) -> tuple[Tensor, Tensor]:
-    """Latents and image of one grey image, on `device` or the autoencoder's."""
-    probe: Any = copy.deepcopy(autoencoder).to(device)  # a user's module may change when it is called
-    some = next((t for t in probe.parameters() if t.is_floating_point()), torch.zeros((), device=device or "cpu"))
-    with torch.no_grad(), evaluating(probe):
-        h = probe.encode(torch.full((1, *image_shape), 0.5, dtype=some.dtype, device=some.device))
-        return h, probe.decode(h)

@@ -38,7 +38,8 @@ class Levels(Codec):
         return to_levels(x, self.count, self.dtype, noise, self.pixel_range)
 
     def decode(self, h: Tensor) -> Tensor:
-        return from_levels(h, self.count)
+        """Levels without noise give floats with 0 and 1 at the lowest and the highest level."""
+        return ((h + 0.5) * self.count - 0.5) / (self.count - 1)
 
     def target(self, x: Tensor) -> Tensor:
         """The images at their top bits."""
@@ -169,8 +170,3 @@ def _splitmix(x: Tensor) -> Tensor:
     for shift, factor in _SPLITMIX:
         x = (x ^ (x >> shift & 2 ** (64 - shift) - 1)) * factor  # the mask makes the shift a logical one
     return x
-
-
-def from_levels(h: Tensor, count: int) -> Tensor:
-    """Inverse of `to_levels` for bin middles: float with 0 and 1 at the lowest and highest level."""
-    return ((h + 0.5) * count - 0.5) / (count - 1)

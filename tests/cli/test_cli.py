@@ -370,7 +370,7 @@ def test_damaged_models(trained: Path, tmp_path: Path, output: Output, monkeypat
     assert not (tmp_path / "g").exists()
     fails(["info", str(tmp_path / "nothing")], output, "no model at")
     fails(["info", str(tmp_path / "brokn")], output, f"did you mean {broken}?")
-    fails(["info", "~nobody-here/x"], output, "that user has no home folder")
+    fails(["info", "~nobody-here/x"], output, "~nobody-here/x")
     fails(["eval", "bundled:nothing", images_of(trained)], output, "no bundled model")
     monkeypatch.setenv("GLEM_DEBUG", "1")
     assert main(["info", str(broken)]) == 2
