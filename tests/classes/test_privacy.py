@@ -70,11 +70,6 @@ def test_mu_is_that_of_dp_accounting(epsilon: float, delta: float) -> None:
     assert low < delta < high
 
 
-def test_mu_of_the_papers_numbers() -> None:
-    found = [Privacy(epsilon, 1e-5, images=10**5).mu for epsilon in (0.2, 1, 3, 10)]
-    assert found == pytest.approx([0.0613, 0.268, 0.719, 2.0004], rel=1e-3)
-
-
 def test_releases_add_up() -> None:
     one, five = Privacy(1, 1e-6), Privacy(1, 1e-6, images_per_person=5)
     assert total([]) == (0, 0) and total([one]) == pytest.approx((one.mu, 1))
@@ -86,21 +81,11 @@ def test_releases_add_up() -> None:
     assert epsilon_of(1e-9, 1e-6) == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((51,), "epsilon"),
-        ((math.nan,), "epsilon"),
-        ((1, 0), "delta"),
-        ((1, 0.1), "delta"),
-        ((1, 1e-5), "delta"),  # above one over a million images
-        ((1, 1e-5, 1, 200_000), "delta"),
-        ((1, 1e-6, 0), "images_per_person"),
-    ],
-)
-def test_promises_out_of_range_are_refused(arguments: tuple[float, ...], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        Privacy(*arguments)  # type: ignore[arg-type]
+def test_promises_out_of_range_are_refused() -> None:
+    above_a_million, above_stated = (1, 1e-5), (1, 1e-5, 1, 200_000)
+    for wrong in ((51,), (math.nan,), (1, 0), (1, 0.1), above_a_million, above_stated, (1, 1e-6, 0)):
+        with pytest.raises(ValueError):
+            Privacy(*wrong)  # type: ignore[arg-type]
     assert Privacy(1, 1e-5, images=60_000).delta == 1e-5
 
 
@@ -309,13 +294,13 @@ def test_sums_are_released_once_and_never_copied() -> None:
     sums = _added(torch.ones(3, 2))
     secret = sums._secret()
     for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="cannot be copied"):
+        with pytest.raises(TypeError):
             attempt(sums)
     sums.release()
     assert not any(tensor.any() for tensor in secret)
-    with pytest.raises(GLEMError, match="released already"):
+    with pytest.raises(GLEMError):
         sums.release()
-    with pytest.raises(GLEMError, match="released already"):
+    with pytest.raises(GLEMError):
         sums.add(torch.ones(1, 2), torch.zeros(1, dtype=torch.int64))
 
 
@@ -344,40 +329,18 @@ def test_rank_0_alone_draws_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(ours.seconds, theirs.seconds)
 
 
-@pytest.mark.parametrize(
-    ("u", "y", "words"),
-    [
-        (torch.ones(3, 4), torch.zeros(3).long(), "u must have floats of shape"),
-        (torch.ones(3, 2).long(), torch.zeros(3).long(), "u must have floats"),
-        (torch.ones(3, 2), torch.zeros(2).long(), "y must be int64 of shape"),
-        (torch.ones(3, 2), torch.zeros(3), "y must be int64"),
-        (torch.ones(3, 2), torch.ones(3).long(), "labels must be from 0 to 0"),
-        (torch.ones(3, 2), -torch.ones(3).long(), "labels"),
-    ],
-)
-def test_wrong_batches_are_refused(u: Tensor, y: Tensor, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        PrivateSums(1, 2, CLIP, Privacy(1)).add(u, y)
-
-
-@pytest.mark.parametrize(
-    ("chosen", "words"),
-    [
-        (dict(clip=0), "clip"),
-        (dict(clip=math.inf), "clip"),
-        (dict(dim=0), "dim"),
-        (dict(num_classes=0), "num_classes"),
-        (dict(shares=(0.5, 0.5)), "three numbers"),
-        (dict(shares=(0, 0, 0)), "share"),
-        (dict(shares=(0.5, -0.1, 1)), "share"),
-        (dict(part=0), "part"),
-        (dict(part=1.5), "part"),
-        (dict(privacy=Privacy(0.01, 1e-12, images_per_person=1000)), "raise epsilon"),
-    ],
-)
-def test_wrong_settings_are_refused(chosen: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        PrivateSums(**{"num_classes": 2, "dim": 3, "clip": 1.0, "privacy": Privacy(1), **chosen})
+def test_wrong_batches_and_settings_are_refused() -> None:
+    u, y = torch.ones(3, 2), torch.zeros(3).long()
+    for rows, labels in ((torch.ones(3, 4), y), (u.long(), y), (u, y[:2]), (u, y.double()), (u, y + 1), (u, y - 1)):
+        with pytest.raises(ValueError):
+            PrivateSums(1, 2, CLIP, Privacy(1)).add(rows, labels)
+    drowned = Privacy(0.01, 1e-12, images_per_person=1000)
+    for name, value in (
+        *(("clip", 0), ("clip", math.inf), ("dim", 0), ("num_classes", 0), ("part", 0), ("part", 1.5)),
+        *(("shares", (0.5, 0.5)), ("shares", (0, 0, 0)), ("shares", (0.5, -0.1, 1)), ("privacy", drowned)),
+    ):
+        with pytest.raises(ValueError):
+            PrivateSums(**{"num_classes": 2, "dim": 3, "clip": 1.0, "privacy": Privacy(1), name: value})
 
 
 # ---- stored numbers --------------------------------------------------------------------------------------------------
