@@ -141,7 +141,7 @@ def private() -> Named:
     judges |= {"latents": "perceptron, samples' latents", "pixels": "ResNet, samples of pixels"}
     # What differs from the usual rows: delta, and the Gaussians of a class.
     variants = {"": (False, None), ", one Gaussian per class": (False, 1), ", δ = 1 / (n log n)": (True, None)}
-    rows, controls = [], []
+    rows, controls, reals = [], [], {}
     for (data, shown), (kind, judge), words in itertools.product(names.items(), judges.items(), variants):
         wanted = data, kind, *variants[words]
         known = ((n, n["cells asked"] if n["epsilon"] or words else None) for n in lines)
@@ -154,12 +154,14 @@ def private() -> Named:
         if own and kind == "taef2" and not words:
             everything = {"data": data, "method": "real", "setting": ""}.items()
             real = next(line for line in subsets if everything <= line.items())
-            rows.append([shown, *(cells.get(e, "") for e in columns), f"{real['CNN-A']:.1f}"])
+            reals["ResNet", data] = f"{real['CNN-A']:.1f}"
+            rows.append([shown, *(cells.get(e, "") for e in columns), reals["ResNet", data]])
             count = [worth(subsets, data, own[e]["accuracy"]) if e in own else "" for e in columns]
             rows.append(["worth so many real images", *count, "all"])
         if own and kind == "latents" and not words:
             most = next(n["accuracy"] for n in lines if (n["data"], n["method"]) == (data, "real"))
-            rows.append(["perceptron on latents", *(cells.get(e, "") for e in columns), f"{most:.1f}"])
+            reals["perceptron", data] = f"{most:.1f}"
+            rows.append(["perceptron on latents", *(cells.get(e, "") for e in columns), reals["perceptron", data]])
     epsilons = " | ".join(f"ε = {epsilon:g}" for epsilon in columns)
     yield "private controls", table(f"data | judge | {epsilons} | no privacy", controls)
     yield "private sets", table(f" | {epsilons} | real images", rows)
@@ -173,6 +175,18 @@ def private() -> Named:
     epsilons = " | ".join(f"ε = {epsilon:g}" for epsilon in columns)
     cells = [[name, *(own.get(e, "") for e in columns)] for name, own in curve.items()]
     yield "private curve", table(f"images of each class | {epsilons}", cells)
+    brief = []
+    whole = {"fashion-mnist": ("ten kinds of clothes", "6,000"), "cifar10": ("CIFAR-10", "5,000")}
+    for data, (name, most) in whole.items():
+        shown = names[data]
+        for size in ("300", "2,000", most):
+            if own := curve.get(f"{name}, {size}"):
+                judge = f"{shown}: perceptron on latents"
+                brief.append([judge, size, *(own.get(e, "") for e in columns), reals["perceptron", data]])
+        resnet = next(row for row in rows if row[0] == shown)
+        brief.append([f"{shown}: ResNet on images", most, *resnet[-1 - len(columns) :]])
+    head = f"trained on samples | images of each class | {epsilons} | real images"
+    yield "private sets in brief", table(head, brief)
     methods = {"probe": "a linear layer on the latents", "dp-sgd": "a small network with tanh, on images"}
     found = []
     for row in opponents_page(stored("private_opponents"))["rows"]:

@@ -33,6 +33,7 @@ from benchmarks.proof.private import EPOCHS, PER_CLASS, Images
 from glem_augment.classes import private
 from glem_augment.classes.privacy import Privacy
 from glem_augment.errors import DataError
+from glem_augment.io import atomic_write
 from glem_augment.model.private_fit import latents_alone
 
 NAME, DELTA = "private_curve", 1e-5
@@ -109,6 +110,30 @@ def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"title": title, "command": usage(__doc__), "measured on": processors(rows), "rows": table}
 
 
+def draw(table: list[dict[str, Any]], path: Path) -> None:
+    """Accuracies over the number of images of each class, a line for each epsilon, for the two sets of ten classes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, name in zip(figure.subplots(1, 2, sharey=True), (CLOTHES, PHOTOGRAPHS), strict=True):
+        for epsilon in EPSILONS:
+            cell = {"set": name, "epsilon": epsilon, "coordinates": "chosen"}
+            own = [line for line in table if cell.items() <= line.items() and line["accuracy"] is not None]
+            x, y, half = ([line[key] or 0 for line in own] for key in ("per class", "accuracy", "+/-"))
+            axis.errorbar(x, y, half, marker="o", label=f"ε = {epsilon:g}")
+        axis.set(title=name, xlabel="private images of each class", xscale="log")
+        axis.minorticks_off()
+        ticks = sorted({line["per class"] for line in table if line["set"] == name})
+        axis.set_xticks(ticks, [f"{count:,}" for count in ticks])
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("accuracy on real images in %")
+    figure.axes[0].legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
 def main() -> None:
     args = parser(__doc__)
     args.set_defaults(threads=1)
@@ -121,6 +146,7 @@ def main() -> None:
         key = dict(zip(("set", "per class", "epsilon", "coordinates"), cell, strict=True)) | {"seed": seed}
         rows.row(key, lambda: {"accuracy": accuracy(images(SETS[cell[0]][0]), *cell, seed)})  # noqa: B023
     publish(args.out, NAME, report(rows.all()), rows.all())
+    draw(report(rows.all())["rows"], args.out / f"{NAME}.png")
 
 
 if __name__ == "__main__":

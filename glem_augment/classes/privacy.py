@@ -244,11 +244,6 @@ class Release:
     shares: tuple[float, ...] = SHARES
 
     @property
-    def mu(self) -> float:
-        """What this release spends, in the unit of its promise."""
-        return self.privacy.mu * math.sqrt(self.part)
-
-    @property
     def sd_count(self) -> float:
         """Standard deviation of the noise of a count, in images."""
         return _deviation(self.privacy, self.part, self.shares[0])
@@ -262,10 +257,6 @@ class Release:
     def sd_second(self) -> float:
         """Deviation of the noise of `squares` and of diagonals of `seconds`; off the diagonal, sd_second / sqrt(2)."""
         return _deviation(self.privacy, self.part, self.shares[2]) * self.clip**2
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The statistics by name, for a file of tensors."""
-        return {name: getattr(self, name) for name in ("counts", "sums", "seconds", "squares")}
 
 
 def round_of(release: str, privacy: Privacy, part: float, **facts: Any) -> dict[str, Any]:
