@@ -103,25 +103,19 @@ def test_erased_pixels_stay_outside_the_range(rgb: GLEM, size: int) -> None:
 def test_wrong_ranges_are_noticed_in_the_first_batch(rgb: GLEM, recwarn: pytest.WarningsRecorder) -> None:
     settings: dict[str, Any] = {"p": 1.0, "policy": "noise", "mean": MEAN, "std": STD}
     for x, given, message in (
-        (images(4, 3) / 255, {"mean": (0.1, 0.2), "std": (1, 1)}, "mean has 2 values, the images 3"),
-        (images(4, 3), {}, "got torch.uint8"),
-        (images(8, 3).float(), {}, "for 0 to 255 give uint8"),
+        (images(4, 3) / 255, {"mean": (0.1, 0.2), "std": (1, 1)}, "mean has 2"),
+        (images(4, 3), {}, "uint8"),
+        (images(8, 3).float(), {}, "uint8"),
+        (images(4, 3), {"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}, "255"),
+        (normalised(torch.rand(8, 3, 8, 8)), {"mean": 0.5, "std": 0.5}, "mean and std"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             GLEMAugment(rgb, **{**settings, **given})(x, labels(len(x)))
-    for given in ({"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}, {"mean": 2.0, "std": 1.0}):
-        with pytest.raises(ValueError, match=r"for images in \[0, 1\], got mean=.*divide both by 255"):
-            GLEMAugment(rgb, **{**settings, **given})
-    photographs = torch.rand(8, 3, 8, 8)
-    with pytest.raises(ValueError, match=r"\d+\.\d % of the values lie outside .*give the mean and std by which"):
-        GLEMAugment(rgb, **{**settings, "mean": 0.5, "std": 0.5})(normalised(photographs), labels(8))
-    with pytest.warns(UserWarning, match=r"still in \[0, 1\]"):
+    with pytest.warns(UserWarning, match="mean and std"):
         GLEMAugment(rgb, **settings)(images(8, 3) / 255, labels(8))
     recwarn.clear()
     # Some timm models have mean 0 and std 1; RandomErasing's N(0, 1) reaches 4 and more.
     x = images(8, 3) / 255
-    aug = GLEMAugment(rgb, **{**settings, "mean": 0.0, "std": 1.0})
-    aug(x, labels(8))
     x[0, :, :4, :4] = torch.linspace(-4.8, 4.8, 48).view(3, 4, 4)
-    aug(x, labels(8))
+    GLEMAugment(rgb, **{**settings, "mean": 0.0, "std": 1.0})(x, labels(8))
     assert not [w for w in recwarn if "mean and std" in str(w.message)]
