@@ -25,11 +25,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
 
-from benchmarks.common import RESULTS, ROOT, Interval, Named, by_seed, holm, interval, markdown, table
+from benchmarks.common import RESULTS, ROOT, Interval, Named, by_seed, holm, interval, markdown, over_seeds, table
 from benchmarks.paper.claims import verdicts
 from benchmarks.paper.paper import stored_page
-from benchmarks.proof import directions, long_tails, pretrained
+from benchmarks.proof import directions, long_tails, no_network, pretrained
 from benchmarks.proof import photographs as photos
+from benchmarks.proof import private as private_sets
 from benchmarks.proof.augmentation.named import bold
 from benchmarks.proof.augmentation.named import numbers as augmentation
 from benchmarks.proof.augmentation.plan import Store
@@ -42,8 +43,9 @@ from benchmarks.proof.private_curve import report as curve_page
 from benchmarks.proof.private_opponents import report as opponents_page
 from benchmarks.proof.samples_alone import as_long, summary, worth
 from benchmarks.proof.samples_alone import report as samples_page
+from benchmarks.speed.backbones import summary as backbones
 from benchmarks.speed.overhead import PER_IMAGE
-from benchmarks.speed.speed import OURS, RECOMPUTED
+from benchmarks.speed.speed import OURS, RECOMPUTED, judged
 from glem_augment import GLEM
 from glem_augment.hub.cards import table_row
 from glem_augment.io import atomic_write, json_text
@@ -74,10 +76,23 @@ def stored(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def rebuilt(name: str, record: Any) -> Any:
+    """A stored result with its rows made again from what was measured."""
+    return {**record, **SUMMARIES[name](record)} if name in SUMMARIES else record
+
+
 def in_words(found: set[Any]) -> str:
     """The size of a set, as a word up to twelve."""
     words = "no one two three four five six seven eight nine ten eleven twelve".split()
     return words[len(found)] if len(found) < len(words) else str(len(found))
+
+
+SUMMARIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "backbones": lambda record: {"rows": backbones(record["cells"])},
+    "no_network": lambda record: {"rows": no_network.summary(record["measured"])},
+    "pretrained": lambda record: {"rows": over_seeds(record["measured"], "setting", "views", "strength")},
+    "speed": lambda record: {"verdicts": [judged(row) for row in record["verdicts"]]},
+}
 
 
 def derived() -> dict[str, Callable[[], str]]:
@@ -91,8 +106,8 @@ def derived() -> dict[str, Callable[[], str]]:
 def reports() -> dict[str, dict[str, Any]]:
     """The content of the page of each result that has a command."""
     names = [path.stem for path in sorted(RESULTS.glob("*.json"))]
-    found = {name: REPORTS.get(name, lambda record: record)(stored(name)) for name in names}
-    return {name: report for name, report in found.items() if "command" in report}
+    found = {name: REPORTS.get(name, partial(rebuilt, name))(stored(name)) for name in names}
+    return {name: report for name, report in found.items() if isinstance(report, dict) and "command" in report}
 
 
 # ---- other proofs ----------------------------------------------------------------------------------------------------
@@ -324,7 +339,7 @@ def single_files() -> Named:
         yield f"kld: {row['pass']}, memory", f"{row['peak extra memory / mu']:.1f}"
     for row in stored("matexp")["rows"]:
         yield f"matexp: {row['way']}", f"{row['median ratio']:.0f}"
-    for row in stored("backbones")["rows"]:
+    for row in backbones(stored("backbones")["cells"]):
         for key, digits in (("bits/dim", 2), ("NF accuracy %", 1)):
             if row[key] != "diverged":
                 yield f"backbones: {row['variant']}, {key}", f"{float(row[key].split()[0]):.{digits}f}"
@@ -345,18 +360,40 @@ def models() -> Named:
         yield title, table(" | ".join(columns), [[row[column] for column in columns] for row in rows])
 
 
+def commands() -> Iterable[list[str]]:
+    """Result, commands and processor of each page of results."""
+    for name, report in reports().items():
+        lines = "<br>".join(f"`{line}`" for line in report["command"].splitlines())
+        yield [
+            f"[{name}](../benchmarks/results/{name}.md)",
+            lines,
+            report.get("measured on") or report["machine"]["processor"],
+        ]
+
+
 def counts() -> Named:
     """Counts that sentences have as words."""
     cells = stored("backbones")["cells"]
     yield "backbones: flows", in_words({row["variant"] for row in cells})
     yield "backbones: seeds", in_words({row["seed"] for row in cells})
     yield "paper: seeds", in_words({row["seed"] for row in stored("paper/table1.cpu")})
+    usual = [row for row in stored("private") if (row["judged"], row["method"]) == ("test", "taef2") and row["epsilon"]]
+    deltas = [row["delta"] for row in usual]
+    yield "private: samples", f"{10 * private_sets.PER_CLASS:,}"
+    yield "private: epochs", str(private_sets.EPOCHS)
+    yield "private: delta", f"{max(set(deltas), key=deltas.count):.0e}".replace("e-0", "e-")
+    yield "kld: of all pairs", f"{1000**2 * 12_288 * 4 / 2**30:.0f}"
+    yield from ((f"published: {row['name']}", row["value"]) for row in stored("published"))
+    cells = [*stored("augmentation"), *stored("augmentation_tuning")]
+    yield "augmentation: hours", f"{sum(row['cell_seconds'] for row in cells) / 3600:.0f}"
+    yield "commands", table("result | command | measured on", commands())
     for name, report in reports().items():
         yield f"{name}: command", ", ".join(f"`{line}`" for line in report["command"].splitlines())
 
 
 def speed() -> Named:
     record = stored("speed")
+    verdicts_of_speed = [judged(row) for row in record["verdicts"]]
     for row in record["rows"]:
         for operation in ("train", "encode", "decode"):
             if row[f"{operation} overhead"] is not None:
@@ -364,15 +401,14 @@ def speed() -> Named:
     lines = [
         [f"`{row['case']}`", row["what"], f"{row['ratio']:.2f}", f"{row['noise']:.2f}", f"{row['limit']:.2f}",
          "yes" if row["met"] else "**no**"]
-        for row in record["verdicts"]
+        for row in verdicts_of_speed
     ]  # fmt: skip
     yield "speed", table("case | time of ours over | ratio | noise | limit | met", lines)
     taken = {(row["case"], row["side"]): row["train ms"] for row in record["rows"]}
     longer = [100 * (ms / taken[case, OURS] - 1) for (case, side), ms in taken.items() if side == RECOMPUTED]
     yield "speed: recomputed, longer", f"{min(longer):.0f} to {max(longer):.0f}"
-    failed = [row for row in record["verdicts"] if not row["met"]]
-    yield "speed: verdicts", str(len(record["verdicts"]))
-    yield "speed: failed", str(len(failed))
+    yield "speed: verdicts", str(len(verdicts_of_speed))
+    yield "speed: failed", str(sum(not row["met"] for row in verdicts_of_speed))
 
 
 # ---- the paper -------------------------------------------------------------------------------------------------------
@@ -445,6 +481,7 @@ def names() -> dict[str, str]:
     own = (
         augmentation(Store(RESULTS), stored("no_network")["measured"]),
         directions.numbers(stored("directions"), "noise", stored("photographs")["cells"]),
+        directions.numbers(stored("adversarial_directions"), "adversarial", []),
         long_tails.numbers(stored("long_tails")),
         pretrained.numbers(stored("pretrained")["measured"]),
         pretrained.fine_tuned_numbers(stored("fine_tuned")),
@@ -520,7 +557,7 @@ def update(check: bool) -> None:
             agree(page, written(page.read_text(encoding="utf-8"), known), check)
         except ValueError as error:
             raise SystemExit(f"numbers: {page.relative_to(ROOT)}: {error}") from None
-    print("numbers: all pages agree with the stored results")
+    print(f"numbers: all {len(pages())} pages agree with the stored results; none needs data or a GPU")
 
 
 if __name__ == "__main__":

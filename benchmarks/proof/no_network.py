@@ -180,10 +180,14 @@ def run(setting: Setting, seeds: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line for each setting and method."""
+    return over_seeds([row | {"tuned": str(row["params"])} for row in rows], "setting", "method", "tuned")
+
+
 def store(rows: list[dict[str, Any]], out: Path, show: bool) -> None:
     """Write the rows and their table."""
-    lines = over_seeds([row | {"tuned": str(row["params"])} for row in rows], "setting", "method", "tuned")
-    write_results(out, "no_network", "Few labels without a network", lines, {"measured": rows}, show=show)
+    write_results(out, "no_network", "Few labels without a network", summary(rows), {"measured": rows}, show=show)
 
 
 def main() -> None:
