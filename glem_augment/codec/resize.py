@@ -41,10 +41,6 @@ class PixelAdapter:
         self.std = None if std is None else _numbers(std)
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {std!r}")
-        if self.mean is not None and max(self.mean) > 1.5 and not pixel_range.continuous:
-            raise ValueError(
-                f"mean and std are for images in [0, 1], got mean={mean!r}: divide both by {pixel_range.high}"
-            )
         self._seen: set[torch.dtype] = set()
 
     # ---- checks ----------------------------------------------------------------------------------------------
@@ -91,8 +87,9 @@ class PixelAdapter:
         share = float(((unit < -UNIT_SLACK) | (unit > 1 + UNIT_SLACK)).float().mean())
         if share > FEW:
             raise ValueError(
-                f"with mean and std undone, {100 * share:.3g} % of the values lie outside [0, 1]: give the mean and "
-                "std by which the images were normalised; for images in [0, 1] leave them out, for 0 to 255 give uint8"
+                f"with mean={self.mean} and std={self.std} undone, {100 * share:.3g} % of the values lie outside "
+                "[0, 1]: give the mean and std by which the images in [0, 1] were normalised; for images that are "
+                "still in [0, 1] leave them out, for 0 to 255 give uint8"
             )
         changes = min(self.mean) > 0 or max(self.std) < 1  # mean 0 and std 1 leave images as they are
         if changes and x.numel() >= 1000 and 0 <= low < high <= 1:

@@ -111,6 +111,9 @@ def test_wrong_ranges_are_noticed_in_the_first_batch(rgb: GLEM, recwarn: pytest.
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             GLEMAugment(rgb, **{**settings, **given})(x, labels(len(x)))
+    large = {"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}  # of images in 0 to 255
+    with pytest.raises(ValueError, match="123.7"):
+        GLEMAugment(rgb, **{**settings, **large})(normalised(images(8, 3) / 255), labels(8))
     with pytest.warns(UserWarning, match="mean and std"):
         GLEMAugment(rgb, **settings)(images(8, 3) / 255, labels(8))
     recwarn.clear()
