@@ -55,11 +55,11 @@ def test_its_facts_and_its_likelihoods(model: GLEM, photos: tuple[Tensor, Tensor
 
 
 def test_the_round_trip_has_the_errors_of_flow_and_autoencoder(model: GLEM, photos: tuple[Tensor, Tensor]) -> None:
-    found = model.check_invertibility(photos[0])
-    assert found["flow_error"] < 1e-4 and found["psnr"] > 10
-    assert found["max_error"] > 0.5
-    assert torch.allclose(model.decode(model.encode(photos[0])[0], clamp=False),
-                          model.codec.decode(model.numbers(photos[0])), atol=1e-4)  # fmt: skip
+    x = photos[0][:8]
+    found = model.check_invertibility(x)
+    assert found["flow_error"] < 1e-4 and found["psnr"] > 10 and found["max_error"] > 0.5
+    back = model.codec.decode(model.numbers(x))
+    assert torch.allclose(model.decode(model.encode(x)[0], clamp=False), back, atol=1e-4)
 
 
 def test_its_file_names_the_autoencoder_and_does_not_hold_it(
@@ -76,10 +76,10 @@ def test_its_file_names_the_autoencoder_and_does_not_hold_it(
     (tmp_path / CONFIG).write_text(json.dumps(config))
     with pytest.raises(ModelFileError, match="changed"):
         GLEM.from_pretrained(tmp_path)
-    for wrong in ({"name": "taef2"}, [1], {**config["autoencoder"], "image_shape": [3, 0, 16]}):
-        (tmp_path / CONFIG).write_text(json.dumps({**config, "autoencoder": wrong}))
-        with pytest.raises(ModelFileError, match="autoencoder"):
-            GLEM.from_pretrained(tmp_path)
+    config["autoencoder"]["image_shape"] = [3, 0, 16]
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ModelFileError, match="autoencoder"):
+        GLEM.from_pretrained(tmp_path)
 
 
 def test_an_autoencoder_of_the_users_is_asked_for(photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
@@ -90,13 +90,13 @@ def test_an_autoencoder_of_the_users_is_asked_for(photos: tuple[Tensor, Tensor],
     assert torch.equal(GLEM.from_pretrained(tmp_path, autoencoder=Blocks()).predict(photos[0]), own.predict(photos[0]))
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 17, 23), (1, 16, 8)])
-def test_grey_images_and_other_sizes_are_extended_and_cropped(shape: tuple[int, int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(1, 12, 12), (3, 9, 15)])
+def test_grey_images_and_other_sizes_are_extended_and_cropped(shape: tuple[int, int, int]) -> None:
     """As if RGB images with repeated edges had been given, in sizes that the autoencoder divides."""
     g = torch.Generator().manual_seed(0)
-    x = F.interpolate(torch.rand(12, shape[0], 3, 3, generator=g), shape[1:], mode="bilinear")
+    x = F.interpolate(torch.rand(6, shape[0], 3, 3, generator=g), shape[1:], mode="bilinear")
     model = GLEM.create("identity", shape, ["a", "b"], autoencoder="taef2")
-    model = model.adapt(((255 * x).to(torch.uint8), torch.arange(12) % 2), rank=4)
+    model = model.adapt(((255 * x).to(torch.uint8), torch.arange(6) % 2), rank=2)
     height, width = (-(-side // 8) * 8 for side in shape[1:])
     high, wide = height - shape[1], width - shape[2]
     edges = (wide // 2, wide - wide // 2, high // 2, high - high // 2)
@@ -108,9 +108,7 @@ def test_grey_images_and_other_sizes_are_extended_and_cropped(shape: tuple[int, 
     back = codec.autoencoder.decode(h)[:, :, edges[2] : edges[2] + shape[1], edges[0] : edges[0] + shape[2]]
     back = back if shape[0] == 3 else back.mean(1, keepdim=True)
     assert torch.allclose(model.codec.decode(model.numbers(x)), back, atol=1e-4)
-    model.save(tmp_path)
-    assert torch.equal(GLEM.from_pretrained(tmp_path).log_prob(x), model.log_prob(x))
-    with pytest.raises(ValueError, match="grey or RGB"):
+    with pytest.raises(ValueError, match="4 channels"):
         GLEM.create("identity", (4, 16, 16), ["a"], autoencoder="taef2")
 
 
@@ -133,34 +131,24 @@ def test_many_images_give_full_covariances_and_parts(photos: tuple[Tensor, Tenso
     assert not torch.equal(moved, x)
     again.fit_modes((many.to(torch.uint8), y.repeat(8)), rank=3)  # all of the classes is fitted again
     assert again.latent_classes.full and again.modes is not None and (again.modes.rank, again.modes.parts) == (3, 2)
-    again.fit_modes((x, y), rank=3)
-    assert not again.latent_classes.full  # too few images for full covariances
 
 
 @pytest.mark.parametrize("policy", [Mixup(), Noise(0.5), Adversarial(0.5)])
 def test_augmentation_adds_the_change_and_leaves_the_rest(
     model: GLEM, photos: tuple[Tensor, Tensor], policy: Policy
 ) -> None:
-    x, y = photos
-    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2))
-    still = [(policy, 0.0)]
-    if isinstance(policy, Noise):
-        still.append((type(policy)(0.0), 1.0))
-    for given, p in still:
-        aug = GLEMAugment(model, given, p, seed=0)
-        if policy.wants_classifier:
-            aug.attach(net)
-        assert torch.equal(aug(x, y)[0], x)  # bit for bit, though decoding loses detail
+    x, y = (part[::5] for part in photos)
     aug = GLEMAugment(model, policy, p=1.0, seed=0)
     if policy.wants_classifier:
-        aug.attach(nn.Sequential(nn.AvgPool2d(4), net))
-    large = F.interpolate(x.float() / 255, scale_factor=4, mode="bilinear")
+        aug.attach(nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(3 * 16 * 16, 2)))
+    large = F.interpolate(x.float() / 255, scale_factor=2, mode="bilinear")
     moved, _ = aug(large, y)
-    change = (moved - large).abs().mean()
-    assert 0.002 < float(change) < 0.3 and aug.stats["rejected"] < 20
+    assert 0.002 < float((moved - large).abs().mean()) < 0.3 and aug.stats["rejected"] <= len(x) // 2
+    if isinstance(policy, Noise):  # bit for bit, though decoding loses detail
+        assert torch.equal(GLEMAugment(model, Noise(0.0), p=1.0)(x, y)[0], x)
 
 
-def test_pooled_modes_move_images_of_any_class(photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+def test_pooled_modes_move_images_of_any_class(photos: tuple[Tensor, Tensor]) -> None:
     x, y = photos
     one = GLEM.create("identity", (3, 16, 16), ["a", "b"], autoencoder="taef2")
     one = one.adapt(photos, rank=3, pooled=True)
@@ -172,5 +160,3 @@ def test_pooled_modes_move_images_of_any_class(photos: tuple[Tensor, Tensor], tm
     aug = GLEMAugment(one, "mixup", p=1.0, class_map=[0, 0], seed=0)
     moved, labels = aug(x, y)
     assert torch.equal(labels, y) and not torch.equal(moved, x)
-    one.save(tmp_path)
-    assert torch.equal(GLEM.from_pretrained(tmp_path).log_prob(x), one.log_prob(x))
