@@ -156,8 +156,8 @@ def test_the_bundled_flow_serves_some_classes_in_another_order(
         rows = np.concatenate([np.flatnonzero(data.targets == c)[:images] for c in kept])
         return data.subset(rows).with_targets(np.repeat(np.arange(4), images), [f"kind {c}" for c in kept])
 
-    test = some(bundled_test, 25)
-    adapted = GLEM.from_pretrained("bundled:fashion-mnist").adapt(some(bundled_train, 20), rank=8)
+    test = some(bundled_test, 10)
+    adapted = GLEM.from_pretrained("bundled:fashion-mnist").adapt(some(bundled_train, 12), rank=8)
     assert adapted.classes == ["kind 9", "kind 0", "kind 3", "kind 8"]
     assert float((adapted.predict(test.tensor()) == torch.from_numpy(test.targets)).float().mean()) > 0.85
     y = torch.arange(4).repeat(5)

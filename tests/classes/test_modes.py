@@ -41,8 +41,7 @@ def variance(modes: ClassModes) -> Tensor:
     return (modes.scales[..., None] * modes.directions).square().sum(1) + modes.rest
 
 
-@pytest.mark.parametrize("rank", [6, 99])
-@pytest.mark.parametrize("count", [9, 60])  # fewer and more images than dimensions, so both Gram matrices
+@pytest.mark.parametrize(("count", "rank"), [(9, 99), (60, 6)])  # both Gram matrices
 def test_modes_are_the_eigenvectors_of_the_covariance(count: int, rank: int) -> None:
     latents = make_latents([count, count + 1], dim=24)
     modes = fit(latents, rank)
@@ -196,6 +195,3 @@ def test_samples_are_their_formula() -> None:
         torch.testing.assert_close(z, modes.mean[y] + 0.5 * (along + e[3:] * modes.rest[y].sqrt()))
     assert torch.equal(found, modes.sample_from_noise(mixed, noise, 0.5))
     assert torch.equal(modes.sample(mixed, temperature=0.0), modes.mean[mixed])
-    for bad in (-0.1, math.nan):
-        with pytest.raises(ValueError, match="temperature"):
-            modes.sample(mixed, bad)

@@ -38,11 +38,10 @@ def test_specs_name_the_subnet_and_older_ones_mean_the_published_one() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"subnet": "resnet"}, {"activation": "gelu"}, {"actnorm": "pixel"}, {"patch": 8}, {"patch": True},
-        {"patch": 4, "image_shape": [3, 8, 12]}, {"depth": [256, 256], "blocks": [64, 64]}, {"depth": [1] * 9},
-        {"width": [10**9, 8]}, {"width": [6]}, {"bound": True}, {"bound": math.nan}, {"bound": 8.5}, {"rank": 65},
-        {"rank": "3"}, {"coupling": ["matexp"]}, {"coupling": "matex"}, {"image_shape": [3, 8192, 8]},
-        {"image_shape": [3, 6, 10]}, {"image_shape": [8, 8]}, {"whiten": 193}, {"expansion": 10**9},
+        {"subnet": "resnet"}, {"patch": True}, {"patch": 4, "image_shape": [3, 8, 12]},
+        {"depth": [256, 256], "blocks": [64, 64]}, {"depth": [1] * 9}, {"width": [10**9, 8]}, {"width": [6]},
+        {"bound": math.nan}, {"bound": 8.5}, {"rank": 65}, {"rank": "3"}, {"coupling": ["matexp"]},
+        {"image_shape": [3, 8192, 8]}, {"image_shape": [8, 8]}, {"whiten": 193}, {"expansion": 10**9},
     ],
 )  # fmt: skip
 def test_hostile_specs_are_refused_by_the_name_of_the_setting(change: dict[str, Any]) -> None:

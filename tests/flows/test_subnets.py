@@ -59,9 +59,9 @@ def test_the_published_block_is_unchanged() -> None:
     assert [net.blocks[0].get_parameter(f"conv{j}.weight").shape[3] for j in (1, 2, 3)] == [3, 1, 3]
 
 
-@pytest.mark.parametrize(("kind", "activation"), KINDS)
-def test_autocast_runs_the_body_in_bf16_and_the_tail_in_float32(kind: str, activation: str) -> None:
-    net = filled(small(kind, activation), 0.2)
+@pytest.mark.parametrize("kind", SUBNETS)
+def test_autocast_runs_the_body_in_bf16_and_the_tail_in_float32(kind: str) -> None:
+    net = filled(small(kind), 0.2)
     x = torch.randn(2, 3, 4, 6)
     full = net(x).detach()
     seen: dict[str, torch.dtype] = {}
