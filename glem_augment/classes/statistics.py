@@ -168,9 +168,9 @@ def class_statistics(
         DataError: a class without images (fewer than 2 P, with parts), no class with two, or latents not finite.
     """
     whole = can_be_whole(len(names), dim)
-    pool, found, groups, kept_counts = _Pool(dim, dim if whole else rank), [], [], []
+    pool, found, groups = _Pool(dim, dim if whole else rank), [], []
     most = max(1, KEPT // len(names))
-    kept = torch.empty(len(names) * most, dim)
+    kept, kept_counts = torch.empty(len(names) * most, dim), list[int]()
     for y, name in enumerate(names):
         z = latents_of_class(y)
         chosen, start = _spread(len(z), most), sum(kept_counts)
