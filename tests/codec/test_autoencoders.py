@@ -60,7 +60,7 @@ def reference(x: Tensor, w: dict[str, Tensor], part: str) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize(("channels", "pooled"), [(4, False), (16, False), (32, True)])
+@pytest.mark.parametrize(("channels", "pooled"), [(4, False), (32, True)])
 def test_the_family_equals_a_reference_forward_pass(channels: int, pooled: bool, tmp_path: Path) -> None:
     save_file(
         {k: v.half().contiguous() for k, v in TAESD(channels, pooled).state_dict().items()},
@@ -91,20 +91,18 @@ def test_taef2_ships_works_offline_and_shows_what_it_encodes() -> None:
 NAME = "encoder.layers.5.conv.0.weight"
 CHANGES: dict[str, dict[str, Tensor | None]] = {
     "renamed": {NAME: None, "encoder.layers.5.conv.00.weight": torch.zeros(64, 64, 3, 3).half()},
-    "oversized": {NAME: torch.zeros(64, 64, 3, 5)},
     "nan": {NAME: torch.full((64, 64, 3, 3), float("nan")).half()},
 }
 
 
-@pytest.mark.parametrize("kind", ["truncated", "header", "empty", *CHANGES])
+@pytest.mark.parametrize("kind", ["truncated", "header", *CHANGES])
 def test_damaged_weights_are_one_error(kind: str, tmp_path: Path) -> None:
     path, whole = tmp_path / "weights.safetensors", TAEF2.read_bytes()
     if kind in CHANGES:
         weights = {**load_file(TAEF2), **CHANGES[kind]}
         save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, path)
     else:
-        header = (2**40).to_bytes(8, "little") + whole[8:]
-        path.write_bytes({"truncated": whole[:-100], "header": header, "empty": b""}[kind])
+        path.write_bytes(whole[:-100] if kind == "truncated" else (2**40).to_bytes(8, "little") + whole[8:])
     with pytest.raises(ModelFileError, match="weights.safetensors"):
         load_taesd(path)
 
