@@ -334,11 +334,6 @@ def single_files() -> Named:
     ]
     header = [f"{size} px: {column}" for size in sizes for column in ("ms", "of ColorJitter")]
     yield "costs per image", table(" | ".join(["", *header]), lines)
-    for row in stored("kld")["rows"]:
-        yield f"kld: {row['pass']}, seconds", f"{row['median s']:.1f}"
-        yield f"kld: {row['pass']}, memory", f"{row['peak extra memory / mu']:.1f}"
-    for row in stored("matexp")["rows"]:
-        yield f"matexp: {row['way']}", f"{row['median ratio']:.0f}"
     for row in backbones(stored("backbones")["cells"]):
         for key, digits in (("bits/dim", 2), ("NF accuracy %", 1)):
             if row[key] != "diverged":

@@ -25,7 +25,7 @@ from glem_augment.io import write_json
 
 Component = tuple[str, dict[str, Any]]
 FINAL, TUNING = "augmentation.json", "augmentation_tuning.json"
-ON_TEST = ("final", "recipe", "moves")  # stages of test images
+ON_TEST = ("final", "recipe", "moves", "longer")  # stages of test images
 # Two rows with equal values of these columns are the same cell. Files are sorted by these columns, too.
 IDENTITY = ("stage", "setting", "classifier", "flow", "method", "params", "base", "seed", "protocol")
 
@@ -35,7 +35,7 @@ class Cell:
     """One classifier to train.
 
     Attributes:
-        stage: singles, pairs, triples, ours, final, recipe or moves.
+        stage: singles, pairs, triples, ours, final, recipe, moves or longer.
         side: opponent, ours or control.
         flow: "none" of opponents, "identity" of controls.
         method, params: the tested method; base: the components under it.
@@ -194,6 +194,9 @@ class Plan:
         base = tuple((name, params) for name, params in final[-1]["base"])
         if self.args.beside == "recipe":
             return self.recipe(setting, classifier, base, store)
+        if self.args.beside == "longer":
+            opponent = Cell("longer", setting, classifier, "opponent", "none", "opponent", {}, base, 0)
+            return [replace(opponent, seed=seed) for seed in self.args.seeds]
         if self.args.beside == "moves":
             return self.moves(setting, classifier, base)
         where = setting, classifier, "opponent", "none"

@@ -87,7 +87,9 @@ class Result:
         flowless = [row["base"] for row in later if row["method"] == "opponent" and not needs_flow(row["base"])]
         bases = [self.base, *(flowless[-1:] if needs_flow(self.base) else [])]
         self.recipe = arms_of([row for row in later if row["base"] in bases])
-        self.moves = arms_of([row for row in measured if row["stage"] == "moves"])
+        self.moves, self.longer = (
+            arms_of([row for row in measured if row["stage"] == stage]) for stage in ("moves", "longer")
+        )
         self.tuning = [row for row in tuning if (row["setting"], row["classifier"]) == (setting, classifier)]
 
     @property
