@@ -186,7 +186,10 @@ def page(results: list[Result]) -> dict[str, Any]:
     rows = []
     for result in results:
         leaking = SETTINGS.get(result.setting, SMOKE).leaking
-        groups = ("", result.arms), (", measured later", result.recipe), (", beside a pretrained flow", result.moves)
+        groups = (
+            ("", result.arms), (", measured later", result.recipe), (", beside a pretrained flow", result.moves),
+            (", 1.4 times the steps", result.longer),
+        )  # fmt: skip
         for group, arm in ((group, arm) for group, arms in groups for arm in arms):
             beside = dict(groups)[group] if group else []
             other = next((other for other in beside if other.side == "opponent"), result.opponent)

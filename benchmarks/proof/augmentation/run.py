@@ -161,7 +161,7 @@ def options() -> Any:
         "--beside", choices=["triples", "shorter", "recipe", "moves", "longer"],
         help="only cells beside the stored ones: a third operation on the best pair of opponents, adversarial moves "
         "along the pixels' modes of half the lowest strength, the advised moves where the choices left them out, "
-        "`settings.MOVES` through the flows of --through, beside the same moves of pixels, or the best other stack with "
+        "`settings.MOVES` through the flows of --through, beside the same moves of pixels, or the best stack with "
         "1.4 times the steps",
     )  # fmt: skip
     add("--leaking", action="store_true", help="also flows that have seen all labels; never counted")
