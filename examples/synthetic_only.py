@@ -40,7 +40,7 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--per-class", type=int, default=500)
     parser.add_argument("--source", default="rfcm", choices=("gaussian", "rfcm"))
-    parser.add_argument("--temperature", type=float, help="0.9; 1 with --epsilon")
+    parser.add_argument("--temperature", type=float, help="0.9; 1 for a private model")
     parser.add_argument("--epsilon", type=float, help="fit a private model to the training images (delta 1e-6)")
     parser.add_argument("--latents", action="store_true", help="train a perceptron on samples' latents")
     parser.add_argument("--export", help="also write the images to this folder, as an ImageFolder")
@@ -56,8 +56,6 @@ def main() -> None:
         real = open_data(args.data, "train")
         # For a model to give away, state image_size= and channels= as well: one image must not change them.
         model = GLEM.fit(real, autoencoder="taef2", privacy=Privacy(args.epsilon, 1e-6))
-    if args.temperature is None:
-        args.temperature = 0.9 if real is None else 1.0
     shape = {"image_size": model.image_shape[1:], "channels": model.image_shape[0]}
     if args.adapt:
         model = model.adapt(open_data(args.data, "train", **shape))
@@ -73,27 +71,32 @@ def main() -> None:
         data.export(args.export)
     print(data)
     test = open_data(args.data, "test", **shape)
-    label_of = torch.from_numpy(match_classes(model, test))
+    truth = torch.from_numpy(match_classes(model, test))[torch.from_numpy(test.targets)]
+    judged = model.encode(test.tensor())[0] if args.latents else test.tensor().float() / 255
     if args.latents:
         y = torch.arange(model.num_classes).repeat(args.per_class)
-        z = model.sample_latents(y, args.temperature, torch.Generator().manual_seed(args.seed), args.source)
-        found = perceptron(z, y, model.encode(test.tensor())[0], args.seed)
-        right = (found == label_of[torch.from_numpy(test.targets)]).float().mean()
-        print(f"accuracy on the latents of {len(test)} real test images: {100 * right:.1f} %")
+        z = model.sample_latents(y, data.temperature, torch.Generator().manual_seed(args.seed), args.source)
+        found = perceptron(z, y, judged, args.seed)
+    else:
+        net = train(
+            batches(data, args.batch_size, args.seed), len(data.classes), shape["channels"], args.epochs, args.seed
+        )
+        found = predictions(net, judged)
+    print(f"accuracy on {len(test)} real test images: {100 * (found == truth).float().mean():.1f} %")
+    if real is None:
         return
-    net = train(
-        batches(data, args.batch_size, args.seed), len(data.classes), data.image_shape[0], args.epochs, args.seed
-    )
-
-    x, y = test.tensor().float() / 255, label_of[torch.from_numpy(test.targets)]
-    right = predictions(net, x) == y
-    print(f"accuracy on {len(test)} real test images: {100 * right.float().mean():.1f} %")
-    if real is not None:
-        rows = torch.randperm(len(real), generator=torch.Generator().manual_seed(args.seed))[: len(data)]
-        few = TensorDataset(real.tensor()[rows].float() / 255, torch.from_numpy(real.targets)[rows])
-        net = train(batches(few, args.batch_size, args.seed), len(data.classes), x.shape[1], args.epochs, args.seed)
-        print(f"trained on {len(few)} real images: {100 * (predictions(net, x) == y).float().mean():.1f} %")
-        print("The promise does not cover these two numbers: they look at real images. Keep them to yourself.")
+    rows = torch.randperm(len(real), generator=torch.Generator().manual_seed(args.seed))[: len(data)]
+    x, y = real.tensor()[rows], torch.from_numpy(real.targets)[rows]
+    if args.latents:
+        found = perceptron(model.encode(x)[0], y, judged, args.seed)
+    else:
+        few = TensorDataset(x.float() / 255, y)
+        net = train(
+            batches(few, args.batch_size, args.seed), len(data.classes), shape["channels"], args.epochs, args.seed
+        )
+        found = predictions(net, judged)
+    print(f"trained on {len(rows)} real images: {100 * (found == truth).float().mean():.1f} %")
+    print("The promise does not cover these two numbers: they look at real images. Keep them to yourself.")
 
 
 if __name__ == "__main__":
