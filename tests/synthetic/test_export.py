@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forked import on_ranks
 from model_cases import tiny_model
 from PIL import Image
+from test_ranks import on_ranks
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_pil_image
 from walk import files_passed, returns
@@ -123,30 +123,32 @@ def test_an_export_that_did_not_finish_is_refused(tmp_path: Path, form: Any, mon
     assert len(blocks) == 2 and files(tmp_path / "out") == files(whole)
 
 
+def export_share(folder: Path, form: Any, stop: int = 9) -> int:
+    """Export the blocks of this rank, and count them; rank 1 is killed at number `stop`."""
+    data, drawn = make(), itertools.count()
+    draw = data.draws.draw
+
+    def counted(cls: int, number: int) -> Any:
+        if next(drawn) == stop and torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(cls, number)
+
+    data.draws.draw = counted  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("glem_augment.synthetic.export.SHARD_BLOCKS", 2)
+        export_set(data.draws, folder / form, form, shared=True)
+    return next(drawn)
+
+
 def test_any_number_of_ranks_writes_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """30 images in 6 blocks, and in 3 shards; a rank is killed, and another number of ranks goes on."""
     monkeypatch.setattr("glem_augment.synthetic.export.SHARD_BLOCKS", 2)
-    whole = {form: files(make().export(tmp_path / "alone" / form, form)) for form in FORMATS}
-
-    def export(form: Any, blocks: int = 9) -> int:
-        data, drawn = make(), itertools.count()
-        draw = data.draws.draw
-
-        def counted(cls: int, number: int) -> Any:
-            if next(drawn) == blocks and torch.distributed.get_rank() == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return draw(cls, number)
-
-        data.draws.draw = counted  # type: ignore[method-assign]
-        export_set(data.draws, tmp_path / form, form, shared=True)
-        return next(drawn)
-
-    assert on_ranks(2, lambda: export("webdataset")) == [4, 2]
-    lost, killed = on_ranks(2, lambda: export("imagefolder", blocks=2))
+    assert on_ranks(2, tmp_path / "a", export_share, tmp_path, "webdataset") == [4, 2]
+    lost, killed = on_ranks(2, tmp_path / "b", export_share, tmp_path, "imagefolder", 2)
     assert killed is None and "lost" in str(lost)
-    assert on_ranks(3, lambda: export("imagefolder")) == [0, 0, 1]
+    assert on_ranks(3, tmp_path / "c", export_share, tmp_path, "imagefolder") == [0, 0, 1]
     for form in FORMATS:
-        assert files(tmp_path / form) == whole[form]
+        assert files(tmp_path / form) == files(make().export(tmp_path / "alone" / form, form))
 
 
 def test_another_set_in_the_same_folder_is_one_error(tmp_path: Path) -> None:
