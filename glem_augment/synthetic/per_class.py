@@ -13,6 +13,7 @@ from glem_augment.images.matching import ClassMap, check_targets, composed, matc
 from glem_augment.images.sources import Source, open_source
 from glem_augment.model.glem import GLEM
 
+MOST = 10**7  # images of a class
 PerClass = int | Literal["balance"] | Sequence[int] | Mapping[str, int]
 _ADAPT = (
     "A model makes images of its classes only: adapt it to the data (model.adapt(data), or glem fit), or leave all "
@@ -64,7 +65,7 @@ def class_counts(model: GLEM, per_class: PerClass, real: Real | None) -> list[in
         given = [per_class] * k
     if len(given) != k:
         raise ValueError(f"per_class must be {k} numbers, one for each class; got {len(given)}")
-    counts = [check_whole(f"per_class for {name!r}", count, 0) for name, count in zip(names, given, strict=True)]
+    counts = [check_whole(f"per_class for {name!r}", count, 0, MOST) for name, count in zip(names, given, strict=True)]
     if not any(counts):
         raise ValueError("per_class is 0 for all classes: give at least one image")
     return counts

@@ -31,9 +31,14 @@ def require_unused(folder: Path) -> None:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write the state, which consists of dicts, lists, numbers, texts and tensors."""
+    """Write the state, which consists of dicts, lists, numbers, texts and tensors. OSError: see `atomic_write`."""
     with atomic_write(folder / CHECKPOINT) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # of torch's writer, when it closes the file on a full disk
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
