@@ -269,7 +269,8 @@ def test_generate_refuses_what_would_have_no_effect(trained: Path, tmp_path: Pat
     (tmp_path / "many.yaml").write_text("cat: many\n")
     wrong = {
         "balance": "--real", "cat=1,cat=2": "twice", "cow=2": "'cow'", "cat=0": "one image", "=2": "''", "cat=x": "'x'",
-        "two": "two", "9999999999999": "at most", str(tmp_path / "none.json"): "none.json", str(tmp_path / "many.yaml"): "'many'",
+        "two": "two", "9999999999999": "at most", str(tmp_path / "none.json"): "none.json",
+        str(tmp_path / "many.yaml"): "'many'",
     }  # fmt: skip
     for text, word in wrong.items():
         fails([*base, text], output, word)
