@@ -130,12 +130,9 @@ def latent_shape(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> t
 
     TypeError: neither codec nor autoencoder. ValueError: it can't take these images.
     """
-    if isinstance(autoencoder, type) or not (
-        isinstance(autoencoder, nn.Module) and isinstance(autoencoder, Autoencoder)
-    ):
-        found = getattr(autoencoder, "__name__", None)  # of a class
-        found = f"the class {found}: give an object of it" if found else type(autoencoder).__name__
-        raise TypeError(f"a codec or an autoencoder is a module with encode and decode, got {found}")
+    if not (isinstance(autoencoder, nn.Module) and isinstance(autoencoder, Autoencoder)):
+        found = getattr(autoencoder, "__name__", type(autoencoder).__name__)  # of a class, its name
+        raise TypeError(f"a codec or an autoencoder is an nn.Module object with encode and decode, got {found}")
     if isinstance(autoencoder, Codec):
         return _numbers_of(autoencoder, image_shape)
     if image_shape[0] not in (1, 3):
