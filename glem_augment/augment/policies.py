@@ -120,7 +120,12 @@ class Basis(NamedTuple):
     directions: Tensor
     rows: Tensor
     scales: Tensor
-    mean: Tensor
+    means: Tensor
+    part: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.means[self.part]
 
     def along(self, coefficients: Tensor) -> Tensor:
         """sum_m s_m c_m v_m, [n, d], for coefficients [n, k] in units of the modes' standard deviations."""
@@ -168,7 +173,7 @@ class Batch:
         part = modes.rows_of(self.cls, self.z)
         at = modes.covariance_rows(part)
         rows = modes.on_host(self.params.cls, at)
-        return Basis(modes.directions[:, :k], rows, modes.scales[at, :k], modes.mean[part])
+        return Basis(modes.directions[:, :k], rows, modes.scales[at, :k], modes.mean, part)
 
     def loss_gradient(self, latents: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
         """The gradient of the attached classifier's loss in the argument of `latents`, at `at`, which has n rows."""

@@ -242,8 +242,7 @@ class GLEMAugment(nn.Module):
             decoded = model.decode(moved, clamp=False)
         good = model.pixel_range.near(decoded) & back
         self._counts.add(selected, selected - n, (~good).sum())
-        away = moved - z
-        changed = good & ((away.amax(1) > 0) | (away.amin(1) < 0))
+        changed = good & ((moved - z).abs().amax(1) > 0)
         new = self._images(decoded, images, base, x.dtype).view(bits)
         if labels is not None:
             there = send(params.rows, target.device)

@@ -58,8 +58,10 @@ def _by_class(
     """
     if not len(rows):
         return rows.new_empty(0, directions.shape[2])
-    order, sizes, sets = None, 1, y.split(1)
-    if y.device.type == "cpu":
+    order, sizes = None, 1
+    if y.device.type != "cpu":
+        sets = y.split(1)
+    else:
         if not alone and len(y) > 1:
             order = y.argsort(stable=True)
             y, counts = y[order].unique_consecutive(return_counts=True)

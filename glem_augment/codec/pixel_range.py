@@ -93,7 +93,8 @@ class PixelRange:
         if self.continuous:
             return x.float()
         # By way of int32 it takes half as long.
-        return x.mul_(self.high - self.low).add_(self.low).round_().to(torch.int32).to(self.torch_dtype)
+        x = x.mul_(self.high - self.low)
+        return (x.add_(self.low) if self.low else x).round_().to(torch.int32).to(self.torch_dtype)
 
     def clamp(self, x: Tensor) -> Tensor:
         """Float images in their range: NaN becomes the middle, other values are clamped. Differentiable."""
