@@ -56,6 +56,7 @@ def photograph_page(name: str, record: dict[str, Any]) -> dict[str, Any]:
     return photos.page(name, record["cells"], stored("photographs")["cells"])
 
 
+LATENT_OBJECTIVES = ("accuracy", "nats", "full accuracy", "full nats")
 PAPER = (*(f"table{n}" for n in range(1, 9)), "pareto")
 REPORTS: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
     "augmentation": lambda _: augmentation_page(results_of(Store(RESULTS))),
@@ -278,6 +279,19 @@ def latents() -> Named:
         held = {row["numbers"]: row["held out"] for row in found if row["flow"] == flow}
         lines.append([flow, *(f"{held[name]:.3f}" if name in held else "" for name in names)])
     yield "latent flows", table(" | ".join(["flow", *names]), lines)
+    lines = []
+    for row in stored("latent_objectives"):
+        flow = "`latent`" if row["parameters"] else "whitening alone"
+        found = (f"{100 * row[k]:.1f} %" if "acc" in k else f"{row[k]:.3f}" for k in LATENT_OBJECTIVES)
+        lines.append([flow, f"`{row['objective']}`", str(row["epochs"]), *found])
+    for file, *about in (
+        ("gaussians_cifar10", "no flow, four Gaussians per class", "", ""),
+        ("bundled_cifar10", "`bundled:cifar10`", "`hybrid`", "20"),
+    ):
+        record = stored(file)
+        lines.append([*about, "", "", f"{100 * record['accuracy']:.1f} %", f"{record['nats_per_number']:.3f}"])
+    head = "flow | objective | epochs | NF accuracy | nats per number | with full covariances | nats per number"
+    yield "latent objectives", table(head, lines)
     rows = stored("covariances")["rows"]
     columns = [name for name in rows[0] if name != "count"]
     cells = [["" if row[name] is None else str(row[name]) for name in columns] for row in rows]

@@ -13,26 +13,25 @@ import base64
 import io
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 import torch
-from _common import MEAN, STD, fit, interval, new_network, normalised, percent
+from _common import fit, interval, new_network, normalised, percent
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 
-from glem_augment import GLEM, GLEMAugment, Mixup, Noise, Privacy, SyntheticDataset, open_data
+from glem_augment import GLEM, GLEMAugment, Mixup, Privacy, SyntheticDataset, open_data
 
 MODEL, IMAGES = "bundled:fashion-mnist", "bundled:fashion-mnist"  # of parts 1 and 2: a flow, real images of its classes
 FASHION = "bundled:fashion-mnist"  # the images of parts 3 and 4
 NETWORK = "test_byobnet"  # of timm, 0.2 million weights; the first two images of each class are shown
 CLASSES = open_data(FASHION).classes
 DELTA = 1e-4
-FEW, FEW_BATCH, CROP = 10, 20, 2  # images of each class and step in part 3, and pixels of its random crops
+BATCH, CROP = 64, 2  # images of a step, and pixels of the random crops of part 3
 
 
 @dataclass
@@ -44,11 +43,12 @@ class Size:
     tested: int = 500
     seeds: int = 3  # networks of each kind
     steps: int = 100  # of each training
-    few_steps: int = 120  # of each training on few images
+    few_steps: int = 60  # of each training on few images
+    drawn: int = 40  # images of each class, beside the few
     epsilon: float = 10.0
 
 
-QUICK = Size(partners=2, images=100, tested=100, seeds=2, steps=3, few_steps=3, epsilon=50.0)
+QUICK = Size(partners=2, images=100, tested=100, seeds=2, steps=3, few_steps=3, drawn=2, epsilon=50.0)
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------------
@@ -109,41 +109,32 @@ both = RealAndSynthetic(few, drawn, ratio=None)""",
 
 
 def small_network(size: Size) -> str:
-    """Networks that learn from few images, with random crops, or with moves and the same crops."""
+    """Networks that learn from few images of most classes, and from the same images and drawn ones."""
     x, y = fashion("train", 1000)
-    test, policy = fashion("test", size.tested), Noise(strength=0.5)
-    accuracies: dict[str, list[float]] = {"crops and moves": [], "crops": []}
+    test = fashion("test", size.tested)
+    drawn = SyntheticDataset(MODEL, per_class=size.drawn, seed=0)
+    samples, labels = drawn.images(range(len(drawn))), torch.as_tensor(drawn.targets)
+    accuracies: dict[str, list[float]] = {"real and drawn images": [], "real images": []}
     for seed in range(size.seeds):
-        rows = torch.cat([(y == k).nonzero()[:, 0][seed * FEW : (seed + 1) * FEW] for k in range(10)])
+        # The steps were chosen on the first 50 images of each class, and with other draws.
+        rows = torch.cat([(y == k).nonzero()[50 + 10 * seed :, 0][: 10 - k] for k in range(10)])
         few = x[rows], y[rows]
-        model = GLEM.fit(few)
-        if seed == 0:
-            aug = GLEMAugment(model, policy, p=1.0, seed=0)
-            shown = {"real": few[0][::FEW]} | {f"moved {i}": aug(*few)[0][::FEW] for i in (1, 2, 3)}
-        for name, values in accuracies.items():
-            order = torch.Generator().manual_seed(seed)
-            data = TensorDataset(normalised(few[0]), few[1])
-            loader: Iterable[tuple[Tensor, Tensor]] = DataLoader(data, FEW_BATCH, shuffle=True, generator=order)
-            if name != "crops":
-                loader = GLEMAugment(model, policy, mean=[MEAN], std=[STD], seed=seed).wrap(loader)
-            torch.manual_seed(seed)  # of the crops
-            network = fit(new_network(NETWORK, 1, 10, seed), cropped(loader), size.few_steps)
-            values.append(percent(network, *test))
+        both = torch.cat([few[0], samples]), torch.cat([few[1], labels])
+        for name, images in zip(accuracies, (both, few), strict=True):
+            batches = as_often(*images, size.few_steps, seed)
+            accuracies[name].append(percent(fit(new_network(NETWORK, 1, 10, seed), batches, size.few_steps), *test))
     return section(
         "What it does for a small network",
-        f"""With {FEW} images of each class, a network that starts from scratch sees too little. No flow is needed
-here: the modes of the pixels are fitted to these images in one pass, and a move is noise of {policy.strength} standard
-deviations along them. The same network (timm's {NETWORK}) learns for {size.few_steps} steps of {FEW_BATCH} images, with
-random crops ({CROP} pixels), or with moves of half of the images before the same crops. Each of {size.seeds} pairs of
-networks has other images; the networks of a pair differ in nothing else. All are tested on {len(test[1]):,} other
-images.""",
+        f"""A network (timm's {NETWORK}) starts from scratch. It learns for {size.few_steps} steps of {BATCH} images
+from such a set of {len(few[1])} images, with 10 of the first class and 1 of the last, or from this set and {size.drawn}
+drawn images of each class. Every class is shown equally often, with random crops. Each of {size.seeds} pairs of
+networks has other real images; the networks of a pair differ in nothing else. All are tested on {len(test[1]):,} other
+images. The flow was trained on 60,000 images of these classes, and what it knows of them is the gain. Samples of a flow
+of the few images alone gained nothing in our measurements.""",
         f"""\
-from glem_augment import GLEM, GLEMAugment, Noise
-
-aug = GLEMAugment(GLEM.fit(few), Noise(strength={policy.strength}))
-moved, labels = aug(x, y)""",
-        pictures(shown),
-        table("training", accuracies),
+drawn = SyntheticDataset("{MODEL}", per_class={size.drawn})
+both = RealAndSynthetic(few, drawn, ratio=None)""",
+        table("trained on", accuracies),
         difference(accuracies),
     )
 
@@ -158,11 +149,9 @@ def private_set(size: Size) -> str:
     sets = {"private samples": (samples, torch.as_tensor(drawn.targets)), "real images": (x, y)}
     accuracies: dict[str, list[float]] = {name: [] for name in sets}
     for name, values in accuracies.items():
-        data = TensorDataset(*sets[name])
         for seed in range(size.seeds):
-            loader = DataLoader(data, 64, shuffle=True, generator=torch.Generator().manual_seed(seed), drop_last=True)
-            network = fit(new_network(NETWORK, 1, 10, seed), map(as_input, repeated(loader)), size.steps)
-            values.append(percent(network, *test))
+            batches = as_often(*sets[name], size.steps, seed)
+            values.append(percent(fit(new_network(NETWORK, 1, 10, seed), batches, size.steps), *test))
     return section(
         "Share images that you cannot share",
         f"""A model of {len(y):,} images of clothes is fitted with differential privacy, epsilon {size.epsilon:g} and
@@ -170,7 +159,8 @@ delta {DELTA:g}: with and without any one image, every outcome is about equally 
 e<sup>epsilon</sup>. At epsilon 10 this factor is 22,000, which is weak as a worst case; at epsilon 1 it is 2.7, and a
 useful set then needs thousands of images of each class. All images that are drawn from the model have the same promise.
 Below are a real image of each class and a private sample. The same network learns from {len(y):,} images of one kind,
-and from nothing else, for {size.steps} steps of 64 images, {size.seeds} networks for each kind.""",
+and from nothing else, for {size.steps} steps of {BATCH} images with random crops, {size.seeds} networks for each
+kind.""",
         f"""\
 from glem_augment import GLEM, Privacy, SyntheticDataset
 
@@ -194,20 +184,12 @@ def fashion(split: str, count: int, name: str = FASHION) -> tuple[Tensor, Tensor
     return x[rows], y[rows]
 
 
-def repeated(loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    while True:
-        yield from loader
-
-
-def as_input(batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    return normalised(batch[0]), batch[1]
-
-
-def cropped(loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of normalised images without end, each image shifted by up to CROP pixels over a black border."""
-    for x, y in repeated(loader):
-        crop = v2.RandomCrop(x.shape[-2:], padding=CROP, fill=-MEAN / STD)
-        yield torch.stack([crop(image) for image in x]), y
+def as_often(x: Tensor, y: Tensor, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of normalised images with every class equally often, each shifted by up to CROP pixels."""
+    torch.manual_seed(seed)
+    crop = v2.RandomCrop(x.shape[-2:], padding=CROP)
+    for rows in torch.multinomial(1 / y.bincount()[y].float(), BATCH * steps, replacement=True).split(BATCH):
+        yield normalised(torch.stack([crop(image) for image in x[rows]])), y[rows]
 
 
 # ---- HTML ------------------------------------------------------------------------------------------------------------
