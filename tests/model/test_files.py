@@ -227,7 +227,7 @@ def test_a_failed_save_leaves_the_old_files_whole(saved: Path, monkeypatch: pyte
 
     other = tiny_model(classes=("x", "y"))
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space") as caught:
+    with pytest.raises(OSError, match="No space") as caught:
         other.save(saved)
     monkeypatch.undo()
     assert caught.value.errno == errno.ENOSPC and str(saved) in str(caught.value)
