@@ -62,7 +62,7 @@ from benchmarks.common import (
 )
 from benchmarks.proof.augmentation.data import Flows, make_task
 from benchmarks.proof.augmentation.named import bold
-from benchmarks.proof.augmentation.report import paired_gain, signed
+from benchmarks.proof.augmentation.report import paired_gain
 from benchmarks.proof.augmentation.settings import CIFAR_LATENTS, FINAL_SEEDS, TUNING_SEED, TUNING_SEEDS, Setting
 from benchmarks.proof.augmentation.train import order_of
 from glem_augment import GLEMAugment, Noise
@@ -230,17 +230,10 @@ def numbers(rows: list[dict[str, Any]]) -> Named:
     found = by_seed(rows, "setting", "views")
     lines = []
     for setting in dict.fromkeys(setting for setting, _ in found):
-        lines.append([f"`{setting}`"])
-        for arm in ("none", "flip", "ordinary", *SHOWN):
-            mean = interval(100 * value for value in found[setting, arm].values())
-            yield f"{setting}: probe, {arm}", mean.text()
-            if arm not in SHOWN:
-                lines[-1].append(f"{mean.text()} %")
-                continue
-            gain = paired_gain(found[setting, arm], found[setting, "ordinary"])
-            yield f"{setting}: probe, {arm} over ordinary", signed(gain, 1)
-            lines[-1].append(bold(gain))
-        lines[-1].append(str(mean.seeds))
+        own = {arm: found[setting, arm] for arm in ("none", "flip", "ordinary", *SHOWN)}
+        means = [interval(100 * v for v in own[arm].values()) for arm in own if arm not in SHOWN]
+        gains = [bold(paired_gain(own[arm], own["ordinary"])) for arm in SHOWN]
+        lines.append([f"`{setting}`", *(f"{mean.text()} %" for mean in means), *gains, str(means[0].seeds)])
     head = "setting | the image | + mirror image | + ordinary views"
     over = [f"{text} over ordinary" for text in SHOWN.values()]
     yield "pretrained", table(" | ".join([head, *over, "seeds"]), lines)
@@ -255,10 +248,8 @@ def fine_tuned_numbers(rows: list[dict[str, Any]]) -> Named:
     lines = []
     for setting, arms in found.items():
         means = {arm: interval(100 * share for share in values.values()) for arm, values in arms.items()}
-        yield from ((f"{setting}: fine-tuned, {arm}", mean.text()) for arm, mean in means.items())
         better = max(arms["cropflip"], arms["ordinary"], key=lambda v: statistics.mean(v.values()))
         gains = {arm: paired_gain(arms.get(arm, {}), better) for arm in SHOWN}
-        yield from ((f"{setting}: fine-tuned, {arm} over the better", signed(gain, 1)) for arm, gain in gains.items())
         lines.append(
             [f"`{setting}`", *(f"{means[arm].text()} %" for arm in ("cropflip", "ordinary")),
              *(bold(gain) or "not measured" for gain in gains.values()), str(len(better))]
