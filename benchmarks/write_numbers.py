@@ -157,7 +157,7 @@ def private() -> Named:
     judges |= {"latents": "perceptron, samples' latents", "pixels": "ResNet, samples of pixels"}
     # What differs from the usual rows: delta, and the Gaussians of a class.
     variants = {"": (False, None), ", one Gaussian per class": (False, 1), ", δ = 1 / (n log n)": (True, None)}
-    rows, controls, reals = [], [], {}
+    rows, controls, reals, older = [], [], {}, {}
     for (data, shown), (kind, judge), words in itertools.product(names.items(), judges.items(), variants):
         wanted = data, kind, *variants[words]
         known = ((n, n["cells asked"] if n["epsilon"] or words else None) for n in lines)
@@ -177,6 +177,7 @@ def private() -> Named:
         if own and kind == "latents" and not words:
             most = next(n["accuracy"] for n in lines if (n["data"], n["method"]) == (data, "real"))
             reals["perceptron", data] = f"{most:.1f}"
+            older[data] = cells
             rows.append(["perceptron on latents", *(cells.get(e, "") for e in columns), reals["perceptron", data]])
     epsilons = " | ".join(f"ε = {epsilon:g}" for epsilon in columns)
     yield "private controls", table(f"data | judge | {epsilons} | no privacy", controls)
@@ -196,9 +197,9 @@ def private() -> Named:
     for data, (name, most) in whole.items():
         shown = names[data]
         for size in ("300", "2,000", most):
-            if own := curve.get(f"{name}, {size}"):
-                judge = f"{shown}: perceptron on latents"
-                brief.append([judge, size, *(own.get(e, "") for e in columns), reals["perceptron", data]])
+            own = curve.get(f"{name}, {size}", older[data] if size == most else {})
+            judge = f"{shown}: perceptron on latents"
+            brief.append([judge, size, *(own.get(e, "") for e in columns), reals["perceptron", data]])
         resnet = next(row for row in rows if row[0] == shown)
         brief.append([f"{shown}: ResNet on images", most, *resnet[-1 - len(columns) :]])
     head = f"trained on samples | images of each class | {epsilons} | real images"

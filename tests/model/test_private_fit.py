@@ -198,8 +198,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out, err = capsys.readouterr()
     assert json.loads(out)["privacy"]["epsilon"] == 40 and "differentially private" in err
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
-    assert main([*argv, "--rank", "3", "--out", str(tmp_path / "x")]) == 2
-    assert "a private model takes no rank: leave it out" in capsys.readouterr().err
     assert main([*argv, "--out", str(tmp_path / "model")]) == 2
     assert "config.json" in capsys.readouterr().err
     shown = ["preview", str(tmp_path / "model"), str(folder), "--out", str(tmp_path / "model" / "look.png")]
