@@ -129,7 +129,7 @@ def draw(table: list[dict[str, Any]], path: Path) -> None:
         axis.set_xticks(ticks, [f"{count:,}" for count in ticks])
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("accuracy on real images in %")
-    figure.axes[0].legend()
+    figure.axes[1].legend(loc="lower right")
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
