@@ -7,9 +7,6 @@ The classes are fitted to the training images that are not held out, with full c
 these were more accurate and more likely than the Gaussians that were learned with the flow. Weights of the flow's
 networks and modes are stored in half precision, all other tensors in full. The test images are measured with these
 weights, and the record gets the result.
-
-The model in the package has the flow of this recipe. Its classes were fitted in the same way, but to latents that were
-encoded beforehand and kept in half precision, so another run differs in the last digits.
 """
 
 from __future__ import annotations
