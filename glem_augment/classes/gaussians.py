@@ -118,24 +118,23 @@ class ClassGaussians(ClassSampler):
             self.s.clamp_(min=self.lowest_variance)
 
     @torch.no_grad()
-    def saturated_share(self) -> Tensor:
-        """The share of variances within 1 % of psi's range of either end; without psi, at the lower bound."""
-        if self.psi is None:
-            return (self.s <= self.lowest_variance).float().mean()
-        low, high = INNER
-        share = torch.sigmoid(self.psi[1] * self.s)
-        return ((share < low) | (share > high)).float().mean()
-
-    @torch.no_grad()
     def summary(self) -> dict[str, float]:
-        """max |mu|, smallest and mean pairwise KLD in nats, and the part of saturated variances."""
-        k, kld = self.num_classes, self.kld_matrix()
+        """max |mu|, smallest and mean pairwise KLD in nats, and the part of saturated variances.
+
+        These lie within 1 % of psi's range of either end or, without psi, at the lower bound.
+        """
+        k, kld, (low, high) = self.num_classes, self.kld_matrix(), INNER
+        if self.psi is None:
+            saturated = self.s <= self.lowest_variance
+        else:
+            share = torch.sigmoid(self.psi[1] * self.s)
+            saturated = (share < low) | (share > high)
         pairs = kld[~torch.eye(k, dtype=torch.bool, device=kld.device)] if k > 1 else kld.flatten()
         return {
             "mu_max": float(self.mu.abs().max()),
             "kld_min": float(pairs.min()),
             "kld_mean": float(pairs.mean()),
-            "saturated_variances": float(self.saturated_share()),
+            "saturated_variances": float(saturated.float().mean()),
         }
 
     # ---- densities and samples -----------------------------------------------------------------------------------
