@@ -280,6 +280,9 @@ def latents() -> Named:
         held = {row["numbers"]: row["held out"] for row in found if row["flow"] == flow}
         lines.append([flow, *(f"{held[name]:.3f}" if name in held else "" for name in names)])
     yield "latent flows", table(" | ".join(["flow", *names]), lines)
+    for row in stored("latent_other_images"):
+        yield f"other images, {row['fitted']}: accuracy", f"{100 * row['accuracy']:.1f}"
+        yield f"other images, {row['fitted']}: nats", f"{row['nats']:.3f}"
     lines = []
     for row in stored("latent_objectives"):
         flow = "`latent`" if row["parameters"] else "whitening alone"
