@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from timm.data.loader import PrefetchLoader
 from timm.data.mixup import FastCollateMixup, Mixup
 from torch import Tensor
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from glem_augment.augment.labels import soft_labels
 from glem_augment.augment.structures import augment_batch
 from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import check_number, check_whole
 from glem_augment.codec.resize import for_channels
+from glem_augment.distributed import world_size
 
 
 class AugmentedLoader:
@@ -26,7 +28,7 @@ class AugmentedLoader:
 
     Args:
         loader: timm's `PrefetchLoader` (the best place on a GPU), a DataLoader, or a loader that accelerate has
-            prepared: accelerate does not prepare this class. For its batches see `as_transform`.
+            prepared: accelerate does not prepare this class, which then warns. For its batches see `as_transform`.
         device: the device to which images and labels are moved first; None: they stay where they are.
         off_epoch: from this epoch on (counted from 0) no image is changed. Labels keep their form, for the loss.
 
@@ -34,7 +36,7 @@ class AugmentedLoader:
         epoch: epochs begun so far; set it when a run is resumed.
 
     Raises:
-        ValueError: a PrefetchLoader whose mean and std are not the transform's, or a loader that
+        ValueError: a PrefetchLoader whose mean and std are not the transform's, a missing device, or a loader that
             moves images already.
         ClassMismatchError: a transform without class_map, and a data set whose classes are not the model's.
     """
@@ -42,17 +44,22 @@ class AugmentedLoader:
     def __init__(
         self, loader: Any, aug: GLEMAugment, device: torch.device | str | None = None, off_epoch: int | None = None
     ) -> None:
+        if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={str(device)!r}, but torch finds no GPU on this machine: leave device out")
         _refuse_twice(loader)
         self.off_epoch = None if off_epoch is None else check_whole("off_epoch", off_epoch, 0)
         _check_normalisation(loader, aug)
         aug.check_data(getattr(loader, "dataset", None))
         self.loader, self.aug, self.device = loader, aug, device
         self.epoch, self._enabled = 0, True
+        self._shares_checked = _warn_unless_sharded(loader)
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
+        if not self._shares_checked:  # Lightning makes its process group after the wrapper
+            self._shares_checked = _warn_unless_sharded(self.loader)
         on = self.off_epoch is None or self.epoch < self.off_epoch
         self.epoch += 1
         for batch in self.loader:
@@ -96,6 +103,27 @@ def _refuse_twice(inner: Any) -> None:
     collate = getattr(getattr(inner, "loader", inner), "collate_fn", inner)
     if isinstance(inner, AugmentedLoader) or isinstance(collate, AugmentingCollate):
         raise ValueError("images would be moved twice: use either aug.wrap(loader), once, or one aug.collate_fn()")
+
+
+def _warn_unless_sharded(loader: Any) -> bool:
+    """Warn where each process goes through all images. False: too early to tell.
+
+    Samplers of torch and timm have `num_replicas`, those of accelerate `num_processes`. An IterableDataset may shard
+    its images itself.
+    """
+    if world_size() == 1:
+        return False
+    if getattr(loader, "sampler", None) is None or isinstance(loader.dataset, IterableDataset):
+        return True
+    parts = [getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset", "state")]
+    if not any(hasattr(part, name) for part in parts for name in ("num_replicas", "num_processes")):
+        warnings.warn(
+            f"each of the {world_size()} processes goes through all {len(loader.dataset)} images: give the DataLoader "
+            "a DistributedSampler; with accelerate use aug.wrap(accelerator.prepare(loader)), with Lightning call the "
+            "transform in on_after_batch_transfer",
+            stacklevel=4,
+        )
+    return True
 
 
 class MixupFn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,22 +19,24 @@ from glem_augment import GLEMAugment
 
 IMAGES = 12
 DATA = TensorDataset(images(IMAGES) / 255, labels(IMAGES), torch.arange(IMAGES))
-Found = dict[str, list[int]]
+Found = dict[str, tuple[list[int], int]]
 
 
-def report(batches: Iterable[Any]) -> list[int]:
-    """The numbers of the images that this process sees, all of them moved."""
-    seen = []
-    for x, _, number in batches:
-        assert (x != DATA.tensors[0][number]).flatten(1).any(1).all()
-        seen += number.tolist()
-    return seen
+def report(batches: Callable[[], Iterable[Any]]) -> tuple[list[int], int]:
+    """The numbers of the images that this process sees, all of them moved, and how many warnings came."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        seen = []
+        for x, _, number in batches():
+            assert (x != DATA.tensors[0][number]).flatten(1).any(1).all()
+            seen += number.tolist()
+    return seen, sum("goes through all" in str(w.message) for w in caught)
 
 
 def plain(aug: GLEMAugment) -> Found:
     torch.distributed.init_process_group("gloo")
     sharded = DataLoader(DATA, 3, sampler=DistributedSampler(DATA))
-    return {"sampler": report(aug.wrap(sharded))}
+    return {"wrong": report(lambda: aug.wrap(DataLoader(DATA, 3))), "sampler": report(lambda: aug.wrap(sharded))}
 
 
 def accelerate(aug: GLEMAugment) -> Found:
@@ -42,8 +45,9 @@ def accelerate(aug: GLEMAugment) -> Found:
     accelerator = Accelerator(cpu=True)
     collate = DataLoader(DATA, 3, collate_fn=aug.collate_fn())
     return {
-        "wrap": report(aug.wrap(accelerator.prepare(DataLoader(DATA, 3, shuffle=True)))),
-        "collate_fn": report(accelerator.prepare(collate)),
+        "wrong": report(lambda: accelerator.prepare(aug.wrap(DataLoader(DATA, 3)))),
+        "wrap": report(lambda: aug.wrap(accelerator.prepare(DataLoader(DATA, 3, shuffle=True)))),
+        "collate_fn": report(lambda: accelerator.prepare(collate)),
     }
 
 
@@ -74,8 +78,9 @@ def lightning(aug: GLEMAugment) -> Found:
         return module.batches
 
     return {
-        "on_after_batch_transfer": report(fitted(DataLoader(DATA, 3, shuffle=True), moves=True)),
-        "collate_fn": report(fitted(DataLoader(DATA, 3, collate_fn=aug.collate_fn()))),
+        "wrong": report(lambda: fitted(aug.wrap(DataLoader(DATA, 3)))),
+        "on_after_batch_transfer": report(lambda: fitted(DataLoader(DATA, 3, shuffle=True), moves=True)),
+        "collate_fn": report(lambda: fitted(DataLoader(DATA, 3, collate_fn=aug.collate_fn()))),
     }
 
 
@@ -86,7 +91,7 @@ def process(case: Callable[[GLEMAugment], Found], rank: int, port: int, results:
     results.put(case(GLEMAugment(make_model(), p=1.0, seed=0)))
 
 
-@pytest.mark.parametrize("case", [plain, accelerate, pytest.param(lightning, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", [plain, accelerate, lightning])
 def test_each_process_goes_through_its_share(case: Callable[[GLEMAugment], Found]) -> None:
     if case is not plain:
         pytest.importorskip(case.__name__)
@@ -101,5 +106,9 @@ def test_each_process_goes_through_its_share(case: Callable[[GLEMAugment], Found
     first, second = (results.get(timeout=300) for _ in both)
     for one in both:
         one.join()
-    for way, seen in first.items():
-        assert sorted(seen + second[way]) == list(range(IMAGES)), way
+    for found in (first, second):  # each process goes through all images, and says so
+        seen, told = found.pop("wrong")
+        assert sorted(seen) == list(range(IMAGES)) and told == 1
+    for way, (seen, told) in first.items():
+        others, told_too = second[way]
+        assert sorted(seen + others) == list(range(IMAGES)) and told == told_too == 0, way

@@ -100,6 +100,12 @@ def test_images_are_not_moved_twice_nor_by_a_classifier_in_workers(model: GLEM) 
         make(model, policy="adversarial").collate_fn()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_refused_at_once(model: GLEM) -> None:
+    with pytest.raises(ValueError, match="cuda:0"):
+        make(model).wrap([], device="cuda:0")
+
+
 @pytest.mark.parametrize(("prefetch", "soft"), [(True, True), (True, False), (False, True)])
 def test_a_training_step_after_timms_own_loader(model: GLEM, image_folder: Path, prefetch: bool, soft: bool) -> None:
     collate = FastCollateMixup(num_classes=3, label_smoothing=0.1) if prefetch and soft else None
