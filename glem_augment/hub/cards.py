@@ -85,7 +85,7 @@ def model_card(model: GLEM, repo_id: str, license: str | None = None) -> ModelCa
         title=escape(repo_id),
         repo_id=repo_id,
         shape=row["size"],
-        count=model.num_classes,
+        count="one class" if model.num_classes == 1 else f"{model.num_classes} classes",
         data=escape(row["images"]),
         picture=f"![Samples, one row for each class]({SAMPLES})",
         augment="" if model.modes is None else _AUGMENT,
