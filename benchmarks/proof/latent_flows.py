@@ -195,7 +195,8 @@ def train_as_the_recipe(flow: str, objective: str, epochs: int, seed: int, work:
     trained = run.fit()
     numbers = test.with_numbers(kept(work / "test.npy", trained.codec, test)[:, 0])
     model = model_of_latents(trained)
-    full = model.adapt(run.batches.data.subset(run.batches.training_rows()), rank=1)
+    split = run.batches.split
+    full = model.adapt(run.batches.data.subset(np.sort(np.concatenate([split.nf, split.g]))), rank=1)
     row = {"parameters": sum(p.numel() for p in trained.flow.parameters()), "seconds": run.seconds()}
     for name, each in {"": model, "full ": full}.items():
         measured = evaluate(each, numbers, round_trip=0)
