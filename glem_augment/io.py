@@ -131,7 +131,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
-    lock = FileLock(path, timeout=0)
+    lock = FileLock(path, timeout=0, is_singleton=True)
+    nested = lock.is_locked  # this thread holds the lock already
     try:
         lock.acquire()
     except Timeout:
@@ -141,9 +142,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):
-            path.unlink()
-            folder.rmdir()  # succeeds only if the folder is empty
+        if not nested:
+            with suppress(OSError):
+                path.unlink()
+                folder.rmdir()  # succeeds only if the folder is empty
         lock.release()
 
 

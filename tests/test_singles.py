@@ -51,7 +51,7 @@ def test_a_folder_is_locked_by_one_process_at_a_time_and_free_after_a_kill(tmp_p
         time.sleep(0.05)
     else:
         pytest.fail("the lock is still held")
-    with lock_folder(run):
+    with lock_folder(run), lock_folder(run):
         pass
     assert not run.exists()  # nothing came of it
     with pytest.raises(ZeroDivisionError), lock_folder(run):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -95,7 +95,9 @@ def _flow_option(text: str) -> tuple[str, Any]:
 
 
 def run(args: argparse.Namespace) -> None:
+    from glem_augment.distributed import is_primary
     from glem_augment.images.dataset import open_data
+    from glem_augment.io import lock_folder
     from glem_augment.model.glem import GLEM
     from glem_augment.training.checkpoint import has_checkpoint, require_unused
     from glem_augment.training.trainer import Trainer
@@ -104,6 +106,8 @@ def run(args: argparse.Namespace) -> None:
     settings = given(args)
     if not (args.resume and has_checkpoint(out)):
         require_unused(out)  # before any image is read; the Trainer checks it again
+        if args.resume:
+            common.note(f"glem: no checkpoint in {out}; starting from the beginning")
     size, init_model = args.image_size, None
     if args.init is not None:  # a run takes image size and bits from its start model, unless they are given
         init_model = GLEM.from_pretrained(args.init)
@@ -114,15 +118,21 @@ def run(args: argparse.Namespace) -> None:
     if args.unlabelled:
         settings.setdefault("objective", "mle")
     config = TrainConfig(**settings)  # checked before the data is opened
-    data = open_data(args.data, args.split, size, args.channels, unlabelled=args.unlabelled)
-    trainer = Trainer(data, config, out, args.resume, init_model, device, ready=lambda run: common.say(summary(run)))
-    model = trainer.fit()
+    # Images are decoded, and latents encoded, for minutes before the first step. The first rank locks for all ranks.
+    with lock_folder(out) if is_primary() else nullcontext():
+        data = open_data(args.data, args.split, size, args.channels, unlabelled=args.unlabelled)
+        trainer = Trainer(data, config, out, args.resume, init_model, device, ready=_tell)
+        model = trainer.fit()
     common.say(f"saved {out} after {tqdm.format_interval(trainer.seconds())}: {model!r}")
     if model.config.training["worse_than_independent_pixels"]:
         common.note(
             "glem: its likelihood is worse than that of independent pixels, "
             f"{model.config.training['independent_pixels']:.3f}: train for more --epochs, or at a lower --lr"
         )
+
+
+def _tell(trainer: Trainer) -> None:
+    common.say(summary(trainer))
 
 
 def summary(trainer: Trainer) -> str:

@@ -335,8 +335,9 @@ def test_a_flow_of_images_without_classes_is_given_some(image_folder: Path, tmp_
     shutil.copytree(image_folder, mixed / "deep" / "er")
     shutil.copy(image_folder / "cat" / "0.png", mixed)
     few = ["--batch-size", "4", "--val-fraction", "0.2", "--epochs", "2", *TINY]
-    assert main(["train", "--unlabelled", str(mixed), "--out", run, *few]) == 0
-    text = output()[0]
+    assert main(["train", "--unlabelled", str(mixed), "--out", run, "--resume", *few]) == 0
+    text, notes = output()
+    assert f"no checkpoint in {run}" in notes
     assert "13 images, 3x8x8, 1 classes (image)" in text and "objective  mle" in text and "accuracy" not in text
     model = GLEM.from_pretrained(run)
     assert model.classes == ["image"] and set(model.config.training["held_out"]) == {"val_images", "val_bits_per_dim"}
@@ -505,7 +506,7 @@ def test_one_process_trains_in_a_folder_at_a_time_and_says_how_to_go_on(
         assert process.stdout is not None and process.stdout.readline().startswith("data ")
         while process.poll() is None and not has_checkpoint(run):
             time.sleep(0.05)
-        assert main([*argv, "--resume"]) == 2
+        assert main(["train", "nowhere", *argv[2:], "--resume"]) == 2  # before images are looked for
         assert "glem: error: another process is at work in" in output()[1]
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
