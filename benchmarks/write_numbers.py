@@ -198,11 +198,8 @@ def private() -> Named:
         shown = names[data]
         for size in ("300", "2,000", most):
             own = curve.get(f"{name}, {size}", older[data] if size == most else {})
-            judge = f"{shown}: perceptron on latents"
-            brief.append([judge, size, *(own.get(e, "") for e in columns), reals["perceptron", data]])
-        resnet = next(row for row in rows if row[0] == shown)
-        brief.append([f"{shown}: ResNet on images", most, *resnet[-1 - len(columns) :]])
-    head = f"trained on samples | images of each class | {epsilons} | real images"
+            brief.append([shown, size, *(own.get(e, "") for e in columns), reals["perceptron", data]])
+    head = f"samples of | images of each class | {epsilons} | real images"
     yield "private sets in brief", table(head, brief)
     methods = {"probe": "a linear layer on the latents", "dp-sgd": "a small network with tanh, on images"}
     found = []
