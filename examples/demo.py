@@ -129,7 +129,7 @@ def small_network(size: Size) -> str:
 from such a set of {len(few[1])} images, with 10 of the first class and 1 of the last, or from this set and {size.drawn}
 drawn images of each class. Every class is shown equally often, with random crops. Each of {size.seeds} pairs of
 networks has other real images; the networks of a pair differ in nothing else. All are tested on {len(test[1]):,} other
-images. The flow was trained on 60,000 images of these classes, and what it knows of them is the gain. Samples of a flow
+images. The flow was trained on 60,000 images of these classes, and the gain comes from these images. Samples of a flow
 of the few images alone gained nothing in our measurements.""",
         f"""\
 drawn = SyntheticDataset("{MODEL}", per_class={size.drawn})

@@ -189,7 +189,7 @@ def chosen_by(cells: list[dict[str, Any]]) -> Callable[[list[Stack]], Stack]:
 def differences(
     name: str, cells: list[dict[str, Any]], chosen: list[dict[str, Any]], seeds: range
 ) -> dict[str, Interval]:
-    """Differences between roles, by "one over two"; those of `COMPARED` last."""
+    """Differences between roles, by "one over two"; the pairs of `COMPARED` come last."""
     roles, value = roles_of(name, chosen_by(chosen)), {(cell["seed"], cell["stack"]): cell["value"] for cell in cells}
     bases = [
         (role, base) for role in roles for base in ("crop + flip", "best other stack") if roles[role] != roles[base]

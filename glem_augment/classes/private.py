@@ -43,14 +43,14 @@ from glem_augment.classes.privacy import (
 from glem_augment.classes.statistics import ClassStatistics, Moments, can_be_whole
 from glem_augment.errors import DataError
 
-# Parts of mu^2. The smaller the classes, the more is for means; the second moments have what is left.
+# Parts of mu^2. The smaller the classes, the more is for means; the second moments have the rest.
 COUNTS, BANDS, CELLS, FIRST, FIRST_SHARED = 0.03, 0.02, 0.30, 0.17, 0.50
 _COUNTS, _SUMS, _SECONDS, _CELLS = (1, 0, 0), (0, 1, 0), (0, 0, 1), (0.1, 0.9, 0)  # shares of statistics in a release
 _MEAN_NOISE = 0.25  # the most noise in the mean of a coordinate, as a share of its public variance
 _EDGE = 4.0  # the most that noise may add to an eigenvalue of a covariance, in mean variances
 _OWN, _SHARED = 500, 100  # images of a class times mu from which classes have covariances, or share correlations
 _CLIP = 0.9  # the second clip, in roots of the mean squared norm
-_BAND = 8  # coordinates of the first band; the others double
+_BAND = 8  # coordinates of the first band; the bands end at 8, 16, 32, ...
 _CELL_COUNTS, _CELL_NOISE = (32, 16, 8, 4), 0.04
 _DRAWS = 4000  # samples of a class on which k-means finds its cells
 

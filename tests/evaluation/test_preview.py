@@ -1,4 +1,4 @@
-"""The picture of a model: what it shows, of every shape of image."""
+"""The content of a model's picture, for every shape of image."""
 
 from __future__ import annotations
 
