@@ -23,6 +23,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -128,12 +129,7 @@ class Images:
             z, y = self.latents()
         else:
             z = model.sample_latents(y, temperature, torch.Generator().manual_seed(seed), "rfcm")
-        scale = z.std(0).clamp_min(1e-6)
-        net = nn.Sequential(nn.Linear(model.dim, 512), nn.ReLU(), nn.Linear(512, 10))
-        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-        rows = (own for _ in range(EPOCHS) for own in torch.randperm(len(z))[: 10 * PER_CLASS].split(128))
-        descend(net, ((z[own] / scale, y[own]) for own in rows), optimizer)
-        found = net(encoded(model, self.judged) / scale).argmax(1)
+        found = perceptron(z, y)(encoded(model, self.judged)).argmax(1)
         return 100 * float((found == torch.from_numpy(self.judged.targets)).double().mean())
 
     def classifier(self, x: Tensor, y: Tensor, seed: int) -> Classifier:
@@ -141,6 +137,16 @@ class Images:
         augment = AUGMENT.get(self.name, ("flip", "crop"))
         recipe = Recipe(arch="resnet18_quarter_half", epochs=self.epochs, augment=augment, seed=seed)
         return train_classifier(lambda epoch: (x, y), 10, recipe)
+
+
+def perceptron(z: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """Scores of latents by a perceptron that is trained on latents z [n, d] with labels y of all classes."""
+    classes, scale = int(y.max()) + 1, z.std(0).clamp_min(1e-6)
+    net = nn.Sequential(nn.Linear(z.shape[1], 512), nn.ReLU(), nn.Linear(512, classes))
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    rows = (own for _ in range(EPOCHS) for own in torch.randperm(len(z))[: classes * PER_CLASS].split(128))
+    descend(net, ((z[own] / scale, y[own]) for own in rows), optimizer)
+    return lambda z: net(z / scale)
 
 
 def draw(images: Images, epsilons: list[float], delta: float) -> Section:

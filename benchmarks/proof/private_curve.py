@@ -23,13 +23,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import ROOT, Rows, interval, parser, processors, publish, usage
-from benchmarks.proof.private import EPOCHS, PER_CLASS, Images
+from benchmarks.proof.private import PER_CLASS, Images, perceptron
 from glem_augment.classes import private
 from glem_augment.classes.privacy import Privacy
 from glem_augment.errors import DataError
@@ -80,16 +79,8 @@ def accuracy(images: Images, name: str, per_class: int, epsilon: float, coordina
     torch.manual_seed(seed)
     y = torch.arange(len(counts)).repeat(PER_CLASS)
     z = found.classes.sampler("rfcm").sample(y, 1.0, torch.Generator().manual_seed(seed))
-    scale = z.std(0).clamp_min(1e-6)
-    net = nn.Sequential(nn.Linear(z.shape[1], 512), nn.ReLU(), nn.Linear(512, len(counts)))
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    for _ in range(EPOCHS):
-        for part in torch.randperm(len(z)).split(128):
-            optimizer.zero_grad()
-            F.cross_entropy(net(z[part] / scale), y[part]).backward()
-            optimizer.step()
-    x, truth = judged(images)
-    right = [net(x[truth == k] / scale).argmax(1) == place for place, k in enumerate(classes)]
+    scores, (x, truth) = perceptron(z, y), judged(images)
+    right = [scores(x[truth == k]).argmax(1) == place for place, k in enumerate(classes)]
     return 100 * statistics.mean(float(each.double().mean()) for each in right)
 
 
