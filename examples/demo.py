@@ -42,7 +42,7 @@ class Size:
     images: int = 1000  # of the private model, evenly over the classes
     tested: int = 500
     seeds: int = 3  # networks of each kind
-    steps: int = 80  # of each training
+    steps: int = 60  # of each training
     few_steps: int = 60  # of each training on few images
     drawn: int = 40  # images of each class, beside the few
     epsilon: float = 10.0
