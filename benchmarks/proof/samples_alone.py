@@ -74,7 +74,10 @@ class Images:
         self.folder = find_images(NAME, data, data)
         self.work.mkdir(parents=True, exist_ok=True)
         model = self.flow(FLOW)
-        self.train, self.test = (images_for(model, open_data(self.folder, split)) for split in ("train", "test"))
+        self.train, self.test = (
+            images_for(model, open_data(self.folder, split, image_size=model.image_shape[1]))
+            for split in ("train", "test")
+        )
         val = np.arange(len(self.train)) % 10 == 9
         self.fit, self.val = (self.train.subset(np.flatnonzero(rows)) for rows in (~val, val))
 

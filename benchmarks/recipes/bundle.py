@@ -1,12 +1,12 @@
-"""Makes `bundled:cifar10` of the flow that `glem train` trained with cifar10.yaml.
+"""Makes a bundled model of the flow that `glem train` trained with cifar10.yaml or imagenette.yaml.
 
-    # CIFAR10/{train,test}/<class>/*
-    python benchmarks/recipes/cifar10.py runs/cifar10 CIFAR10 --out runs/bundled-cifar10
+    python benchmarks/recipes/bundle.py cifar10 runs/cifar10 CIFAR10   # CIFAR10/{train,test}/<class>/*
+    python benchmarks/recipes/bundle.py imagenette runs/imagenette IMAGENETTE128
 
-The classes are fitted to the training images that are not held out, with full covariances: on the held-out images,
-these were more accurate and more likely than the Gaussians that were learned with the flow. Weights of the flow's
-networks and modes are stored in half precision, all other tensors in full. The test images are measured with these
-weights, and the record gets the result.
+The classes are fitted to the training images that are not held out: on the held-out images, these were more accurate
+and more likely than the Gaussians that were learned with the flow. They have full covariances where the library can
+store them. Weights of the flow's networks and modes are stored in half precision, all other tensors in full. The test
+images are measured with these weights, and the record gets the result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from glem_augment.evaluation import calibrate, evaluate
 from glem_augment.training.batches import stratified_split
 
 HALVES = ("directions", "shared_directions")  # of the modes
-COMMAND = "glem train CIFAR10 --config benchmarks/recipes/cifar10.yaml --image-size 32, benchmarks/recipes/cifar10.py"
+RECIPES = "benchmarks/recipes"
 
 
 def save(model: GLEM, folder: str) -> None:
@@ -35,25 +35,30 @@ def save(model: GLEM, folder: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=["cifar10", "imagenette"])
     parser.add_argument("run")
     parser.add_argument("data")
-    parser.add_argument("--out", default="runs/bundled-cifar10")
+    parser.add_argument("--out", help="runs/bundled-NAME by default")
     args = parser.parse_args()
+    out = args.out or f"runs/bundled-{args.name}"
     torch.set_num_threads(1)
-    trained = GLEM.from_pretrained(args.run).config.training
-    data = open_data(args.data, "train", image_size=32)
+    flow = GLEM.from_pretrained(args.run)
+    trained, size = flow.config.training, flow.image_shape[1]
+    data = open_data(args.data, "train", image_size=size)
     # The flow knows the images that trained it, so the temperature is fitted to the held-out images.
     settings = trained["config"]
     split = stratified_split(data.targets, len(data.classes), settings["val_fraction"], settings["seed"])
     model = GLEM.fit(data.subset(np.sort(np.concatenate([split.nf, split.g]))), flow=args.run, rank=128)
     calibrate(model, data.subset(split.val))
-    save(model, args.out)
-    model = GLEM.from_pretrained(args.out)
-    found = evaluate(model, open_data(args.data, "test", image_size=32))
+    save(model, out)
+    model = GLEM.from_pretrained(out)
+    found = evaluate(model, open_data(args.data, "test", image_size=size))
     measured = {"images": found["n"], "accuracy": found["accuracy"], "nats_per_number": found["nats_per_number"]}
-    facts = {"data": "cifar10", "license": "unknown", "command": COMMAND, "test": measured}
+    images = args.name.upper()
+    command = f"glem train {images} --config {RECIPES}/{args.name}.yaml --image-size {size}, {RECIPES}/bundle.py"
+    facts = {"data": args.name, "license": "unknown", "command": command, "test": measured}
     model.config.training = {**trained, "fitted": model.config.training["adapt"], **facts}
-    save(model, args.out)
+    save(model, out)
 
 
 if __name__ == "__main__":
