@@ -1,7 +1,7 @@
 """Makes a bundled model of the flow that `glem train` trained with cifar10.yaml or imagenette.yaml.
 
     python benchmarks/recipes/bundle.py cifar10 runs/cifar10 CIFAR10   # CIFAR10/{train,test}/<class>/*
-    python benchmarks/recipes/bundle.py imagenette runs/imagenette IMAGENETTE128
+    python benchmarks/recipes/bundle.py imagenette runs/imagenette IMAGENETTE
 
 The classes are fitted to the training images that are not held out: on the held-out images, these were more accurate
 and more likely than the Gaussians that were learned with the flow. They have full covariances where the library can
@@ -21,13 +21,14 @@ from glem_augment.evaluation import calibrate, evaluate
 from glem_augment.training.batches import stratified_split
 
 HALVES = ("directions", "shared_directions")  # of the modes
+RANKS = {"cifar10": 128, "imagenette": 64}  # of the modes, so that a file has at most 8 MiB
 RECIPES = "benchmarks/recipes"
 
 
 def save(model: GLEM, folder: str) -> None:
     """Save the model with its largest tensors in half precision."""
     assert model.modes is not None
-    model.flow.flow.levels.half()
+    getattr(model.flow, "flow", model.flow).levels.half()  # behind a whitening, where covariances are full
     for name in HALVES:
         setattr(model.modes, name, getattr(model.modes, name).half())
     model.save(folder)
@@ -35,7 +36,7 @@ def save(model: GLEM, folder: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["cifar10", "imagenette"])
+    parser.add_argument("name", choices=RANKS)
     parser.add_argument("run")
     parser.add_argument("data")
     parser.add_argument("--out", help="runs/bundled-NAME by default")
@@ -48,7 +49,7 @@ def main() -> None:
     # The flow knows the images that trained it, so the temperature is fitted to the held-out images.
     settings = trained["config"]
     split = stratified_split(data.targets, len(data.classes), settings["val_fraction"], settings["seed"])
-    model = GLEM.fit(data.subset(np.sort(np.concatenate([split.nf, split.g]))), flow=args.run, rank=128)
+    model = GLEM.fit(data.subset(np.sort(np.concatenate([split.nf, split.g]))), flow=args.run, rank=RANKS[args.name])
     calibrate(model, data.subset(split.val))
     save(model, out)
     model = GLEM.from_pretrained(out)

@@ -195,6 +195,8 @@ class Plan:
         if self.args.beside == "recipe":
             return self.recipe(setting, classifier, base, store)
         if self.args.beside == "longer":
+            if needs_flow(base):  # as in `recipe`
+                base = self.without_flow(setting, classifier, store)
             opponent = Cell("longer", setting, classifier, "opponent", "none", "opponent", {}, base, 0)
             return [replace(opponent, seed=seed) for seed in self.args.seeds]
         if self.args.beside == "moves":
