@@ -277,11 +277,17 @@ def latents() -> Named:
         held = {row["numbers"]: row["held out"] for row in found if row["flow"] == flow}
         lines.append([flow, *(f"{held[name]:.3f}" if name in held else "" for name in names)])
     yield "latent flows", table(" | ".join(["flow", *names]), lines)
-    for file in ("latent_objectives", "latent_other_images"):
+    for file in ("latent_objectives", "latent_other_images", "latent_photographs"):
         option = file.removeprefix("latent").replace("_", "-")
         yield f"{file}: command", f"`python benchmarks/proof/latent_flows.py -{option}`"
     lines = [[r["fitted"], f"{100 * r['accuracy']:.1f} %", f"{r['nats']:.3f}"] for r in stored("latent_other_images")]
     yield "other images", table("fitted through | NF accuracy | nats per number", lines)
+    head = "model | NF accuracy | nats per number | calibration error"
+    lines = [
+        [r["fitted"], f"{100 * r['accuracy']:.1f} %", f"{r['nats']:.3f}", f"{r['ece']:.3f}"]
+        for r in stored("latent_photographs")
+    ]
+    yield "flow of photographs", table(head, lines)
     lines = []
     for row in stored("latent_objectives"):
         flow = "`latent`" if row["parameters"] else "whitening alone"

@@ -102,6 +102,7 @@ def numbers(store: Store, no_network: list[dict[str, Any]]) -> Named:
     yield from without_network(results, others)
     yield from verdicts(gains)
     yield from directions(results)
+    yield from pretrained_and_longer(results)
     kinds = ("unlabelled images", "other images", "pixels")
     lines = [
         [f"`{setting}`", classifier, *(bold(over.get(kind)) or "not measured" for kind in kinds)]
@@ -192,6 +193,33 @@ def directions(results: list[Result]) -> Named:
     yield "adversarial class and pooled: above", f"{sum(gain.clear for gain in gains)} of {len(gains)}"
     below = sum(gain.mean + gain.half < 0 for gain in gains)
     yield "adversarial class and pooled: below", f"{below} of {len(gains)}"
+
+
+def pretrained_and_longer(results: list[Result]) -> Named:
+    """Moves through a pretrained flow beside the same moves of pixels; fixed moves beside a longer training."""
+    lines = []
+    for result in results:
+        stack = next((arm for arm in result.moves if arm.side == "opponent"), None)
+        for arm in (arm for arm in result.moves if arm.flow not in ("none", "identity")):
+            same = next(a for a in result.moves if (a.flow, a.method) == ("identity", arm.method))
+            pairs = [(arm, stack), (same, stack), (arm, same)]
+            gains = [bold(paired_gain(a.accuracies, b.accuracies)) for a, b in pairs if b]
+            name, times = arm.params["policy"], f"{arm.step / stack.step:.1f}" if stack else ""
+            lines.append([f"`{result.setting}`", name, *gains, times, str(len(arm.accuracies))])
+    head = "setting | move | flow's modes | pixels' modes | flow's over pixels' | times a step, flow | seeds"
+    yield "moves through a pretrained flow", table(head, sorted(lines, key=naturally))
+    lines = []
+    for result in results:
+        for longer in result.longer:
+            arms = [*result.recipe, *result.arms]
+            once = next(a for a in arms if a.side == "opponent" and a.stack == longer.stack)
+            moved = next(a for a in arms if (a.method, a.params) == ("adversarial", RECIPES["adversarial"]))
+            seeds = longer.accuracies
+            means = [f"{each.over(seeds).mean:.1f} %" for each in (once, longer, moved)]
+            gain = bold(paired_gain(moved.accuracies, seeds))
+            lines.append([f"`{result.setting}`", base_text(longer.stack), *means, gain, str(len(seeds))])
+    head = "setting | best other stack | its accuracy | with 1.4 times the steps | with moves | moves over more steps"
+    yield "more steps", table(f"{head} | seeds", sorted(lines, key=naturally))
 
 
 def pixel_modes(
