@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
     common.say(f"saved {out} after {tqdm.format_interval(trainer.seconds())}: {model!r}")
     if model.config.training["worse_than_independent_pixels"]:
         common.note(
-            "glem: its likelihood is worse than that of independent pixels, "
+            "glem: its likelihood is worse than that of independent numbers, "
             f"{model.config.training['independent_pixels']:.3f}: train for more --epochs, or at a lower --lr"
         )
 

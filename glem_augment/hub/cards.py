@@ -80,7 +80,7 @@ def model_card(model: GLEM, repo_id: str, license: str | None = None) -> ModelCa
     )
     row = table_row(model)
     text = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
-    noise = "**After its training this model was worse than independent pixels: images drawn from it are noise.**\n\n"
+    noise = "**After its training this model was worse than independent numbers: images drawn from it are noise.**\n\n"
     text = text.format(
         title=escape(repo_id),
         repo_id=repo_id,

@@ -528,8 +528,8 @@ def test_a_flow_that_has_learned_nothing_says_so(image_folder: Path, tmp_path: P
     bits = re.search(r"epoch 1/1: ([0-9.]+) bits/dim, accuracy", out)[1]  # type: ignore[index]
     model = GLEM.from_pretrained(tmp_path / "run")
     pixels = model.config.training["independent_pixels"]
-    assert float(bits) > pixels and f"independent pixels, {pixels:.3f}: " in err.splitlines()[-1]
-    assert "this model was worse than independent pixels" in model_card(model, "a/b").text
+    assert float(bits) > pixels and f"independent numbers, {pixels:.3f}: " in err.splitlines()[-1]
+    assert "this model was worse than independent numbers" in model_card(model, "a/b").text
 
 
 def test_a_run_says_what_it_trains_before_the_flow_is_initialised(

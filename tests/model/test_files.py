@@ -97,8 +97,9 @@ def test_the_flow_of_clothes_classifies_and_inverts(bundled_test) -> None:
     assert model.round_trip_error(odd).amax() > 0.5 and model.double().round_trip_error(odd).amax() < 0.01
 
 
-def test_the_flow_of_colour_knows_its_own_samples() -> None:
-    model = GLEM.from_pretrained("bundled:cifar10")
+@pytest.mark.parametrize("name", ["bundled:cifar10", "bundled:imagenette"])
+def test_a_flow_of_colour_knows_its_own_samples(name: str) -> None:
+    model = GLEM.from_pretrained(name)
     y = torch.arange(10).repeat(3)
     x = UINT8.from_floats(model.sample(y, 0.8, torch.Generator().manual_seed(0), "rfcm"))
     assert (model.predict(x) == y).float().mean() > 0.7 and x.unique().numel() > 200
@@ -109,7 +110,7 @@ def test_the_flow_of_colour_knows_its_own_samples() -> None:
 def test_the_bundled_flows_are_small() -> None:
     files = [folder / WEIGHTS for name in bundled_models() if (folder := local_folder(f"bundled:{name}"))]
     sizes = [file.stat().st_size for file in files]
-    assert max(sizes) <= 8 * 2**20 and sum(sizes) <= 20 * 2**20
+    assert max(sizes) <= 8 * 2**20 and sum(sizes) <= 26 * 2**20
 
 
 # ---- files that do not -----------------------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ def pretrained_and_longer(results: list[Result]) -> Named:
             lines.append([f"`{result.setting}`", name, *gains, times, str(len(arm.accuracies))])
     head = "setting | move | flow's modes | pixels' modes | flow's over pixels' | times a step, flow | seeds"
     yield "moves through a pretrained flow", table(head, sorted(lines, key=naturally))
-    lines = []
+    lines, found = [], []
     for result in results:
         for longer in result.longer:
             arms = [*result.recipe, *result.arms]
@@ -216,10 +216,13 @@ def pretrained_and_longer(results: list[Result]) -> Named:
             moved = next(a for a in arms if (a.method, a.params) == ("adversarial", RECIPES["adversarial"]))
             seeds = longer.accuracies
             means = [f"{each.over(seeds).mean:.1f} %" for each in (once, longer, moved)]
-            gain = bold(paired_gain(moved.accuracies, seeds))
-            lines.append([f"`{result.setting}`", base_text(longer.stack), *means, gain, str(len(seeds))])
+            if gain := paired_gain(moved.accuracies, seeds):
+                found.append(gain)
+                lines.append([f"`{result.setting}`", base_text(longer.stack), *means, bold(gain), str(len(seeds))])
     head = "setting | best other stack | its accuracy | with 1.4 times the steps | with moves | moves over more steps"
     yield "more steps", table(f"{head} | seeds", sorted(lines, key=naturally))
+    yield "more steps: clear", str(sum(gain.clear for gain in found))
+    yield "more steps: below", str(sum(gain.mean < 0 for gain in found))
 
 
 def pixel_modes(
