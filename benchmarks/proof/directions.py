@@ -140,10 +140,13 @@ def numbers(rows: list[dict[str, Any]], moves: str, cells: list[dict[str, Any]])
         if cell["stack"] in what_of and cell["seed"] != TUNING
     ]
     ours, *others = sorted(stacks, key=lambda what: not what.startswith("class"))
-    lines = []
+    lines, clear = [], dict.fromkeys(others, 0)
     for row in summary(rows + stored, stacks):
-        gains = (Interval(row[f"over {what}"], row[f"+/- ({what})"], row["seeds"]) for what in others)
+        gains = [Interval(row[f"over {what}"], row[f"+/- ({what})"], row["seeds"]) for what in others]
+        clear = {what: clear[what] + gain.clear for what, gain in zip(others, gains, strict=True)}
         lines.append([f"`{row['setting']}`", *(f"{row[what]:.1f} %" for what in (ours, *others)), *map(bold, gains)])
+    for what, count in clear.items():
+        yield f"{FILES[moves]}: clear over {what}", f"{count} of {len(lines)}"
     over = " | ".join(f"over {what}" for what in others)
     yield FILES[moves], table(f"setting | {' | '.join((ours, *others))} | {over}", lines)
 
