@@ -157,7 +157,7 @@ def private() -> Named:
     judges |= {"latents": "perceptron, samples' latents", "pixels": "ResNet, samples of pixels"}
     # What differs from the usual rows: delta, and the Gaussians of a class.
     variants = {"": (False, None), ", one Gaussian per class": (False, 1), ", δ = 1 / (n log n)": (True, None)}
-    rows, controls, reals, older = [], [], {}, {}
+    rows, controls, reals = [], [], {}
     for (data, shown), (kind, judge), words in itertools.product(names.items(), judges.items(), variants):
         wanted = data, kind, *variants[words]
         known = ((n, n["cells asked"] if n["epsilon"] or words else None) for n in lines)
@@ -177,7 +177,6 @@ def private() -> Named:
         if own and kind == "latents" and not words:
             most = next(n["accuracy"] for n in lines if (n["data"], n["method"]) == (data, "real"))
             reals["perceptron", data] = f"{most:.1f}"
-            older[data] = cells
             rows.append(["perceptron on latents", *(cells.get(e, "") for e in columns), reals["perceptron", data]])
     epsilons = " | ".join(f"ε = {epsilon:g}" for epsilon in columns)
     yield "private controls", table(f"data | judge | {epsilons} | no privacy", controls)
@@ -197,7 +196,7 @@ def private() -> Named:
     for data, (name, most) in whole.items():
         shown = names[data]
         for size in ("300", "2,000", most):
-            own = curve.get(f"{name}, {size}", older[data] if size == most else {})
+            own = curve[f"{name}, {size}"]
             brief.append([shown, size, *(own.get(e, "") for e in columns), reals["perceptron", data]])
     head = f"samples of | images of each class | {epsilons} | real images"
     yield "private sets in brief", table(head, brief)
