@@ -221,8 +221,8 @@ def pretrained_and_longer(results: list[Result]) -> Named:
                 lines.append([f"`{result.setting}`", base_text(longer.stack), *means, bold(gain), str(len(seeds))])
     head = "setting | best other stack | its accuracy | with 1.4 times the steps | with moves | moves over more steps"
     yield "more steps", table(f"{head} | seeds", sorted(lines, key=naturally))
-    yield "more steps: clear", str(sum(gain.clear for gain in found))
-    yield "more steps: below", str(sum(gain.mean < 0 for gain in found))
+    yield "more steps: clear", f"{sum(gain.clear for gain in found)} of {len(found)}"
+    yield "more steps: below", f"{sum(gain.mean < 0 for gain in found)} of {len(found)}"
 
 
 def pixel_modes(
