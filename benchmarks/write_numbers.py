@@ -281,12 +281,8 @@ def latents() -> Named:
         yield f"{file}: command", f"`python benchmarks/proof/latent_flows.py -{option}`"
     lines = [[r["fitted"], f"{100 * r['accuracy']:.1f} %", f"{r['nats']:.3f}"] for r in stored("latent_other_images")]
     yield "other images", table("fitted through | NF accuracy | nats per number", lines)
-    head = "model | NF accuracy | nats per number | calibration error"
-    lines = [
-        [r["fitted"], f"{100 * r['accuracy']:.1f} %", f"{r['nats']:.3f}", f"{r['ece']:.3f}"]
-        for r in stored("latent_photographs")
-    ]
-    yield "flow of photographs", table(head, lines)
+    lines = [[r["fitted"], *three_measures(r, "nats")] for r in stored("latent_photographs")]
+    yield "flow of photographs", table(MEASURES, lines)
     lines = []
     for row in stored("latent_objectives"):
         flow = "`latent`" if row["parameters"] else "whitening alone"
@@ -310,6 +306,13 @@ def latents() -> Named:
     ]
     yield "covariances: most with few images", f"{max(better):.1f}"
     yield "covariances", table(" | ".join(columns).replace("per dimension", "images per number"), cells)
+
+
+MEASURES = "model | NF accuracy | nats per number | calibration error"
+
+
+def three_measures(record: dict[str, Any], nats: str) -> list[str]:
+    return [f"{100 * record['accuracy']:.1f} %", f"{record[nats]:.3f}", f"{record['ece']:.3f}"]
 
 
 def single_files() -> Named:
@@ -336,10 +339,8 @@ def single_files() -> Named:
         ("gaussians_cifar10", "four full Gaussians per class"),
         ("bundled_cifar10", "`bundled:cifar10`"),
     ):
-        record = stored(name)
-        numbers = f"{record['nats_per_number']:.3f}", f"{record['ece']:.3f}"
-        lines.append([what, f"{100 * record['accuracy']:.1f} %", *numbers])
-    yield "flow of latents", table("model | NF accuracy | nats per number | calibration error", lines)
+        lines.append([what, *three_measures(stored(name), "nats_per_number")])
+    yield "flow of latents", table(MEASURES, lines)
     share = {
         (f"{row['codec']}, {row['size']} px", row["policy"]): f"{percent:.{int(percent < 10)}f}"
         for row in stored("overhead")["rows"]
@@ -372,7 +373,7 @@ def models() -> Named:
     ]
     for row in rows:
         row["made by"] = f"`{row['made by']}`"
-    brief = ["name", "images", "size", "codec", "flow", "accuracy", "licence"]
+    brief = ["name", "size", "codec", "flow", "accuracy", "licence"]
     for title, columns in (("models", list(rows[0])), ("models in brief", brief)):
         yield title, table(" | ".join(columns), [[row[column] for column in columns] for row in rows])
 

@@ -225,6 +225,11 @@ def objectives(args: Any) -> None:
                 rows.row(known, lambda: train_as_the_recipe(work=args.work, **known))  # noqa: B023
 
 
+def measured(model: GLEM, data: ImageData) -> dict[str, Any]:
+    found = evaluate(model, data, round_trip=0)
+    return {"accuracy": found["accuracy"], "nats": found["nats_per_number"], "ece": found["ece"], "n": found["n"]}
+
+
 def other_images(args: Any) -> None:
     rows = Rows(args.out / "latent_other_images.json")
     place = find_images(NAME, "imagenette128", "imagenette128")
@@ -236,9 +241,7 @@ def other_images(args: Any) -> None:
     for name, options in fitted.items():
 
         def measure(options: dict[str, Any] = options) -> dict[str, Any]:
-            model = GLEM.fit(place, **options)
-            found = evaluate(model, open_data(place, "val", image_size=32), round_trip=0)
-            return {"accuracy": found["accuracy"], "nats": found["nats_per_number"], "n": found["n"]}
+            return measured(GLEM.fit(place, **options), open_data(place, "val", image_size=32))
 
         rows.row({"images": "imagenette128", "fitted": name}, measure)
 
@@ -273,14 +276,10 @@ def photographs(args: Any) -> None:
     split = stratified_split(train.targets, CLASSES, settings["val_fraction"], settings["seed"])
     used, held = np.sort(np.concatenate([split.nf, split.g])), split.val
 
-    def glem(fitted: GLEM) -> dict[str, Any]:
-        found = evaluate(fitted, test, round_trip=0)
-        return {"accuracy": found["accuracy"], "nats": found["nats_per_number"], "ece": found["ece"], "n": found["n"]}
-
     def per_class() -> dict[str, Any]:
         fitted = GLEM.fit(train.subset(used), autoencoder="taef2")
         calibrate(fitted, train.subset(held))
-        return glem(fitted)
+        return measured(fitted, test)
 
     def one_covariance() -> dict[str, Any]:
         views = kept(args.work / "photographs.npy", model.codec, train, settings["augment"], settings["views"])
@@ -299,7 +298,7 @@ def photographs(args: Any) -> None:
     for name, measure in {
         "one Gaussian per class": per_class,
         "one covariance for all classes": one_covariance,
-        "`bundled:imagenette`": lambda: glem(model),
+        "`bundled:imagenette`": lambda: measured(model, test),
     }.items():
         rows.row({"images": "imagenette128", "size": 64, "fitted": name}, torch.no_grad()(measure))
 
@@ -317,14 +316,10 @@ def main() -> None:
     args.add_argument("--steps", type=int, default=200, help="of each training (%(default)s)")
     args = args.parse_args()
     torch.set_num_threads(args.threads)
-    for chosen, study in (
-        (args.objectives, objectives),
-        (args.other_images, other_images),
-        (args.photographs, photographs),
-    ):
-        if chosen:
-            study(args)
-            return
+    chosen = [study for study in (objectives, other_images, photographs) if getattr(args, study.__name__)]
+    if chosen:
+        chosen[0](args)
+        return
     trials = Rows(args.out / f"{NAME}.json", "trials")
     for kind in args.kinds:
         data = cache(partial(numbers, kind))
