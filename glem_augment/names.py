@@ -10,11 +10,10 @@ Preset = Literal[
 DrawSource = Literal["gaussian", "rfcm", "mixup"]  # the source of a SyntheticDataset's latents
 Format = Literal["imagefolder", "webdataset"]  # of an export
 PolicyName = Literal["mixup", "noise", "adversarial"]  # how GLEMAugment moves latents
-Memory = Literal["stored", "recomputed"]  # how training keeps a flow's activations
 
 PRESET_NAMES, SOURCES, FORMATS = (get_args(kind) for kind in (Preset, DrawSource, Format))
 DEFAULT_MODES = 64  # principal modes per class
-# Without psi the class variances start at the first number and stay above the second, a share of the first.
+# Without psi the class variances start at the first number, unless the objective sets them, and stay above a share.
 INITIAL_VARIANCE, LOWEST_SHARE = 0.3, 0.1
 HIGHEST_TEMPERATURE = 1e4  # of a posterior; the lowest is 1
 MAX_PARTS = 256  # of a class

@@ -18,11 +18,11 @@ PACKAGE = Path(__file__).parents[1] / "glem_augment"
 # Imports run downwards in this order. The single files at the top of the package lie below all rooms.
 ROOMS = (
     "cli",
+    "hub",
     "training",
     "evaluation",
     "synthetic",
     "augment",
-    "hub",
     "model",
     "classes",
     "images",

@@ -58,7 +58,7 @@ def main() -> None:
     images = args.name.upper()
     command = f"glem train {images} --config {RECIPES}/{args.name}.yaml --image-size {size}, {RECIPES}/bundle.py"
     facts = {"data": args.name, "license": "unknown", "command": command, "test": measured}
-    model.config.training = {**trained, "fitted": model.config.training["adapt"], **facts}
+    model.config.training = {**trained, "adapt": model.config.training["adapt"], **facts}
     save(model, out)
 
 

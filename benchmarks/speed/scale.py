@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 from benchmarks.common import parser, write_results
 from glem_augment.classes.modes import ClassModes
 from glem_augment.flows import create_flow
-from glem_augment.flows.multiscale import squeeze
 
 
 class _Held:
@@ -81,25 +80,14 @@ def main() -> None:
         z, logdet = flow(x)
         (z.square().sum() - logdet.sum()).backward()
 
-    level = flow.levels[0]
-
-    def one_step() -> None:
-        """The step with most pixels, which a backward pass computes again."""
-        y, logdet = level.couplings[0].couple(level.mixings(inverse=False)[0][0].forward(squeeze(x.transpose(0, 1))))
-        (y.square().sum() - logdet.sum()).backward()
-
-    held = {"stored": held_for_backward(flow, train)}
-    flow.set_memory("recomputed")
-    held["recomputed"] = held_for_backward(flow, train) + held_for_backward(flow, one_step)
+    held = held_for_backward(flow, train)
     weights, numbers = sum(p.numel() for p in flow.parameters()), args.classes * x.numel()
     modes = {rank: sum(b.nbytes for b in ClassModes(args.classes, rank, x.numel()).buffers()) for rank in (16, 64)}
     rows = {
         "parameters of the flow, millions": weights / 1e6,
         "FLOPs of a pass, GFLOP per image": flops / 1e9,
         "FLOPs of a training step, GFLOP per image (a backward pass is two)": 3 * flops / 1e9,
-        "the same, recomputed (one more pass)": 4 * flops / 1e9,
-        "activations, MiB per image: stored": held["stored"] / 2**20,
-        "activations, MiB per image: recomputed": held["recomputed"] / 2**20,
+        "activations, MiB per image": held / 2**20,
         "weights, gradients, Adamax and average, GiB per rank": 5 * 4 * weights / 2**30,
         "gradients all-reduced per E-step, MB: of the flow": 4 * weights / 1e6,
         "... and of means and variances learned jointly": 8 * numbers / 1e6,

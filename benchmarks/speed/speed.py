@@ -38,7 +38,7 @@ from glem_augment.flows import create_flow, resolve_preset
 from glem_augment.flows.coupling import Coupling
 
 OURS, PUBLISHED = "glem-augment", "published (MEF)"
-RECOMPUTED, OPERATIONS = f"{OURS} recomputed", ("train", "encode", "decode")
+OPERATIONS = "train", "encode", "decode"
 Tasks = dict[tuple[str, str], Callable[[], None]]  # (side, operation)
 Times = dict[tuple[str, str], list[float]]  # seconds of every round
 
@@ -246,8 +246,6 @@ def judged(row: dict[str, Any]) -> dict[str, Any]:
 def run_case(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     flow, x = make_flow(CASES[name])
     tasks = floor_tasks(flow, x) | tasks_of(OURS, flow, x) | opponents(CASES[name], flow, x, args.mef)
-    flow.set_memory("recomputed")
-    tasks[RECOMPUTED, "train"] = tasks_of(RECOMPUTED, flow, x)[RECOMPUTED, "train"]
     times = measure(tasks, args.rounds, args.seconds)
     return rows_of(name, times), verdicts(name, times)
 

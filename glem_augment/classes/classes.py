@@ -34,20 +34,9 @@ class Classes(nn.Module):
         """log p(z | y) of each latent z [B, d] under its class y, int64 [B]: [B] nats."""
         return self.log_prob(z).gather(1, y[:, None])[:, 0] if self.full else self.gaussians.log_prob_of(z, y)
 
-    def posterior(self, z: Tensor, prior: Tensor | None = None) -> Tensor:
-        """p(y | z) [B, K], proportional to prior_y p(z | y)^(1/T).
-
-        `prior` [K] >= 0 is uniform by default; it need not sum to one.
-        """
-        scores = self.log_prob(z) / self.temperature
-        if prior is not None:
-            prior = torch.as_tensor(prior, dtype=scores.dtype, device=scores.device)
-            classes = scores.shape[1]
-            good = prior.shape == (classes,) and bool((prior.isfinite() & (prior >= 0)).all())
-            if not good or not bool(prior.any()):
-                raise ValueError(f"prior must be {classes} numbers >= 0 that are not all zero, got {prior}")
-            scores = scores + prior.log()
-        return torch.softmax(scores, 1)
+    def posterior(self, z: Tensor) -> Tensor:
+        """p(y | z) [B, K], proportional to p(z | y)^(1/T): all classes equally likely beforehand."""
+        return torch.softmax(self.log_prob(z) / self.temperature, 1)
 
     def sampler(self, source: str) -> ClassSampler:
         """What draws latents: "gaussian", the Gaussians, or "rfcm", the mean and covariance of `modes`.

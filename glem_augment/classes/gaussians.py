@@ -117,26 +117,6 @@ class ClassGaussians(ClassSampler):
         if self.psi is None:
             self.s.clamp_(min=self.lowest_variance)
 
-    @torch.no_grad()
-    def summary(self) -> dict[str, float]:
-        """max |mu|, smallest and mean pairwise KLD in nats, and the part of saturated variances.
-
-        These lie within 1 % of psi's range of either end or, without psi, at the lower bound.
-        """
-        k, kld, (low, high) = self.num_classes, self.kld_matrix(), INNER
-        if self.psi is None:
-            saturated = self.s <= self.lowest_variance
-        else:
-            share = torch.sigmoid(self.psi[1] * self.s)
-            saturated = (share < low) | (share > high)
-        pairs = kld[~torch.eye(k, dtype=torch.bool, device=kld.device)] if k > 1 else kld.flatten()
-        return {
-            "mu_max": float(self.mu.abs().max()),
-            "kld_min": float(pairs.min()),
-            "kld_mean": float(pairs.mean()),
-            "saturated_variances": float(saturated.float().mean()),
-        }
-
     # ---- densities and samples -----------------------------------------------------------------------------------
 
     def log_prob(self, z: Tensor) -> Tensor:

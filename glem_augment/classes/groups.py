@@ -33,4 +33,9 @@ def k_means(z: Tensor, groups: int) -> Tensor:
         centres, before = sums[count > 1] / count[count > 1, None], centres
         if centres.shape == before.shape and torch.equal(centres, before):
             break
-    return torch.cdist(z, centres).argmin(1)
+    while True:  # the last round may have left a group of one
+        group = torch.cdist(z, centres).argmin(1)
+        enough = torch.bincount(group, minlength=len(centres)) > 1
+        if bool(enough.all()):
+            return group
+        centres = centres[enough]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glem_augment.codec.codec import Codec, Dequantisation, check_images, to_unit
+from glem_augment.precision import full_precision
 from glem_augment.tensors import evaluating
 
 _MIN_STD = 1e-3  # a channel that never varies would otherwise become infinite
@@ -76,7 +77,8 @@ class StandardisedAutoencoder(Codec):
 
     def decode(self, h: Tensor) -> Tensor:
         """Standardised latents [B,c,h,w] to images [B,C,H,W]; differentiable."""
-        x = self.autoencoder.decode(h * self.std + self.mean)  # type: ignore[operator]
+        with full_precision(h.device.type):
+            x = self.autoencoder.decode(h * self.std + self.mean)  # type: ignore[operator]
         left, _, top, _ = self._edges
         channels, height, width = self.image_shape
         x = x[:, :, top : top + height, left : left + width]
@@ -100,7 +102,8 @@ class StandardisedAutoencoder(Codec):
 
     def _raw(self, x: Tensor) -> Tensor:
         x = to_unit(x, self.dtype).expand(-1, 3, -1, -1)
-        return self.autoencoder.encode(F.pad(x, self._edges, "replicate"))  # type: ignore[operator]
+        with full_precision(x.device.type):
+            return self.autoencoder.encode(F.pad(x, self._edges, "replicate"))  # type: ignore[operator]
 
 
 class Latents(Codec):

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 from torch import Tensor, nn
 
-from glem_augment.checks import check_choice
 from glem_augment.flows.subnets import Subnet
-from glem_augment.names import Memory
 
 
 class Flow(nn.Module):
@@ -18,17 +14,11 @@ class Flow(nn.Module):
     `forward(x)` returns `(z, logdet)` and `inverse(z)` returns `(x, logdet)`. Both log-determinants are [B], in nats.
     Each belongs to its direction, so the two of a round trip cancel. Pixels lie in [-1/2, 1/2). Both methods run in
     `precision.full_precision`, and they are differentiable. `check_flow` tests a user's subclass.
-
-    Attributes:
-        recomputes: whether `memory="recomputed"` is possible.
     """
-
-    recomputes = False
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.image_shape: tuple[int, int, int] = image_shape
-        self.memory: Memory = "stored"
         self.autocast: torch.dtype | None = None
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,17 +26,6 @@ class Flow(nn.Module):
 
     def initialise(self, x: Tensor) -> None:
         """Set the layers that depend on the first batch `x` [B,C,H,W], once."""
-
-    def set_memory(self, memory: Memory) -> None:
-        """How a backward pass gets the activations: "stored" (the default: the fastest), or "recomputed".
-
-        "recomputed" keeps the input of each step alone, and computes the step again (torch.utils.checkpoint). Training
-        takes about half as long again. ValueError: another word, or "recomputed" for a flow that can't.
-        """
-        check_choice("memory", memory, get_args(Memory))
-        if memory == "recomputed" and not self.recomputes:
-            raise ValueError(f"the activations of {type(self).__name__} can't be recomputed: leave memory at 'stored'")
-        self.memory = memory
 
     def set_dropout(self, part: float) -> None:
         """Leave out that part of the channels of the subnets, at random. See `Subnet`."""

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from glem_augment.errors import DataError
 from glem_augment.flows.flow import Flow
-from glem_augment.names import Memory
 from glem_augment.precision import full_precision
 
 # Of equal images whose numbers differ by rounding, the variance is below the second number.
@@ -18,8 +17,6 @@ RIDGE, _LEAST_VARIANCE = 1e-3, 1e-8
 
 class FlatIdentity(Flow):
     """`z = flatten(x)`: the linear control that every learned flow has to beat."""
-
-    recomputes = True  # there is nothing to compute again
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x.flatten(1), x.new_zeros(x.shape[0])
@@ -111,6 +108,3 @@ class WhitenedFlow(Flow):
 
     def initialise(self, x: Tensor) -> None:
         self.flow.initialise(self.whiten(x.flatten(1)).view(x.shape))
-
-    def set_memory(self, memory: Memory) -> None:
-        self.flow.set_memory(memory)

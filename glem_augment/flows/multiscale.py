@@ -10,18 +10,15 @@ together, and kept while the weights are frozen.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from glem_augment.flows.coupling import Coupling
 from glem_augment.flows.flow import Flow
 from glem_augment.flows.layers import ActNorm, Mixing1x1
 from glem_augment.precision import full_precision
-from glem_augment.tensors import weights_key
 
 Step = tuple[ActNorm, Mixing1x1, Coupling]
 
@@ -114,17 +111,13 @@ class Level(nn.Module):
             x, _ = coupling.couple(self._mixings(inverse=False)[0][index].forward(x))
         return x
 
-    def forward(self, x: Tensor, recompute: bool = False) -> tuple[Tensor, Tensor]:
-        """[C, B, H, W] -> [4C, B, H/2, W/2] (for `side` = 2), and log|det| [B] in nats; see `Flow.set_memory`."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[C, B, H, W] -> [4C, B, H/2, W/2] (for `side` = 2), and log|det| [B] in nats."""
         x = squeeze(x, self.side)
         mixings, shared = self.mixings(inverse=False)
         logdet = x.new_zeros(x.shape[1])
         for mixing, coupling in zip(mixings, self.couplings, strict=True):
-            if recompute:
-                step = partial(_exact_step, mixing, coupling, weights_key(coupling))
-                x, change = checkpoint(step, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, change = coupling.couple(mixing.forward(x))
+            x, change = coupling.couple(mixing.forward(x))
             logdet = logdet + change
         return x, logdet + shared
 
@@ -138,14 +131,6 @@ class Level(nn.Module):
         return unsqueeze(y, self.side), logdet
 
 
-def _exact_step(mixing: Mixing, coupling: Coupling, key: object, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A step in true float32, also where a backward pass computes it again, which must find the same weights."""
-    if weights_key(coupling) != key:
-        raise RuntimeError("a weight of the flow was changed between the forward and the backward pass")
-    with full_precision(x.device.type):
-        return coupling.couple(mixing.forward(x))
-
-
 class MultiscaleFlow(Flow):
     """x [B,C,H,W] -> z [B, C*H*W]: per level a squeeze and its steps, then half of the channels are factored out.
 
@@ -153,7 +138,6 @@ class MultiscaleFlow(Flow):
     class Gaussians cover every dimension (Dinh et al. 2017, Sec. 3.6).
     """
 
-    recomputes = True
     levels: list[Level]
 
     def __init__(self, image_shape: tuple[int, int, int], levels: list[Level]) -> None:
@@ -167,7 +151,7 @@ class MultiscaleFlow(Flow):
             parts, logdet = [], x.new_zeros(len(x))
             h = x.transpose(0, 1)
             for index, level in enumerate(self.levels):
-                h, change = level(h, self.memory == "recomputed" and torch.is_grad_enabled())
+                h, change = level(h)
                 logdet = logdet + change
                 if index < len(self.levels) - 1:
                     h, out = h.chunk(2)

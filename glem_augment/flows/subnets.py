@@ -39,9 +39,8 @@ class Subnet(nn.Module):
 
     `forward(x)` maps [B, in_channels, H, W], float32 or float64, to [B, out_channels, H, W] in channels_last format.
 
-    `dropout` is another one: the part of the channels before the last convolution that is left out, per image.
-
-    `autocast` (a dtype or None) is a switch for training: the first convolution and the blocks run in that dtype, the
+    Two attributes are switches for training. `dropout` is the part of the channels before the last convolution that is
+    left out, per image. With `autocast` (a dtype or None), the first convolution and the blocks run in that dtype, the
     rest in the dtype of x. Encoding and decoding must use the same value. Only float32 meets the round-trip promise.
 
     Args:

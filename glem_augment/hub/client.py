@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, constants, hf_hub_download, snapshot_download
-from torchvision.utils import save_image
 
 from glem_augment.errors import GLEMError, HubError, ModelFileError
+from glem_augment.evaluation.pictures import Section, compose, unit
 from glem_augment.hub.cards import LIBRARY, SAMPLES, model_card
-from glem_augment.io import expand
+from glem_augment.io import expand, save_png
 from glem_augment.model.files import CONFIG, WEIGHTS, bundled_models, read_config
 from glem_augment.model.glem import GLEM
 from glem_augment.tensors import evaluating
@@ -68,7 +68,9 @@ def download_weights(text: str, **settings: Any) -> tuple[Path, str]:
     with hub_errors(f"the autoencoder {_full(repo_id, revision)!r} can't be downloaded"):
         wanted = ["*.safetensors", CONFIG]
         client = _client(**settings)
-        folder = Path(str(snapshot_download(repo_id, revision=revision, allow_patterns=wanted, **client)))
+        folder = Path(
+            str(snapshot_download(repo_id, revision=revision, allow_patterns=wanted, ignore_patterns="*/*", **client))
+        )
     found, files = _full(repo_id, folder.name), sorted(folder.glob("*.safetensors"))
     files = [file for file in files if file.name == "diffusion_pytorch_model.safetensors"] or files
     if len(files) != 1:
@@ -149,8 +151,9 @@ def push_to_hub(
         HubError: no network, no permission, ...; nothing has been committed then.
         ModelFileError: the weights are not finite.
     """
-    with hub_errors(f"{repo_id!r} was not uploaded"):
-        api = HfApi(token=token, library_name=LIBRARY)
+    with tempfile.TemporaryDirectory(prefix="glem-push-") as name, hub_errors(f"{repo_id!r} was not uploaded"):
+        folder, api = Path(name), HfApi(token=token, library_name=LIBRARY)
+        write_repository(model, repo_id, folder, license)  # what can't be uploaded leaves no empty repository behind
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         # The client leaves an existing repository as it is. A private model must not end up in a public one.
         if private is not None and api.model_info(repo_id).private != private:
@@ -158,18 +161,16 @@ def push_to_hub(
                 f"{repo_id!r} exists and is {'public' if private else 'private'}: change that in the settings on its "
                 "page, or choose another name; nothing was uploaded"
             )
-        kept = api.file_exists(repo_id, CARD)
-    if kept:
-        _log.warning("%s has a card already, which is kept: remove its %s to get a new one", repo_id, CARD)
-    with tempfile.TemporaryDirectory(prefix="glem-push-") as folder:
-        write_repository(model, repo_id, Path(folder), license)
-        with hub_errors(f"{repo_id!r} was not uploaded"):
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message or f"Upload with {LIBRARY}",
-                ignore_patterns=[CARD] if kept else None,
-            )
+        if kept := api.file_exists(repo_id, CARD):
+            _log.warning("%s has a card already, which is kept: remove its %s to get a new one", repo_id, CARD)
+        else:
+            model_card(model, repo_id, license).save(folder / CARD)  # with the name of the owner
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message or f"Upload with {LIBRARY}",
+            ignore_patterns=[CARD] if kept else None,
+        )
 
 
 def write_repository(model: GLEM, repo_id: str, folder: Path, license: str | None = None) -> None:  # noqa: A002
@@ -179,7 +180,9 @@ def write_repository(model: GLEM, repo_id: str, folder: Path, license: str | Non
     classes = torch.linspace(0, model.num_classes - 1, min(model.num_classes, _ROWS)).long()  # evenly spread
     with evaluating(model):
         images = model.sample(classes.repeat_interleave(_COLUMNS), generator=torch.Generator().manual_seed(0))
-    save_image(images, folder / SAMPLES, nrow=_COLUMNS)
+    cells = unit(images, model.pixel_range).unflatten(0, (-1, _COLUMNS))
+    picture = compose("", [Section("", cells, rows=[model.classes[k] for k in classes])])
+    save_png(picture, folder / SAMPLES)
     model_card(model, repo_id, license).save(folder / CARD)
 
 

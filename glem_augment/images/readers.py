@@ -25,13 +25,14 @@ _PARSING = threading.Lock()
 
 
 def read(file: str | IO[bytes]) -> Image.Image | Tensor:
-    """A PIL image, of which only the header is read yet, or the array of an .npy file as a tensor [C,H,W].
-
-    ValueError: a colour image of 16 bits per channel, of which PIL keeps 8.
-    """
+    """A PIL image, of which only the header is read yet, or the array of an .npy file as a tensor [C,H,W]."""
     if isinstance(file, str) and file.lower().endswith(".npy"):
         return read_array(file)
-    image = Image.open(file, formats=_FORMATS)
+    return with_its_bits(Image.open(file, formats=_FORMATS))
+
+
+def with_its_bits(image: Image.Image) -> Image.Image:
+    """The image. ValueError: it has more than 8 bits per channel, of which PIL keeps 8."""
     tiles = getattr(image, "tile", []) if image.format in ("PNG", "TIFF") else []  # ";16" of a BMP are bits of a pixel
     if dtype_of(image) == "uint8" and (image.mode == "I" or any(";16" in str(tile[-1]) for tile in tiles)):
         raise ValueError("it has more than 8 bits per channel, which PIL drops: save it as .npy")

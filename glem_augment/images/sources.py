@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -34,7 +34,16 @@ from glem_augment.images.matching import (
     of_hugging_face,
     readable_names,
 )
-from glem_augment.images.readers import EXTENSIONS, as_pil, check_layout, dtype_of, read, shape_of, to_tensor
+from glem_augment.images.readers import (
+    EXTENSIONS,
+    as_pil,
+    check_layout,
+    dtype_of,
+    read,
+    shape_of,
+    to_tensor,
+    with_its_bits,
+)
 from glem_augment.io import expand
 
 # Names of the folders of a split, the preferred one first. If only test or val exists, it serves for both.
@@ -160,7 +169,9 @@ class Source(Dataset):
             with item:
                 return read(io.BytesIO(item.read()))
         if isinstance(item, Image.Image):
-            return item.copy()  # it is closed after use
+            copy = with_its_bits(item).copy()  # it is closed after use
+            copy.format = item.format  # without it, `dtype_of` can't know that "I" has 16 bits
+            return copy
         if isinstance(item, np.ndarray):
             item = torch.from_numpy(np.array(item))
         if isinstance(item, Tensor) and dtype_of(item) in DTYPES:
@@ -199,9 +210,10 @@ def _without_labels(data: Any, split: str) -> Source:
     folder = expand(data) if isinstance(data, str | os.PathLike) else None
     if folder is not None and folder.is_dir():
         inside = _split_folder(folder, split, classes=False)
-        _manifest(inside)
+        record = _finished(inside)
         paths = [path for path, _ in make_dataset(inside, {"": 0}, EXTENSIONS, allow_empty=True)]
         source = Source(str(folder), paths, [0] * len(paths), [], [])
+        source.pixel_range = _stored_range(record)
     elif of_hugging_face(data) and hasattr(data, "__len__"):
         image = feature_column(data.features, "Image")
         source = Source(type(data).__name__, data.with_format(None), [0] * len(data), [], [], image)
@@ -253,11 +265,11 @@ def _image_folder(folder: Path) -> Source:
 
     An export has the classes and labels of its classes.json, and some classes may have no folder.
     """
-    manifest = _manifest(folder)
+    record = _finished(folder)
     try:
-        ids = find_classes(folder)[0] if manifest is None else _exported_classes(folder)
+        ids = find_classes(folder)[0] if record is None else _exported_classes(folder)
         labels = {name: label for label, name in enumerate(ids)}
-        samples = make_dataset(folder, labels, EXTENSIONS, allow_empty=manifest is not None)
+        samples = make_dataset(folder, labels, EXTENSIONS, allow_empty=record is not None)
     except FileNotFoundError as error:
         raise DataError(
             f"{folder} must be an ImageFolder, one folder of images per class (MNIST's files: torch/mnist@ROOT, with "
@@ -265,26 +277,52 @@ def _image_folder(folder: Path) -> Source:
         ) from None
     paths, targets = [path for path, _ in samples], [label for _, label in samples]
     source = Source(str(folder), paths, targets, ids, readable_names(ids))
-    stored = ((manifest or {}).get("model") or {}).get("pixel_range")
-    source.pixel_range = PixelRange(**stored) if stored else None
+    source.pixel_range = _stored_range(record)
     return source
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder that `SyntheticDataset.export` wrote; None of another. DataError: it did not finish."""
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a folder that `SyntheticDataset.export` wrote; None of another. DataError: it is damaged."""
     if not (folder / PROVENANCE).exists():
         return None
-    manifest = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    if manifest.get("complete") is False:
-        raise DataError(f"{folder} is an export that did not finish; to finish it, {manifest.get('finish')}")
-    return manifest
+    record = _json(folder / PROVENANCE)
+    if record.get("synthetic") is not True or not isinstance(record.get("settings"), dict):
+        raise DataError(f"{folder / PROVENANCE} is damaged: export to another folder")
+    return record
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The table in a file of an export. DataError: there is none."""
+    with suppress(ValueError, RecursionError):
+        if isinstance(found := json.loads(path.read_text(encoding="utf-8")), dict):
+            return found
+    raise DataError(f"{path} is damaged: export to another folder")
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """The record of an export, None of another folder. DataError: it did not finish."""
+    record = read_record(folder)
+    if record is not None and record.get("complete") is False:
+        raise DataError(f"{folder} is an export that did not finish; to finish it, {record.get('finish')}")
+    return record
+
+
+def _stored_range(record: dict[str, Any] | None) -> PixelRange | None:
+    """The range of the images of an export."""
+    stored = ((record or {}).get("model") or {}).get("pixel_range")
+    try:
+        return PixelRange(**stored) if stored else None
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{PROVENANCE} is damaged ({error}): export to another folder") from None
 
 
 def _exported_classes(folder: Path) -> list[str]:
     """The folders of an export in the order of their labels. DataError: they are shards."""
     if not (folder / CLASS_FILE).exists():
         raise DataError(f"{folder} holds shards: read them with webdataset or timm, or export imagefolder")
-    labels = json.loads((folder / CLASS_FILE).read_text(encoding="utf-8"))
+    labels = _json(folder / CLASS_FILE)
+    if any(Path(name).name != name or not isinstance(label, int) for name, label in labels.items()):
+        raise DataError(f"{folder / CLASS_FILE} is damaged: export to another folder")
     return sorted(labels, key=labels.__getitem__)
 
 

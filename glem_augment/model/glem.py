@@ -149,8 +149,8 @@ class GLEM(LatentModel):
             TypeError: a module that is no autoencoder, or classes that are no list. ModelFileError: see
                 `open_autoencoder`.
         """
-        if isinstance(classes, int):
-            raise TypeError(f"classes are a list of names, got {classes}: give [str(i) for i in range({classes})]")
+        if isinstance(classes, int | str):
+            raise TypeError(f"classes are a list of names, got {classes!r}, such as ['cat', 'dog']")
         shape, facts = image_shape, None
         if autoencoder is not None:
             pixel_range.need_8_bits("an autoencoder (leave it out, for a model of the pixels)")
@@ -349,6 +349,8 @@ class GLEM(LatentModel):
                 codec that says it is exact and is not. DataError: images of another shape, a class without images, no
                 class with two, latents off any scale. TypeError: arguments that make no sense.
         """
+        if pooled and parts is not None:
+            raise ValueError("one class in place of all has no parts: leave out pooled or parts")
         if flow is not None and autoencoder is not None:
             raise ValueError("give an autoencoder or a flow, not both: a flow has its codec already")
         rank, seed = check_whole("rank", rank, 1), check_whole("seed", seed, 0)
@@ -398,13 +400,16 @@ class GLEM(LatentModel):
         config = replace(
             base.config,
             privacy=None,  # a private model's promise says nothing about these images
+            covariance="diagonal",  # until the facts of the new classes are known
             class_ids=[ONE_CLASS] if pooled else list(named.class_ids),
             class_names=[ONE_CLASS] if pooled else list(named.classes),
             training={
                 "data": images.name,
                 "images": sum(counts),
                 "images_per_class": [min(counts), max(counts)],
-                "adapt": dict(rank=found.modes.rank, parts=parts, max_per_class=max_per_class, seed=seed),
+                "adapt": dict(
+                    rank=found.modes.rank, parts=parts, pooled=pooled, max_per_class=max_per_class, seed=seed
+                ),
                 "adapted_from": dict(
                     weights_sha256=weights_sha256(base), origin=base.origin, training=base.config.training
                 ),
@@ -450,6 +455,8 @@ class GLEM(LatentModel):
         images, made = images_for(self, data, class_map), self.config.training.get("adapt")
         parts = self.modes.parts if made and self.modes else 1
         statistics = self._statistics(images, rank, parts, max_per_class, seed)
+        if isinstance(made, dict) and made.get("pooled"):
+            statistics = statistics.as_one_class()
         if isinstance(made, dict):  # the Gaussians come from images, too
             found = self._fit_classes(statistics, rank)
             made = {**made, "rank": found.modes and found.modes.rank, "max_per_class": max_per_class, "seed": seed}

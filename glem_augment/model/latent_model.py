@@ -233,9 +233,9 @@ class LatentModel(nn.Module):
             )
         return -self.log_prob(x, y) / self.codec.divisor
 
-    def posterior(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+    def posterior(self, x: Tensor) -> Tensor:
         """p(y | x) of the generative classifier, see `Classes.posterior`: [B, K]. Deterministic."""
-        return self.latent_classes.posterior(self.encode(x)[0], prior)
+        return self.latent_classes.posterior(self.encode(x)[0])
 
     def predict(self, x: Tensor) -> Tensor:
         """argmax_y log N(f(x); mu_y, Sigma_y): int64 [B]."""

@@ -52,12 +52,11 @@ class SyntheticDataset(Dataset):
         seed: int >= 0; seed, class and place within the class fix an item's latent.
         transform: PIL image (or tensor) -> anything; target_transform: int -> anything.
         source: "gaussian": the diagonal Gaussian of the class. "rfcm": mean and full covariance of its real latents.
-            "mixup": two images of `real` mixed along the class's modes, as GLEMAugment does; the latents of `real` take
-            N * d * 4 bytes of memory. None: rfcm, or gaussian if the model has no modes.
+            "mixup": two images of `real` mixed along the class's modes, as GLEMAugment does by default; the latents of
+            `real` take N * d * 4 bytes of memory. None: rfcm, or gaussian if the model has no modes.
         device: where to decode; None: where the model is.
         cache_bytes: memory for decoded images in each process; one block is always kept.
         real: real images, see `open_data`, for "balance" and "mixup". Exports take the class numbers of `real`.
-        modes, alpha: settings of source "mixup" alone: modes as in GLEMAugment, and alpha of Mixup, 1 by default.
         class_map: how the classes of `real` map to the model's, see `match_classes`.
 
     Raises:
@@ -77,8 +76,6 @@ class SyntheticDataset(Dataset):
         device: torch.device | str | None = None,
         cache_bytes: int = 256 * 2**20,
         real: Any = None,
-        modes: int | None = None,
-        alpha: float | None = None,
         class_map: ClassMap = None,
     ) -> None:
         self.cache_bytes = check_whole("cache_bytes", cache_bytes, 0)
@@ -92,7 +89,7 @@ class SyntheticDataset(Dataset):
         self.counts = class_counts(self.model, per_class, matched)
         self.transform, self.target_transform = transform, target_transform
         order = label_order(self.counts, matched)
-        self.draws = Draws(self.model, self.counts, order, matched, source, seed, temperature, modes, alpha)
+        self.draws = Draws(self.model, self.counts, order, matched, source, seed, temperature)
         self.source, self.seed, self.temperature = self.draws.source, self.draws.seed, self.draws.temperature
         self.image_shape: tuple[int, int, int] = self.model.image_shape
         self.pixel_range = self.model.pixel_range
@@ -107,7 +104,9 @@ class SyntheticDataset(Dataset):
 
     def __repr__(self) -> str:
         c, h, w = self.image_shape
-        drawn = f"source {self.source!r}, temperature {self.temperature:g}, seed {self.seed}"
+        drawn = f"source {self.source!r}, seed {self.seed}"
+        if self.source != "mixup":
+            drawn = f"temperature {self.temperature:g}, {drawn}"
         classes = sum(count > 0 for count in self.counts)
         return f"SyntheticDataset({len(self)} images {c}x{h}x{w} of {classes} classes, {drawn}, from {self.model!r})"
 

@@ -29,6 +29,7 @@ BLOCKS = 8, 64  # the smallest and the largest block; other numbers would change
 NOISE_GROUP = 16  # places of a class that share a generator; another number would change the draws
 TEMPERATURE, PRIVATE_TEMPERATURE = 0.9, 1.0  # by default; less than 1 was worse for sets of private models
 MAX_ATTEMPTS = 5  # draws of an item at most; the last draw is kept
+ALPHA = 1.0  # of "mixup"
 REAL_IMAGES = "real_images_sha256"  # the key in an export's settings that identifies the real images of a mixup
 
 
@@ -64,13 +65,13 @@ class Draws:
     - "gaussian": z = mu_y + T sigma_y eps, from the class's diagonal Gaussian.
     - "rfcm": the mean and full covariance of the class's real latents, as stored in `model.modes`.
     - "mixup": z = z_i + (1 - l) P (z_j - z_i). z_i and z_j are real latents of the class, P projects on its top modes,
-      and l ~ Beta(alpha, alpha) is folded to [1/2, 1].
+      and l ~ Beta(1, 1) is folded to [1/2, 1], as by `Mixup`.
 
     Args:
         counts: images of each of the model's K classes.
         order: the classes of an export, in the order of their labels.
         real: the real images of "mixup".
-        source, seed, temperature, modes, alpha: see `SyntheticDataset`.
+        source, seed, temperature: see `SyntheticDataset`.
 
     Attributes:
         edges: the place at which each block of a class begins, and the end of the last block of the largest class.
@@ -86,15 +87,12 @@ class Draws:
         source: DrawSource | None,
         seed: int,
         temperature: float | None,
-        modes: int | None,
-        alpha: float | None,
     ) -> None:
         self.model, self.counts, self.order = model, counts, order
         self.source = source = source or ("gaussian" if model.modes is None else "rfcm")
         check_choice("source", source, SOURCES)
-        unused = {"temperature": temperature} if source == "mixup" else {"modes": modes, "alpha": alpha}
-        if given := [name for name, value in unused.items() if value is not None]:
-            raise ValueError(f"source={source!r} takes no {' and no '.join(given)}: leave out what has no effect")
+        if source == "mixup" and temperature is not None:
+            raise ValueError("source='mixup' takes no temperature: leave it out")
         if temperature is None:
             temperature = TEMPERATURE if model.config.privacy is None else PRIVATE_TEMPERATURE
         self.seed = check_whole("seed", seed, 0)
@@ -114,10 +112,8 @@ class Draws:
         if missing.any():
             names = ", ".join(model.classes[i] for i in np.flatnonzero(missing)[:10])
             raise ValueError(f"source='mixup' has no real image of {names}: leave these classes out of per_class")
-        self.modes = model.checked_modes(modes)
-        self.alpha = check_number("alpha", 1.0 if alpha is None else alpha, 0.0, math.inf, open_low=True)
-        self.real = RealLatents(model, real)
-        self.settings |= {"modes": self.modes, "alpha": self.alpha, REAL_IMAGES: self.real.sha256}
+        self.modes, self.real = model.checked_modes(None), RealLatents(model, real)
+        self.settings |= {"modes": self.modes, "alpha": ALPHA, REAL_IMAGES: self.real.sha256}
 
     def blocks(self) -> list[tuple[int, int]]:
         """(class, number) of every block, class after class in the order of their labels."""
@@ -169,7 +165,7 @@ class Draws:
             i = generator.integers(count, size=NOISE_GROUP)
             # Any other image of the class; a class of one image is mixed with itself.
             j = (i + generator.integers(1, max(2, count), size=NOISE_GROUP)) % count
-            mix = generator.beta(self.alpha, self.alpha, size=NOISE_GROUP)
+            mix = generator.beta(ALPHA, ALPHA, size=NOISE_GROUP)
             first[rows], second[rows] = start + i[places], start + j[places]
             away[rows] = np.minimum(mix, 1 - mix)[places]
         z, other = (real.z[rows].to(device) for rows in (first, second))

@@ -14,6 +14,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from glem_augment import __version__
 from glem_augment.augment.counts import MOST_REJECTED
 from glem_augment.classes.privacy import promise
 from glem_augment.distributed import gather, progress_bar, rank, world_size
-from glem_augment.images.sources import CLASS_FILE, PROVENANCE
+from glem_augment.errors import DataError
+from glem_augment.images.sources import CLASS_FILE, PROVENANCE, read_record
 from glem_augment.io import atomic_write, expand, file_sha256, remove_left_overs, write_json
 from glem_augment.model.config import data_name, data_names, licence_id
 from glem_augment.model.files import weights_sha256
@@ -116,15 +118,11 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
     Raises:
         FileExistsError: the folder holds something without such a record.
     """
-    try:
-        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        if isinstance(record["settings"], dict) and record["synthetic"] is True:
+    with suppress(DataError):
+        if (record := read_record(folder)) is not None:
             return record
-    except FileNotFoundError:
-        if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
-            return None
-    except (ValueError, RecursionError, LookupError, TypeError, OSError):
-        pass
+    if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
+        return None
     raise FileExistsError(f"{folder} is not empty, and holds no export that can be finished: give another folder")
 
 

@@ -14,8 +14,8 @@ from glem_augment.images.dataset import ImageData
 from glem_augment.io import atomic_write
 from glem_augment.model.files import CHECKPOINT, CONFIG, WEIGHTS
 
-# Settings that may change when a run is resumed. "threads" and "memory" change the last bits of the weights.
-FREE = {"lr", "sample_every", "workers", "threads", "memory", "modes_rank"}
+# Settings that may change when a run is resumed. "threads" changes the last bits of the weights.
+FREE = {"lr", "sample_every", "workers", "threads", "modes_rank"}
 
 
 def has_checkpoint(folder: Path) -> bool:

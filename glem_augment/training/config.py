@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from glem_augment.checks import check_choice, check_number, check_whole
-from glem_augment.names import PRESET_NAMES, Memory, Preset
+from glem_augment.names import PRESET_NAMES, Preset
 
 OBJECTIVES = ("hybrid", "mle", "glem")
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
@@ -107,10 +107,6 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = _setting(
         "fp32", ("fp32", "bf16"), "of the subnets in training; the bijection is float32"
     )
-    memory: Memory = _setting(
-        "stored", get_args(Memory), "recomputed: compute activations again in the backward pass: an eighth of "
-        "their memory, and slower steps",
-    )  # fmt: skip
     threads: int | None = _setting(
         None, int, "CPU threads; equal numbers give equal weights", low=1, high=4096, shown="PyTorch's choice"
     )
@@ -152,7 +148,8 @@ def check_setting(name: str, value: Any) -> Any:
         check_choice(name, value, kind)
     elif kind in (int, float):
         with suppress(ValueError):
-            value = float(value) if isinstance(value, str) else value
+            if isinstance(value, str):
+                value = int(value) if kind is int and value.isdecimal() else float(value)
         if kind is int:
             return check_whole(
                 name, int(value) if isinstance(value, float) and value.is_integer() else value, low, high

@@ -211,14 +211,12 @@ def m_learning_rates(m_steps: int, each: int, e_steps: int) -> list[float]:
 
 @contextmanager
 def training_mode(flow: Flow, config: TrainConfig) -> Iterator[None]:
-    """Apply `precision` and `memory` to the flow that is trained; outside, it is float32 and keeps its activations."""
+    """Apply `precision` to the flow that is trained; outside, it is float32."""
     flow.set_autocast(torch.bfloat16 if config.precision == "bf16" else None)
-    flow.set_memory(config.memory)
     try:
         yield
     finally:
         flow.set_autocast(None)
-        flow.set_memory("stored")
 
 
 # ---- optimizers ------------------------------------------------------------------------------------------------------

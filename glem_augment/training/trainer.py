@@ -238,10 +238,9 @@ class Trainer:
         return model if self._original.codec.levels else model_of_images(model, self._original)
 
     def measure(self) -> dict[str, float]:
-        """Metrics of the held-out images, or of D_g if none are held out; and the Gaussians' state."""
+        """Metrics of the held-out images, or of D_g if none are held out."""
         split = self.batches.split
-        metrics = held_out(self.evaluated(), self.batches.read(split.val if len(split.val) else split.g, EVAL_BATCH))
-        return {**metrics, **self.model.gaussians.summary()}
+        return held_out(self.evaluated(), self.batches.read(split.val if len(split.val) else split.g, EVAL_BATCH))
 
     def seconds(self) -> float:
         """Wall-clock seconds of the run so far, over all its pieces, without steps lost to kills."""

@@ -16,6 +16,7 @@ from glem_augment import GLEM, GLEMAugment, Noise, open_data
 from glem_augment.classes.classes import Classes
 from glem_augment.classes.fit import REST_FLOOR, fit_classes, fit_modes, fit_temperature, psi_that_holds
 from glem_augment.classes.gaussians import ClassGaussians
+from glem_augment.classes.groups import k_means
 from glem_augment.classes.modes import SHRUNK
 from glem_augment.classes.statistics import ClassStatistics, Moments, class_statistics
 from glem_augment.errors import DataError
@@ -243,3 +244,10 @@ def test_a_pair_gets_the_names_that_the_model_was_made_with() -> None:
     first = GLEM.create("identity", (1, 4, 4), ["cat", "dog"]).adapt(pair, rank=2)
     assert first.classes == ["cat", "dog"]
     assert first.adapt(pair, rank=2).classes == ["0", "1"]  # perhaps other classes
+
+
+def test_no_group_has_a_single_latent() -> None:
+    """Of these seeds, k-means ends three times after its last round with a group of one."""
+    for seed in (35, 41, 47):
+        z = torch.randn(600, 2, generator=torch.Generator().manual_seed(seed)) ** 3
+        assert torch.bincount(k_means(z, 60)).min() > 1

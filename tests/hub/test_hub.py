@@ -59,6 +59,12 @@ def test_push_list_pull_and_offline(
     assert server.repos["org/flow"][second]["README.md"] == b"mine"  # an edited card is kept
     with pytest.raises(HubError, match="private"):
         new.push_to_hub("org/flow", private=False)
+    GLEM.create("identity", (5, 4, 4), ["a"]).push_to_hub("org/spectra")
+    broken = tiny_model()
+    broken.gaussians.mu[0, 0] = float("nan")
+    with pytest.raises(ModelFileError):
+        broken.push_to_hub("org/broken")
+    assert "org/spectra" in server.repos and "org/broken" not in server.repos
     assert main(["list", "--hub"]) == 0
     assert "org/flow" in capsys.readouterr().out
 

@@ -224,6 +224,8 @@ def test_modes_of_pil_are_read_as_torchvision_and_timm_do(tmp_path: Path) -> Non
         with Image.open(data.where(i)) as image:
             expected = np.asarray(image.convert("RGBA" if i == 5 else "RGB").convert("RGB"))
         assert np.array_equal(data[i][0].permute(1, 2, 0).numpy(), expected), i
+    with pytest.raises(BadImageError, match="more than 8 bits"):  # would be cut off at 255
+        open_data([(Image.new("I", (8, 8), 1000), 0), (Image.new("I", (8, 8), 2000), 1)])
 
 
 def test_missing_and_empty(tmp_path: Path, image_folder: Path) -> None:

@@ -134,8 +134,6 @@ def test_a_wrong_flow_is_refused(number: int) -> None:
 def test_flows_of_the_library_keep_the_contract_and_users_flows_have_limits(tmp_path: Path) -> None:
     for preset, shape in (("glow_tiny", SHAPE), ("identity", SHAPE), ("latent", (32, 4, 4))):
         check_flow(create_flow(preset, shape), shape)
-    with pytest.raises(ValueError, match="GainAndShift"):
-        GainAndShift().set_memory("recomputed")
     GLEM.create("glow_tiny", (1, 8, 8), ["a"], depth=[1], blocks=[1], width=[8]).save(tmp_path)
     with pytest.raises(ModelFileError, match="module="):
         GLEM.from_pretrained(tmp_path, module=GainAndShift())
@@ -175,13 +173,6 @@ def test_a_users_coupling_is_used_saved_and_missed(scaled: None, tmp_path: Path)
         nn.init.normal_(weight, std=0.05)
     check_flow(model.flow, SHAPE)
     x = torch.randint(0, 256, (4, *SHAPE), dtype=torch.uint8)
-    gradients = []
-    for memory in ("stored", "recomputed"):
-        model.flow.set_memory(memory)
-        model.zero_grad()
-        model.flow(x / 255 - 0.5)[0].square().sum().backward()
-        gradients.append([p.grad for p in model.flow.parameters()])
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-3)
     model.save(tmp_path)
     assert torch.equal(GLEM.from_pretrained(tmp_path).log_prob(x), model.log_prob(x))
     del COUPLINGS["scaled"]

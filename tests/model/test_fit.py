@@ -45,6 +45,8 @@ def test_mistakes_are_one_clear_error() -> None:
         lambda: GLEM.fit((torch.zeros(2, 32, 32, 3, dtype=torch.uint8), [0, 1])),
         lambda: GLEM.fit(images(shape=(1, 8, 8)), flow=flow),
         lambda: GLEM.fit(data, torch.nn.Identity()),
+        lambda: GLEM.fit(data, parts=2, pooled=True),
+        lambda: GLEM.create("identity", (1, 4, 4), "cat"),
     ):
         with pytest.raises((TypeError, ValueError)):
             call()
@@ -61,10 +63,21 @@ def test_modes_fitted_again_replace_the_classes_as_a_whole() -> None:
     assert model.latent_classes.full and model.latent_classes.temperature != temperature
     assert model.config.training["adapt"]["rank"] == 16
     assert accuracy(model, data) > before - 0.02
+    pooled = GLEM.fit(data, rank=16, pooled=True)
+    assert pooled.modes is not None
+    scales = pooled.modes.scales.clone()
+    pooled.fit_modes(data, rank=16, class_map=[0] * 10)
+    torch.testing.assert_close(pooled.modes.scales, scales, rtol=0.05, atol=0)  # within classes, not between them
     trained = tiny_model(shape=(1, 8, 8), classes=data.classes)
     gaussians = trained.gaussians
     trained.fit_modes(data, rank=4)
     assert trained.gaussians is gaussians and not trained.latent_classes.full  # learned with the flow
+
+
+def test_more_classes_than_full_covariances_allow() -> None:
+    few = GLEM.from_pretrained("bundled:cifar10")
+    many = few.adapt((images(260, (3, 32, 32)).tensor(), torch.arange(260) % 257))
+    assert (few.config.covariance, many.config.covariance, many.num_classes) == ("full", "diagonal", 257)
 
 
 def accuracy(model: GLEM, data: ImageData) -> float:

@@ -103,12 +103,6 @@ def test_posterior_is_bayes_and_predict_its_argmax() -> None:
     scores = model.gaussians.log_prob(model.encode(x)[0]).double()
     torch.testing.assert_close(posterior.double(), scores.softmax(1), rtol=1e-4, atol=1e-6)
     assert torch.equal(model.predict(x), posterior.argmax(1)) and model.predict(x).dtype == torch.int64
-    prior = torch.tensor([0.2, 0.0, 3.0])
-    weighted = scores.softmax(1) * prior
-    wanted = weighted / weighted.sum(1, keepdim=True)
-    torch.testing.assert_close(model.posterior(x, prior).double(), wanted, rtol=1e-3, atol=1e-6)
-    assert (model.posterior(x, prior)[:, 1] == 0).all()
-    torch.testing.assert_close(model.posterior(x, [5.0, 5.0, 5.0]), posterior)
 
 
 # ---- images and latents ----------------------------------------------------------------------------------------------
@@ -165,8 +159,13 @@ def test_more_images_than_a_chunk_and_none_at_all() -> None:
     assert model.decode(model.encode(x[:0])[0]).shape == (0, 1, 4, 4) and model.predict(x[:0]).shape == (0,)
 
 
-def test_ambient_autocast_changes_nothing() -> None:
-    model, x, y = tiny_model(), images(), torch.tensor([0, 2])
+@pytest.mark.parametrize("autoencoder", [None, "taef2"])
+def test_ambient_autocast_changes_nothing(autoencoder: str | None) -> None:
+    y = torch.tensor([0, 2])
+    if autoencoder is None:
+        model, x = tiny_model(), images()
+    else:
+        model, x = GLEM.create("identity", (3, 8, 8), ["a", "b", "c"], autoencoder=autoencoder), images(shape=(3, 8, 8))
     z = model.encode(x)[0]
 
     def results() -> list[Tensor]:
@@ -264,7 +263,7 @@ def test_facts_and_names() -> None:
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_wrong_latents_labels_and_priors_are_refused() -> None:
+def test_wrong_latents_and_labels_are_refused() -> None:
     model, x, y = tiny_model(), images(), torch.arange(6) % 3
     for error, message, call in (
         (ValueError, r"\[B, 16\]", lambda: model.decode(torch.zeros(2, 15))),
@@ -274,7 +273,6 @@ def test_wrong_latents_labels_and_priors_are_refused() -> None:
         (ValueError, "fit_modes", lambda: model.sample_latents(y, source="rfcm")),
         (ValueError, "temperature", lambda: model.sample(y, -1.0)),
         (ValueError, "NaN", lambda: model.encode(x / 255 * math.nan)),
-        (ValueError, "prior", lambda: model.posterior(x, [1, -1, 1])),
         (ValueError, "steps", lambda: model.interpolate(x, x, 1)),
         (ValueError, "rank", lambda: model.fit_modes((x, y), rank=0)),
         (DataError, "4, 4", lambda: model.fit_modes(ImageData.from_tensors(images(6, (1, 4, 8)), y, "abc"))),

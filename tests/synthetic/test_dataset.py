@@ -161,9 +161,9 @@ def test_blocks_are_decoded_once_and_the_cache_is_bounded(model: GLEM, monkeypat
 
 def test_arguments_are_checked(model: GLEM) -> None:
     for settings, name in (
-        ({"temperature": -0.1}, "temperature"), ({"alpha": 0.0}, "alpha"), ({"seed": -1}, "seed"),
-        ({"source": "vae"}, "'vae'"), ({"source": "mixup"}, "real="), ({"source": "rfcm", "modes": 1}, "modes"),
-        ({"source": "gaussian", "alpha": 1.0}, "alpha"), ({"class_map": "order"}, "class_map"),
+        ({"temperature": -0.1}, "temperature"), ({"seed": -1}, "seed"),
+        ({"source": "vae"}, "'vae'"), ({"source": "mixup"}, "real="),
+        ({"source": "mixup", "temperature": 1.0}, "temperature"), ({"class_map": "order"}, "class_map"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=name):
             SyntheticDataset(model, **settings)
@@ -175,7 +175,7 @@ def test_arguments_are_checked(model: GLEM) -> None:
 
 
 def test_mixup_items_lie_between_two_real_images_of_the_class(model: GLEM, tail: ImageData) -> None:
-    data = SyntheticDataset(model, per_class=6, source="mixup", real=tail, modes=8, seed=1)
+    data = SyntheticDataset(model, per_class=6, source="mixup", real=tail, seed=1)
     z = data.latents(range(18))
     real = model.encode(tail.tensor())[0]
     of_class = {c: real[[i for i, t in enumerate(tail.targets) if t == 2 - c]] for c in range(3)}
@@ -195,9 +195,9 @@ def test_mixup_items_lie_between_two_real_images_of_the_class(model: GLEM, tail:
 def test_mixup_with_few_real_images(model: GLEM) -> None:
     few = (pixels(5), torch.tensor([0, 0, 0, 1, 1]))
     with pytest.raises(ValueError, match="no real image of Bag.*per_class"):
-        SyntheticDataset(model, source="mixup", real=few, modes=8)
+        SyntheticDataset(model, source="mixup", real=few)
     one = (pixels(3), torch.tensor([0, 1, 2]))  # a class of one image is mixed with itself
-    alone = SyntheticDataset(model, per_class=[2, 0, 2], source="mixup", real=one, modes=4)
+    alone = SyntheticDataset(model, per_class=[2, 0, 2], source="mixup", real=one)
     assert torch.equal(alone.images([0, 3]), one[0][[0, 2]])
 
 

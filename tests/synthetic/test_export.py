@@ -178,6 +178,8 @@ def test_folders_that_are_no_export(tmp_path: Path) -> None:
         (tmp_path / "out" / PROVENANCE).write_text(text)
         with pytest.raises(FileExistsError):
             make().export(tmp_path / "out")
+        with pytest.raises(DataError, match=f"{PROVENANCE} is damaged"):
+            open_data(tmp_path / "out")
     with pytest.raises(ValueError, match="'wds'"):
         make().export(tmp_path / "new", format="wds")  # type: ignore[arg-type]
     assert own.read_bytes() == b"the user's own" and not (tmp_path / "new").exists()
@@ -204,14 +206,9 @@ def test_the_record_of_mixtures_identifies_their_real_images(tmp_path: Path) -> 
     x, y, model = torch.randint(0, 255, (6, 1, 8, 8), dtype=torch.uint8), [0, 1, 2] * 2, make_model()
     real = ImageData.from_tensors(x, y, NAMES, name="somewhere/photos")
     model.fit_modes(real, rank=1)
-    options: dict[str, Any] = {"alpha": np.float32(0.5), "modes": np.int64(1), "per_class": 2, "source": "mixup"}
-    folder = make(model, real=real, **options).export(tmp_path / "out")
+    folder = make(model, real=real, per_class=2, source="mixup").export(tmp_path / "out")
     settings = manifest_of(folder)["settings"]
-    assert (
-        settings["modes"] == 1
-        and settings["alpha"] == 0.5
-        and "real image of photos" in (folder / "README.md").read_text()
-    )
+    assert settings["modes"] == 1 and "real image of photos" in (folder / "README.md").read_text()
     # The hash is of the images, not of latents, whose last bits are the machine's.
     others = (ImageData.from_tensors(255 - x, y, NAMES), ImageData.from_tensors(x, [0, 1, 2, 0, 2, 1], NAMES))
     hashes = [make(model, real=other, source="mixup").draws.settings[REAL_IMAGES] for other in others]

@@ -116,15 +116,15 @@ def test_independent_pixels_cost_the_entropy_of_their_histogram() -> None:
     assert independent_pixels(x, 2) == pytest.approx((1 + 1.5) / 2)  # 0 and 1 are one level
 
 
-def test_precision_and_memory_reach_the_flow_that_is_trained(tmp_path: Path) -> None:
-    seen = list[tuple[str, Any]]()
-    trainer = tiny_trainer(tmp_path, epochs=1, memory="recomputed", precision="bf16")
+def test_precision_reaches_the_flow_that_is_trained(tmp_path: Path) -> None:
+    seen = list[Any]()
+    trainer = tiny_trainer(tmp_path, epochs=1, precision="bf16")
     flow = trainer.model.flow
 
     def noting(real: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: (seen.append((flow.memory, flow.autocast)), real(*args))[1]
+        return lambda *args: (seen.append(flow.autocast), real(*args))[1]
 
     trainer.e_step.take, trainer.measure = noting(trainer.e_step.take), noting(trainer.measure)
     trainer.fit()
     # The last one measures.
-    assert seen == [*[("recomputed", torch.bfloat16)] * 4, ("stored", None)]
+    assert seen == [*[torch.bfloat16] * 4, None]

@@ -86,23 +86,18 @@ def test_the_moments_of_the_first_m_step_are_forgotten(tmp_path: Path) -> None:
 def test_what_is_measured(tmp_path: Path, val_fraction: float) -> None:
     trainer = tiny_trainer(tmp_path / "run", toy_data(120, k=3), val_fraction=val_fraction)
     trainer.m_step.take(trainer.so_far)
-    model, gaussians = trainer.model, trainer.model.gaussians
+    model = trainer.model
     split = trainer.batches.split
     x, y, _ = next(iter(trainer.batches.read(split.val if val_fraction else split.g, 256)))
     found = trainer.measure()
     scores = torch.cat([model.log_prob_per_class(part).detach() for part in x.split(5)])  # whatever the batches
     own = scores.gather(1, y[:, None])
-    pairs = gaussians.kld_matrix()[~torch.eye(3, dtype=torch.bool)]
     want = {
         "val_images": len(y),
         "val_accuracy": float((scores.argmax(1) == y).double().mean()),
         "val_bits_per_dim": -float(own.mean()) / (64 * math.log(2)),
-        "kld_min": float(pairs.min()),
-        "kld_mean": float(pairs.mean()),
-        "mu_max": float(gaussians.mu.abs().max()),
-        "saturated_variances": 0.0,
     }
-    assert found == pytest.approx(want, rel=1e-5) and want["kld_min"] < want["kld_mean"]
+    assert found == pytest.approx(want, rel=1e-5)
 
 
 def test_a_run_takes_the_users_objective_and_augmentation(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_shares_are_whole_and_fall_with_the_total(monkeypatch: pytest.MonkeyPatc
 
 RUNS: dict[str, dict[str, Any]] = {
     # 10 steps. Five images of a batch on several ranks.
-    "glem": dict(batch_size=5, epochs=1, augment=("flip", "crop", "rotate", "jitter"), memory="recomputed"),
+    "glem": dict(batch_size=5, epochs=1, augment=("flip", "crop", "rotate", "jitter")),
     # A third rank never has an image.
     "hybrid": dict(batch_size=2, epochs=1, objective="hybrid", beta=0.2),
     "mle": dict(batch_size=50, epochs=2, objective="mle"),

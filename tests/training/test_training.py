@@ -65,7 +65,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 RUNS = {
-    "glem": dict(augment=("crop", "jitter"), memory="recomputed"),
+    "glem": dict(augment=("crop", "jitter")),
     "mle": dict(schedule="cosine", epochs=2, objective="mle"),
     "hybrid": dict(
         preset="mef_tiny", flow_options=dict(depth=[1, 1], blocks=[1, 1], width=[4, 4]), objective="hybrid", epochs=2,
