@@ -10,7 +10,8 @@ DESCRIPTION = """\
 Classify labelled images with a model, and measure its likelihoods. Prints one JSON object:
 
   accuracy, top5      share of images whose class is the most likely (among the 5 most likely) under the model
-  bits_per_dim        -log2 p(image | its class) per pixel and channel, at the model's bit depth ("bits")
+  bits_per_dim        -log2 p(image | its class) per pixel and channel, at the model's bit depth ("bits"); with an
+                      autoencoder or floats: nats_per_number, -log p per latent or pixel
   bits_per_dim_marginal  the same for p(image), all classes equally likely
   ece                 expected calibration error of the posterior, 15 bins
   round_trip          image -> latent -> image without clamping: errors in uint8 steps, share within half a step

@@ -441,7 +441,7 @@ class GLEM(LatentModel):
             data: an `ImageData` of the model's shape, or anything else that `open_data` takes, which is then resized.
                 Labels of data that name no classes are the model's indices.
             rank, max_per_class, seed: see `fit`.
-            class_map: how the data's classes map to the model's, see `match_classes`.
+            class_map: how the data's classes map to the model's, see `match_classes`; not for a pooled model.
 
         All ranks call this together. Each encodes its share of the images, and all get the modes.
 
@@ -452,10 +452,16 @@ class GLEM(LatentModel):
         self.refuse_if_private("fit_modes")
         rank, seed = check_whole("rank", rank, 1), check_whole("seed", seed, 0)
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
-        images, made = images_for(self, data, class_map), self.config.training.get("adapt")
+        made = self.config.training.get("adapt")
+        pooled = isinstance(made, dict) and made.get("pooled")  # of all classes of the data, whichever they are
+        images = (
+            as_image_data(data, self.image_shape, None, self.pixel_range)
+            if pooled
+            else images_for(self, data, class_map)
+        )
         parts = self.modes.parts if made and self.modes else 1
         statistics = self._statistics(images, rank, parts, max_per_class, seed)
-        if isinstance(made, dict) and made.get("pooled"):
+        if pooled:
             statistics = statistics.as_one_class()
         if isinstance(made, dict):  # the Gaussians come from images, too
             found = self._fit_classes(statistics, rank)
