@@ -198,7 +198,7 @@ def private() -> Named:
         for size in ("300", "2,000", most):
             own = curve[f"{name}, {size}"]
             brief.append([shown, size, *(own.get(e, "") for e in columns), reals["perceptron", data]])
-    head = f"samples of | images of each class | {epsilons} | real images"
+    head = f"samples of | images of each class | {epsilons} | all real images"
     yield "private sets in brief", table(head, brief)
     methods = {"probe": "a linear layer on the latents", "dp-sgd": "a small network with tanh, on images"}
     found = []
@@ -276,7 +276,16 @@ def latents() -> Named:
         held = {row["numbers"]: row["held out"] for row in found if row["flow"] == flow}
         lines.append([flow, *(f"{held[name]:.3f}" if name in held else "" for name in names)])
     yield "latent flows", table(" | ".join(["flow", *names]), lines)
-    for file in ("latent_objectives", "latent_other_images", "latent_photographs"):
+    sizes = stored("latent_sizes")
+    lines = [
+        [f"{r['size']}x{r['size']}", str(r["seed"]), f"{r['parameters'] / 1e6:.2f} M",
+         f"{100 * r['fitted accuracy']:.1f} %", f"{r['fitted ece']:.3f}"]
+        for r in sizes
+    ]  # fmt: skip
+    yield "sizes", table("images | seed | parameters of the flow | NF accuracy | calibration error", lines)
+    seconds = {r["size"]: r["seconds"] for r in sizes if r["seed"] == 0}
+    yield "sizes: times as long", f"{seconds[64] / seconds[32]:.1f}"
+    for file in ("latent_objectives", "latent_sizes", "latent_other_images", "latent_photographs"):
         option = file.removeprefix("latent").replace("_", "-")
         yield f"{file}: command", f"`python benchmarks/proof/latent_flows.py -{option}`"
     lines = [[r["fitted"], f"{100 * r['accuracy']:.1f} %", f"{r['nats']:.3f}"] for r in stored("latent_other_images")]

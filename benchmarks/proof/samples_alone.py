@@ -2,15 +2,16 @@
 
     GLEM_DATA=... python benchmarks/proof/samples_alone.py search --data fashion-mnist cifar10
     GLEM_DATA=... python benchmarks/proof/samples_alone.py final --data fashion-mnist cifar10 --seeds 0 1 2
-    GLEM_DATA=... python benchmarks/proof/samples_alone.py final --data cifar10 --cells "identity: rfcm T=0.8"
-    GLEM_DATA=... python benchmarks/proof/samples_alone.py final --data imagenette128 --flow bundled:imagenette
+    GLEM_DATA=... python benchmarks/proof/samples_alone.py final --data cifar10 --cells "identity: rfcm rank=256 T=0.8"
+    GLEM_DATA=... python benchmarks/proof/samples_alone.py final --data cifar10 --cells "real: images=1000 epochs=30"
 
 A row is one classifier: a ResNet18 with a quarter of the channels that halves the image first, trained on 20,000 images
 drawn from the flow. The method "real" trains the classifier for as many steps on all training images. `search` measures
 every tenth training image, which "real" then leaves out, with samples of one seed. `final` measures the test images,
 with new samples for every seed. Its default settings are the best in `search`, one for each source and its options.
-Stored rows are not measured again. Imagenette, at 64 pixels, has --cells "real:", "taef2: rfcm rank=full T=1" and
-"bundled: rfcm T=0.9", as chosen for CIFAR-10.
+Stored rows are not measured again. Every row with another setting has the command with --cells "METHOD: SETTING", as
+the columns say. Imagenette, at 64 pixels, has --data imagenette128 --flow bundled:imagenette with --cells "real:",
+"taef2: rfcm rank=full T=1" and "bundled: rfcm T=0.9", as chosen for CIFAR-10.
 
 The controls use the same code: "identity" has Gaussians of the pixels, and "taef2" has Gaussians of an autoencoder's
 latents. "taef2: rfcm rank=full" is one full covariance per class.

@@ -126,8 +126,9 @@ def first_places(results: list[Result]) -> Named:
                     values.setdefault(key, []).append(row["val_accuracy"])
             most = max(map(len, values.values()))  # the best trials have more tuning seeds
             best = max((k for k in values if len(values[k]) == most), key=lambda k: statistics.mean(values[k]))
+            tried = {method for method, _ in values}
             for move, found in first.items():
-                found += [best[0] == move] if any(method == move for method, _ in values) else []
+                found += [best[0] == move] if move in tried and len(tried) > 1 else []  # alone, a move comes first
     for move, found in first.items():
         yield f"first on validation images: {move}", f"{sum(found)} of {len(found)}"
 
