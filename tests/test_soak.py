@@ -171,7 +171,7 @@ def test_threads_read_what_a_serial_reader_reads(
 
 
 def _data_sets(model: GLEM) -> None:
-    mixed = {"source": "mixup", "modes": 4, "real": (pixels(12), labels(12))}
+    mixed = {"source": "mixup", "real": (pixels(12), labels(12))}
     for options in ({"cache_bytes": 0}, {"source": "rfcm"}, mixed):
         data = SyntheticDataset(model, per_class=4, **options)
         data.images([0, 11, 5])
