@@ -283,8 +283,6 @@ def latents() -> Named:
         for r in sizes
     ]  # fmt: skip
     yield "sizes", table("images | seed | parameters of the flow | NF accuracy | calibration error", lines)
-    seconds = {r["size"]: r["seconds"] for r in sizes if r["seed"] == 0}
-    yield "sizes: times as long", f"{seconds[64] / seconds[32]:.1f}"
     for file in ("latent_objectives", "latent_sizes", "latent_other_images", "latent_photographs"):
         option = file.removeprefix("latent").replace("_", "-")
         yield f"{file}: command", f"`python benchmarks/proof/latent_flows.py -{option}`"

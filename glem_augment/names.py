@@ -13,7 +13,8 @@ PolicyName = Literal["mixup", "noise", "adversarial"]  # how GLEMAugment moves l
 
 PRESET_NAMES, SOURCES, FORMATS = (get_args(kind) for kind in (Preset, DrawSource, Format))
 DEFAULT_MODES = 64  # principal modes per class
-# Without psi the class variances start at the first number, unless the objective sets them, and stay above a share.
+# Without psi the class variances start at the first number, unless the objective sets them. They stay above the second,
+# a share of the first.
 INITIAL_VARIANCE, LOWEST_SHARE = 0.3, 0.1
 HIGHEST_TEMPERATURE = 1e4  # of a posterior; the lowest is 1
 MAX_PARTS = 256  # of a class

@@ -150,7 +150,7 @@ class GLEM(LatentModel):
                 `open_autoencoder`.
         """
         if isinstance(classes, int | str):
-            raise TypeError(f"classes are a list of names, got {classes!r}, such as ['cat', 'dog']")
+            raise TypeError(f"classes are a list of names, such as ['cat', 'dog'], got {classes!r}")
         shape, facts = image_shape, None
         if autoencoder is not None:
             pixel_range.need_8_bits("an autoencoder (leave it out, for a model of the pixels)")
@@ -454,11 +454,12 @@ class GLEM(LatentModel):
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
         made = self.config.training.get("adapt")
         pooled = isinstance(made, dict) and made.get("pooled")  # of all classes of the data, whichever they are
-        images = (
-            as_image_data(data, self.image_shape, None, self.pixel_range)
-            if pooled
-            else images_for(self, data, class_map)
-        )
+        if pooled and class_map is not None:
+            raise ValueError("a pooled model takes the classes of the data as they are: leave out class_map")
+        if pooled:
+            images = as_image_data(data, self.image_shape, pixel_range=self.pixel_range)
+        else:
+            images = images_for(self, data, class_map)
         parts = self.modes.parts if made and self.modes else 1
         statistics = self._statistics(images, rank, parts, max_per_class, seed)
         if pooled:

@@ -34,8 +34,6 @@ NEW_WAYS: dict[str, Callable[[], Any]] = {
     ),
 }
 
-# n = 8 and 16 with two segments: batched products in the hand-written backward.
-
 
 def seen() -> list[Any]:
     """What every switch says, asked in the new way and in the old one."""
@@ -114,6 +112,7 @@ def test_threads_share_one_change() -> None:
 
 def test_a_backward_pass_under_autocast_is_that_of_float32() -> None:
     torch.manual_seed(0)
+    # n = 8 and 16 with two segments: batched products in the hand-written backward.
     flow = create_flow("mef_tiny", (4, 8, 8), width=[8, 8], depth=[2, 2], bound=2.0)
     flow.initialise(torch.rand(128, 4, 8, 8) - 0.5)
     for parameter in flow.parameters():

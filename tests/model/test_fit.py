@@ -71,6 +71,8 @@ def test_modes_fitted_again_replace_the_classes_as_a_whole(monkeypatch: pytest.M
     scales = pooled.modes.scales.clone()
     pooled.fit_modes(data, rank=16)
     torch.testing.assert_close(pooled.modes.scales, scales, rtol=0, atol=1e-4)  # within classes, not between them
+    with pytest.raises(ValueError, match="class_map"):
+        pooled.fit_modes(data, class_map="order")
     trained = tiny_model(shape=(1, 8, 8), classes=data.classes)
     gaussians = trained.gaussians
     trained.fit_modes(data, rank=4)

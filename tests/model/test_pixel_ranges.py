@@ -101,6 +101,7 @@ def test_from_files_to_moves_samples_and_files(root: Path, kind: str, tmp_path: 
     made.export(tmp_path / "made")
     assert {path.suffix for path in (tmp_path / "made").glob("*/*")} == {".png" if kind == "grey16" else ".npy"}
     again = open_data(tmp_path / "made")  # the export has stored the range
+    assert open_data(tmp_path / "made", unlabelled=True).pixel_range == again.pixel_range
     assert torch.equal(again.tensor(), drawn) and again.pixel_range == model.pixel_range
     for real, synthetic in ((data, again), (root / kind, made)):
         both = RealAndSynthetic(real, synthetic, ratio=0.1)

@@ -60,4 +60,5 @@ def test_every_setting_is_an_option_and_a_line_of_a_file() -> None:
         found = given(parser.parse_args(argv))
         assert list(found) == [name] and check_setting(name, found[name]) == wanted, name
         assert check_setting(name, list(wanted) if isinstance(wanted, tuple) else wanted) == wanted
+    assert check_setting("seed", "9007199254740993") == 2**53 + 1  # a float would round it
     assert check_setting("augment", "none") == () and len(check_setting("augment", "paper")) == 4
