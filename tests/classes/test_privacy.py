@@ -386,6 +386,15 @@ def test_every_branch_of_a_fit_spends_the_promise(images: int, cells: int | None
     assert drawn.isfinite().all() and 1 / wide < float(drawn.square().sum() / z.square().sum()) < wide
 
 
+@pytest.mark.parametrize(("classes", "images"), [(10, 3), (2, 20), (1, 20), (1, 40)])
+def test_a_refusal_names_more_images_than_there_are(classes: int, images: int) -> None:
+    y = torch.arange(classes).repeat_interleave(images)
+    with pytest.raises(DataError) as refused:
+        private_classes(torch.randn(len(y), 40), y, classes, torch.ones(40).double(), 10.0, Privacy(1), None)
+    there, needed = (int(found) for found in re.findall(r"(\d+) (?:images|would)", str(refused.value)))
+    assert there < needed
+
+
 @pytest.mark.slow
 def test_two_ranks_release_once(tmp_path: Path) -> None:
     """Both ranks get the same numbers, from the images of both, with the noise of one."""
