@@ -29,7 +29,19 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import Interval, Named, Rows, find_images, interval, parser, processors, publish, table, usage
+from benchmarks.common import (
+    Interval,
+    Named,
+    Rows,
+    find_images,
+    holm,
+    interval,
+    parser,
+    processors,
+    publish,
+    table,
+    usage,
+)
 from benchmarks.proof import photographs
 from benchmarks.proof.augmentation.data import make_task
 from benchmarks.proof.augmentation.named import bold
@@ -140,13 +152,15 @@ def numbers(rows: list[dict[str, Any]], moves: str, cells: list[dict[str, Any]])
         if cell["stack"] in what_of and cell["seed"] != TUNING
     ]
     ours, *others = sorted(stacks, key=lambda what: not what.startswith("class"))
-    lines, clear = [], dict.fromkeys(others, 0)
+    lines, chances = [], list[float]()
     for row in summary(rows + stored, stacks):
         gains = [Interval(row[f"over {what}"], row[f"+/- ({what})"], row["seeds"]) for what in others]
-        clear = {what: clear[what] + gain.clear for what, gain in zip(others, gains, strict=True)}
+        chances += [gain.chance if gain.mean > 0 else 1.0 for gain in gains]  # a clear loss is no clear gain
         lines.append([f"`{row['setting']}`", *(f"{row[what]:.1f} %" for what in (ours, *others)), *map(bold, gains)])
-    for what, count in clear.items():
-        yield f"{FILES[moves]}: clear over {what}", f"{count} of {len(lines)}"
+    corrected = holm(chances)  # over the whole table
+    for i, what in enumerate(others):
+        clear = sum(chance < 0.05 for chance in corrected[i :: len(others)])
+        yield f"{FILES[moves]}: clear over {what}", f"{clear} of {len(lines)}"
     over = " | ".join(f"over {what}" for what in others)
     yield FILES[moves], table(f"setting | {' | '.join((ours, *others))} | {over}", lines)
 
