@@ -232,7 +232,7 @@ class Rows:
         for row in self.all():
             if known.items() <= row.items():
                 return row
-        row = known | measure() | {"processor": machine()["processor"]}
+        row = known | measure() | {"processor": machine()["processor"], "torch": torch.__version__}
         rows = [*self.all(), row]
         write_json(self.path, {self.part: rows} if self.part else rows)
         print(*row.values(), flush=True)
@@ -253,9 +253,12 @@ def over_seeds(rows: list[dict[str, Any]], *columns: str, value: str = "accuracy
 
 
 def processors(rows: list[dict[str, Any]]) -> str:
-    """The processors that measured these rows, as far as they are stored."""
-    names = dict.fromkeys(row.get("processor", "a processor that is not stored") for row in rows)
-    return " and ".join(names)
+    """The processors, and versions of torch, that measured these rows, as far as they are stored."""
+    names = (
+        row.get("processor", "a processor that is not stored") + (f" (torch {row['torch']})" if "torch" in row else "")
+        for row in rows
+    )
+    return " and ".join(dict.fromkeys(names))
 
 
 def publish(folder: Path, name: str, whole: dict[str, Any], record: Any = None, show: bool = True) -> None:

@@ -358,7 +358,7 @@ def main() -> None:
     for row in trials.all():
         key = row["numbers"], row["flow"]
         best[key] = min(best.get(key, row), row, key=lambda r: r["chosen by"])
-    rows = [{k: v for k, v in row.items() if k not in ("chosen by", "processor")} for row in best.values()]
+    rows = [{k: v for k, v in row.items() if k not in ("chosen by", "processor", "torch")} for row in best.values()]
     write_results(
         args.out, NAME, "Flows of an autoencoder's latents: nats per number, held out", rows, {"trials": trials.all()}
     )

@@ -308,7 +308,7 @@ def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "measured on": processors(rows),
         "delta": " and ".join(f"{delta:g}" for delta in dict.fromkeys(row["delta"] for row in rows)),
         "dimension": DIM,
-        "rows": [{name: value for name, value in row.items() if name not in ("delta", "processor")} for row in rows],
+        "rows": [{k: v for k, v in row.items() if k not in ("delta", "processor", "torch")} for row in rows],
     }
 
 
