@@ -1,8 +1,13 @@
 """The accuracy on real images of classifiers that are trained on samples of private models alone.
 
-    GLEM_DATA=... python benchmarks/proof/private.py --data fashion-mnist cifar10 --epsilon 0.2 1 3 10 --seeds 0 1 2 3 4
-    GLEM_DATA=... python benchmarks/proof/private.py --data fashion-mnist --epsilon 1 10 --method pixels latents long
-    GLEM_DATA=... python benchmarks/proof/private.py --epsilon 0 --method real --seeds 0 1 2
+    GLEM_DATA=... python benchmarks/proof/private.py --method taef2 latents
+    GLEM_DATA=... python benchmarks/proof/private.py --method latents --data fashion-mnist --delta 1.5e-6
+    GLEM_DATA=... python benchmarks/proof/private.py --method latents --data cifar10 --delta 1.8e-6
+    GLEM_DATA=... python benchmarks/proof/private.py --method latents --cells 1 --epsilon 1 10
+    GLEM_DATA=... python benchmarks/proof/private.py --method pixels --data fashion-mnist --epsilon 1 10 --seeds 0 1 2
+    GLEM_DATA=... python benchmarks/proof/private.py --method long --epsilon 1 10 --seeds 0
+    GLEM_DATA=... python benchmarks/proof/private.py --method real --epsilon 0 --seeds 0 1 2
+    GLEM_DATA=... python benchmarks/proof/private.py --data fashion-mnist --epsilon 0 --cells 32 --seeds 0 1 2
 
 A row is one release with new noise (which has no seed), 20,000 new samples, and a new classifier, the small ResNet of
 samples_alone.py, judged on all real test images. Latents are computed once and stay in `--work`; they are secret, and

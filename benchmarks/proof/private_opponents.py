@@ -1,7 +1,8 @@
 """What a user would pick in place of a private set: another method's images, or a classifier of the real images alone.
 
     pip install '.[opponents]'
-    GLEM_DATA=... python benchmarks/proof/private_opponents.py --data fashion-mnist cifar10 --epsilon 1 10 --seeds 0 1 2
+    GLEM_DATA=... python benchmarks/proof/private_opponents.py --method probe
+    GLEM_DATA=... python benchmarks/proof/private_opponents.py --data fashion-mnist --method dp-sgd merf --epsilon 1 10
 
 Each method has the promise (epsilon, delta). Two make one classifier. Nothing else may be made from the real images
 afterwards, whereas private images can be given away and serve every network.
