@@ -182,12 +182,14 @@ def _drowned(start: Release, privacy: Privacy, coordinates: int, part: float) ->
     """Classes of which the noisy mean will have more noise than the clip."""
     least = max(math.sqrt(coordinates / part) / privacy.mu_per_image, start.sd_count)
     drowned = [k for k, count in enumerate(start.counts.tolist()) if count < least]
-    images, enough = float(start.counts.mean()), 4 * start.sd_count / math.sqrt(len(start.counts))
-    if len(drowned) == len(start.counts) or images < enough:
+    sd = start.sd_count / math.sqrt(len(start.counts))  # of the mean count
+    images = float(start.counts.mean())
+    if len(drowned) == len(start.counts) or images < 4 * sd:
+        enough = max(least, 4 * sd) + 2 * sd  # for a mean count that is low by chance, too
         spent = epsilon_of(privacy.mu * math.sqrt(COUNTS), privacy.delta)
         raise DataError(
             f"at epsilon={privacy.epsilon:g} classes of about {max(int(images), 0)} images are noise; "
-            f"{math.ceil(max(least, enough))} would be needed: merge classes, add images, or raise epsilon. This run "
+            f"{math.ceil(enough)} would be enough: merge classes, add images, or raise epsilon. This run "
             f"has spent epsilon={spent:.2g}, which adds to another run's"
         )
     return drowned

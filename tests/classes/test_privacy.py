@@ -386,13 +386,21 @@ def test_every_branch_of_a_fit_spends_the_promise(images: int, cells: int | None
     assert drawn.isfinite().all() and 1 / wide < float(drawn.square().sum() / z.square().sum()) < wide
 
 
-@pytest.mark.parametrize(("classes", "images"), [(10, 3), (2, 20), (1, 20), (1, 40)])
-def test_a_refusal_names_more_images_than_there_are(classes: int, images: int) -> None:
+def _needed(classes: int, images: int) -> int:
+    """How many images of each class a refusal names; 0: the fit was not refused."""
     y = torch.arange(classes).repeat_interleave(images)
-    with pytest.raises(DataError) as refused:
+    try:
         private_classes(torch.randn(len(y), 40), y, classes, torch.ones(40).double(), 10.0, Privacy(1), None)
-    there, needed = (int(found) for found in re.findall(r"(\d+) (?:images|would)", str(refused.value)))
-    assert there < needed
+    except DataError as refused:
+        return int(re.findall(r"(\d+) would be enough", str(refused))[0])
+    return 0
+
+
+@pytest.mark.parametrize(("classes", "images"), [(2, 20), (1, 20)])
+def test_the_number_that_a_refusal_names_is_enough(classes: int, images: int) -> None:
+    needed = max(_needed(classes, images) for _ in range(5))
+    assert needed > images
+    assert sum(_needed(classes, needed) > 0 for _ in range(40)) <= 10  # the noise refuses one or two
 
 
 @pytest.mark.slow
