@@ -371,15 +371,15 @@ def _normal(n: int, m: int, generator: torch.Generator) -> Tensor:
 
 def _partners(batch: Batch) -> Tensor:
     """Latents [n, d] of the partners: of rows of the batch, or RFCM draws where the batch has none."""
-    drawn, modes, device = batch.params.drawn, batch.model.modes, batch.z.device
+    drawn, device = batch.params.drawn, batch.z.device
     missing = (drawn["partner"] < 0).nonzero()[:, 0]
     if not len(missing):
         return batch.partner
-    assert modes is not None
+    source = batch.model.latent_classes.sampler("rfcm")
     # One seed per row: the draw must not depend on which other rows need a partner.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in drawn["seeds"][missing].tolist()]
-    noise = torch.cat([_normal(1, modes.noise_size, generator) for generator in generators])
-    draws = modes.sample_from_noise(drawn["partner_cls"][missing], send(noise, device))
+    noise = torch.cat([_normal(1, source.noise_size, generator) for generator in generators])
+    draws = source.sample_from_noise(drawn["partner_cls"][missing], send(noise, device))
     return batch.partner.index_copy(0, send(missing, device), draws.to(batch.partner.dtype))
 
 

@@ -1,193 +1,214 @@
-"""Gaussians, modes and temperature of classes, in closed form from their statistics; nothing is trained.
+"""Gaussians of classes estimated from their statistics, in closed form; nothing is trained.
 
-With n_y latents of class y, SS_y the summed squared deviations from the class's mean, and v the pooled within-class
-variance, per dimension,
+A hierarchical Gaussian model with two levels of shrinkage. In d dimensions, from N images beyond one per class, with
+the pooled within-class covariance S of all classes and the covariance S_y of the n_y images of class y,
 
-    v  =  sum_y SS_y / sum_y (n_y - 1),        sigma_y^2  =  (SS_y + k v) / (n_y - 1 + k),
+    W    =  (nu0 s T + N S) / (nu0 + N),              nu0 = 3 d,
+    W_y  =  (nu1 W + (n_y - 1) S_y) / (nu1 + n_y - 1),      nu1 = 2 d + 4 n_y.
 
-so a class of one image gets the pooled variance, and a class of many images keeps nearly its variance. k (`shrinkage`)
-counts as k more images whose spread is v: sigma_y^2 is the posterior mode under a conjugate prior at v, up to a
-constant in k.
+The target T is public where the latents have public coordinates (`flows.public`), with the scale s of the images; else
+it is the diagonal of S. So a class of few images has nearly the covariance W of all, a class of many keeps up to a fifth
+of S_y, and a few images of all classes nearly have T. In the coordinates where T is the identity, class means
+are shrunk towards their mean, by the factor f / (f + s / n_y) in each coordinate. The prior f is the public variance of
+class means, plus a number that is the same in all coordinates and makes up for what the means vary more than f.
 
-Covariances are unbiased (n - 1). A class keeps min(rank, n - 1, d) modes, fewer where its latents span fewer
-directions. A class of one image gets the pooled modes.
+The posterior's temperature is fitted to latents that are held out of a second estimate.
 
-The temperature of the posterior is fitted to latents that took no part in the Gaussians of their class. With diagonal
-covariances each kept latent z is left out of the Gaussian of its class. Without z a class of n latents with mean m has
-
-    m'  =  m - (z - m) / (n - 1),        SS'  =  SS - (z - m)^2 n / (n - 1),
-
-so the fit costs no second pass. The pooled variance keeps the influence of z, one image among all. With full
-covariances up to a fifth of each class is held out, and the classes are fitted again without these latents, since the
-change of truncated modes has no closed form.
+Source: the posterior mean under normal-inverse-Wishart priors (Gelman et al., Bayesian Data Analysis, 3rd ed., 3.6);
+docs/fit.md has what the strengths were chosen by.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from glem_augment.classes.classes import Classes
+from glem_augment.classes.covariances import ClassCovariances, SharedCoordinates, from_public
 from glem_augment.classes.gaussians import INNER, ClassGaussians
 from glem_augment.classes.modes import ClassModes
-from glem_augment.classes.statistics import ClassStatistics
+from glem_augment.classes.statistics import ClassStatistics, Moments, leading_rows, orthonormal
 from glem_augment.errors import DataError
+from glem_augment.flows.public import PublicFlow
 from glem_augment.names import HIGHEST_TEMPERATURE, INITIAL_VARIANCE, LOWEST_SHARE
 
+# The strengths of the two levels, in dimensions, and of the second in images of the class.
+NU0, NU1, NU1_IMAGES = 3, 2, 4
+# The least variance of a dimension, as a share of the mean over dimensions. 8-bit levels give constant pixels about as
+# much by their noise; floats and 16-bit levels would give them none.
+LEAST_SHARE = 1e-5
 # The least variance of a dimension outside the modes. It keeps densities finite. Its root is far below one uint8 step
 # (4e-3), so it is invisible in a decoded image.
 REST_FLOOR = 1e-8
 # config.json holds numbers of psi up to 1e6; a flow can't invert latents of that size anyway.
 _LARGEST_VARIANCE = 1e5
-SHRINKAGE = 10.0  # k
-_ROWS = 64  # latents at a time, which bounds the memory
+_MOST_NUMBERS = 2**22  # in the directions of all classes
 
 Psi = tuple[float, float, float] | None
+
+
+def directions_of_class(num_classes: int, dim: int) -> int:
+    """How many directions of its covariance a class keeps at most, so that all classes fit in memory and in a file."""
+    return min(dim, max(16, _MOST_NUMBERS // (num_classes * dim)))
 
 
 @torch.no_grad()
 def fit_classes(
     statistics: ClassStatistics,
+    shape: tuple[int, int, int],
     rank: int,
+    public: PublicFlow | None = None,
     psi: Psi = None,
-    full: bool = False,
-    floor: float = 0.0,
-    shrinkage: float = SHRINKAGE,
 ) -> Classes:
-    """Gaussians, modes and temperature of the classes, on the CPU.
+    """Means, covariances, modes and temperature of the classes, on the CPU.
 
     Args:
-        rank: modes to keep per class, or per part, at least 1; no more than a class or part has.
+        statistics: of latents in public coordinates, where there are any.
+        shape: (C, H, W) of the numbers that the latents were made of.
+        rank: the leading directions of each class to keep for moves; at most d.
         psi: of the model's Gaussians; the new ones get a wider psi where this one can't hold their variances.
-        full: the class densities have full covariances (`ClassModes.log_prob`); the scatter must be whole.
-        floor: the least variance of a Gaussian, as a share of the mean over the dimensions.
-        shrinkage: k, in images, >= 0.
 
     Raises:
-        DataError: variances above 1e5.
+        DataError: latents without variance, or with variances above 1e5.
     """
-    least = floor * float((statistics.pooled.squares / statistics.pooled.count).mean())
-    found = Classes(_fit_gaussians(statistics, shrinkage, psi, least), fit_modes(statistics, rank, full), full)
-    if not statistics.kept_counts:
-        return found
-    if full:
-
-        def fit(others: ClassStatistics) -> Classes:
-            return fit_classes(others, rank, psi, full, floor, shrinkage)
-
-        found.temperature = held_out_temperature(statistics, fit)
-    else:
-        found.temperature = left_out_temperature(statistics, found.gaussians, shrinkage, max(REST_FLOOR, least))
+    covariances = estimate(statistics, shape, public)
+    classes, rank = len(statistics.classes), min(rank, statistics.dim)
+    modes = ClassModes(classes, rank, statistics.dim)
+    modes.mean.copy_(covariances.mean)
+    modes.counts.copy_(statistics.counts())
+    for y in range(classes):
+        modes.directions[y], modes.scales[y] = covariances.leading(y, rank)
+    variance = covariances.diagonals()
+    gaussians = ClassGaussians(classes, statistics.dim, psi=psi_that_holds(variance, psi))
+    gaussians.mu.copy_(covariances.mean)
+    gaussians.set_variance(variance, inner=(0.0, 1.0))
+    found = Classes(gaussians, modes, covariances=covariances)
+    if statistics.others is not None:
+        held = from_public(statistics.held, public)
+        y = torch.repeat_interleave(torch.tensor(statistics.held_counts))
+        found.temperature = fit_temperature(estimate(statistics.others, shape, public).log_prob(held), y)
     return found
 
 
 @torch.no_grad()
+def estimate(
+    statistics: ClassStatistics, shape: tuple[int, int, int], public: PublicFlow | None = None
+) -> ClassCovariances:
+    """The means and covariances above; arguments and errors as for `fit_classes`."""
+    pooled, dim, count = statistics.pooled, statistics.dim, statistics.pooled.count
+    variance = pooled.squares / count
+    mean_variance = float(variance.mean())
+    if not 0 < mean_variance < _LARGEST_VARIANCE:
+        raise DataError(
+            "all images are equal, so they have no variances: give other images"
+            if not mean_variance > 0
+            else f"latents of these images have variances up to {float(variance.max()):.3g}, off the scale of the "
+            "model's training images: check the flow with model.check_invertibility, or train it on these images"
+        )
+    # From here on, latents are divided by the root of the target, so that s T is the identity.
+    target = variance.clamp_min(LEAST_SHARE * mean_variance) if public is None else variance.new_full((), mean_variance)
+    root = target.sqrt().expand(dim)
+    directions, lengths = orthonormal(leading_rows(pooled.rows() / root, len(pooled.values)))
+    seen = lengths.square() / count
+    left = float((variance / root.square()).sum() - seen.sum()) / max(1, dim - len(seen))
+    nu0 = NU0 * dim
+    # The variances of W along the directions, and outside them.
+    along, outside = (nu0 + count * seen) / (nu0 + count), (nu0 + count * max(left, 0.0)) / (nu0 + count)
+
+    coordinates = SharedCoordinates(shape, len(directions), public is not None)
+    coordinates.public = public
+    whiten = coordinates.whiten
+    whiten.scale.copy_(1 / (root * math.sqrt(outside)))
+    whiten.directions.copy_(directions)
+    whiten.gain.copy_((outside / along).sqrt())
+    whiten.initialised.fill_(True)
+
+    classes = len(statistics.classes)
+    found = ClassCovariances(classes, directions_of_class(classes, dim), coordinates)
+    means = torch.stack([each.mean for each in statistics.classes])
+    between = means.new_zeros(dim) if public is None else public.between.double()
+    means = shrunk_means(means / root, statistics.counts(), between) * root
+    found.mean.copy_(from_public(means.float(), public))
+    for y, each in enumerate(statistics.classes):
+        _add_class(found, y, each)
+    used = int((found.directions.square().sum(2) > 0.5).sum(1).max())
+    found.directions, found.variances = found.directions[:, :used].clone(), found.variances[:, :used].clone()
+    found.rank = used
+    return found
+
+
+def _add_class(found: ClassCovariances, y: int, each: Moments) -> None:
+    """Set the covariance W_y of class y from its moments."""
+    nu1 = NU1 * found.dim + NU1_IMAGES * each.count
+    total = nu1 + each.count - 1
+    whiten = found.coordinates.whiten
+    rows = whiten(each.rows().float())
+    hidden = float(((each.squares - each.rows().square().sum(0)) * whiten.scale.double().square()).sum())
+    directions, lengths = orthonormal(leading_rows(rows, found.rank))
+    left = float(rows.double().square().sum() - lengths.square().sum()) + max(hidden, 0.0)
+    rest = (nu1 + max(left, 0.0) / max(1, found.dim - len(lengths))) / total
+    found.rest[y], found.variances[y] = rest, rest
+    found.variances[y, : len(lengths)] = (nu1 + lengths.square()).float() / total
+    found.directions[y, : len(lengths)] = directions.float()
+
+
+def shrunk_means(means: Tensor, counts: Tensor, between: Tensor) -> Tensor:
+    """Class means [K, d] shrunk towards their mean, in coordinates of unit variance within classes.
+
+    Args:
+        counts: images of each class, [K].
+        between: the public variances of class means, [d]; zeros for none.
+    """
+    if len(means) == 1:
+        return means
+    middle, noise = means.mean(0), 1 / counts.double()
+    varied = (means - middle).square().sum() / ((len(means) - 1) * means.shape[1])
+    prior = between + (varied - noise.mean() - between.mean()).clamp_min(0)
+    return middle + (means - middle) * prior / (prior + noise[:, None])
+
+
+# ---- the paper's RFCM ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
 def fit_modes(statistics: ClassStatistics, rank: int, full: bool = False) -> ClassModes:
-    """Means, principal modes and remaining variances, on the CPU; arguments and errors as for `fit_classes`."""
-    dim, pooled, freedom = statistics.dim, statistics.pooled, statistics.pooled.count
-    shown_parts = (part if part.count > 1 else pooled for parts in statistics.parts for part in parts)
+    """Means, principal modes and remaining variances of each class alone, on the CPU (RFCM).
+
+    A class keeps min(rank, n - 1, d) modes of its own unbiased covariance, fewer where its latents span fewer
+    directions. A class of one image gets the pooled modes.
+    """
+    dim, pooled = statistics.dim, statistics.pooled
+    shown_parts = (each if each.count > 1 else pooled for each in statistics.classes)
     # More modes than any class has would cost memory and time in every move.
-    rank = max(1, min(rank, max(len(part.directions) for part in shown_parts)))
-    modes = ClassModes(len(statistics.classes), rank, dim, statistics.most_parts, dim if full else None)
-    for y, parts in enumerate(statistics.parts):
-        for row, part in enumerate(parts, y * statistics.most_parts):
-            modes.mean[row], modes.counts[row] = part.mean, part.count
-            shown, degrees = (part, part.count - 1) if part.count > 1 else (pooled, freedom)
-            directions, scales = shown.directions[:rank], shown.values[:rank] / math.sqrt(degrees)
-            modes.directions[row, : len(scales)] = directions.float()
-            modes.scales[row, : len(scales)] = scales.float()
-            explained = (scales[:, None] * directions).square().sum(0)
-            modes.rest[row] = (shown.squares / degrees - explained).clamp_min(REST_FLOOR).float()
-    scales = pooled.values[: len(modes.shared_scales)] / math.sqrt(freedom)
+    rank = max(1, min(rank, max(len(each.directions) for each in shown_parts)))
+    modes = ClassModes(len(statistics.classes), rank, dim, shared_rank=dim if full else None)
+    for row, each in enumerate(statistics.classes):
+        modes.mean[row], modes.counts[row] = each.mean, each.count
+        shown, degrees = (each, each.count - 1) if each.count > 1 else (pooled, pooled.count)
+        directions, scales = shown.directions[:rank], shown.values[:rank] / math.sqrt(degrees)
+        modes.directions[row, : len(scales)] = directions.float()
+        modes.scales[row, : len(scales)] = scales.float()
+        explained = (scales[:, None] * directions).square().sum(0)
+        modes.rest[row] = (shown.squares / degrees - explained).clamp_min(REST_FLOOR).float()
+    scales = pooled.values[: len(modes.shared_scales)] / math.sqrt(pooled.count)
     modes.shared_directions[: len(scales)] = pooled.directions[: len(scales)].float()
     modes.shared_scales[: len(scales)] = scales.float()
     return modes
 
 
-def _fit_gaussians(statistics: ClassStatistics, shrinkage: float, psi: Psi, least: float) -> ClassGaussians:
-    squares = torch.stack([each.squares for each in statistics.classes])
-    freedom = (statistics.counts() - 1)[:, None].double()
-    pooled = statistics.pooled.squares / statistics.pooled.count
-    variance = shrunk_variance(squares, freedom, pooled, shrinkage).clamp_min(least)
-    gaussians = ClassGaussians(len(squares), statistics.dim, psi=psi_that_holds(variance, psi))
-    gaussians.mu.copy_(torch.stack([each.mean for each in statistics.classes]))
-    gaussians.set_variance(variance, inner=(0.0, 1.0))
-    return gaussians
-
-
 def psi_that_holds(variance: Tensor, psi: Psi) -> Psi:
     """`psi` itself where its range holds all of `variance` [K, d], otherwise a wider (a, b, c).
 
-    Clamped variances would change densities silently. DataError: variances beyond 1e5.
+    Clamped variances would change densities silently.
     """
     low, high = float(variance.min()), float(variance.max())
-    if not low > 0:
-        raise DataError("all images are equal, so they have no variances: give other images")
-    if not high <= _LARGEST_VARIANCE:
-        raise DataError(
-            f"latents of these images have variances up to {high:.3g}, off the scale of the model's training images: "
-            "check the flow with model.check_invertibility, or train it on these images"
-        )
     if psi is None:  # plain variances have a lower bound only
         return None if low >= LOWEST_SHARE * INITIAL_VARIANCE else (2 * high, 0.2, low / 2)
     a, b, c = psi
     holds = c + INNER[0] * a <= low and high <= c + INNER[1] * a
     return psi if holds else (2 * high, b, low / 2)
-
-
-# ---- the temperature -------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def left_out_temperature(
-    statistics: ClassStatistics, gaussians: ClassGaussians, shrinkage: float, floor: float
-) -> float:
-    """T for diagonal Gaussians fitted with `shrinkage`, each kept latent left out of its class.
-
-    `floor` is the least variance of a class without the latent.
-    """
-    pooled, found = statistics.pooled.squares / statistics.pooled.count, []
-    labels = _labels(statistics.kept_counts)
-    for z, y in zip(statistics.kept.split(_ROWS), labels.split(_ROWS), strict=True):
-        scores = gaussians.log_prob(z.to(gaussians.mu)).double()
-        own = [statistics.classes[k] for k in y.tolist()]
-        count = torch.tensor([[each.count] for each in own]).double()
-        factor = count / (count - 1)
-        squares = (z - torch.stack([each.mean for each in own])).square()
-        left = (torch.stack([each.squares for each in own]) - factor * squares).clamp_min(0)
-        variance = shrunk_variance(left, count - 2, pooled, shrinkage).clamp_min(floor)
-        terms = factor.square() * squares / variance + variance.log() + math.log(2 * math.pi)
-        scores[torch.arange(len(y)), y] = -0.5 * terms.sum(1)
-        found.append(scores)
-    return fit_temperature(torch.cat(found), labels)
-
-
-@torch.no_grad()
-def held_out_temperature(statistics: ClassStatistics, fit: Callable[[ClassStatistics], Classes]) -> float:
-    """T for classes that `fit` makes, from up to a fifth of each class's latents, which are held out."""
-    kept = []
-    for each, z in zip(statistics.classes, statistics.kept.split(statistics.kept_counts), strict=True):
-        most = min(each.count // 5, len(z))
-        kept.append(z[torch.arange(most) * len(z) // max(1, most)])
-    if not sum(map(len, kept)):
-        return 1.0
-    found = fit(statistics.without(kept))
-    scores = found.log_prob(torch.cat(kept).to(found.gaussians.mu))
-    return fit_temperature(scores, _labels([len(z) for z in kept]))
-
-
-def _labels(counts: list[int]) -> Tensor:
-    return torch.repeat_interleave(torch.tensor(counts))
-
-
-def shrunk_variance(scatter: Tensor, freedom: Tensor, pooled: Tensor, shrinkage: float) -> Tensor:
-    """sigma_y^2 [.., d] from summed squares [.., d], degrees of freedom and v [d], see above."""
-    # Without shrinkage the quotient is 0 / 0 for a class of one image.
-    total = freedom + shrinkage
-    return torch.where(total > 0, (scatter + shrinkage * pooled) / total, pooled)
 
 
 @torch.no_grad()

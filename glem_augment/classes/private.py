@@ -28,7 +28,8 @@ from torch import Tensor
 
 from glem_augment.classes.classes import Classes
 from glem_augment.classes.denoise import Denoised, cell_means, class_means, denoise, energies_of_classes, within_cells
-from glem_augment.classes.fit import fit_classes
+from glem_augment.classes.fit import fit_modes, psi_that_holds
+from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.groups import k_means
 from glem_augment.classes.modes import ClassModes
 from glem_augment.classes.privacy import (
@@ -243,8 +244,11 @@ def _gaussians(
         found.append(_moments(max(count, 2), *parts))
     whole = _moments(max(2, round(float(counts.sum()))), mean, pooled, other)
     full = leading == means.shape[1] and can_be_whole(*means.shape)
-    statistics = ClassStatistics(found, [[each] for each in found], whole, full)
-    return fit_classes(statistics, leading, full=statistics.whole, shrinkage=0.0)
+    variance = torch.stack([each.squares / (each.count - 1) for each in found])
+    gaussians = ClassGaussians(*variance.shape, psi=psi_that_holds(variance, None))
+    gaussians.mu.copy_(torch.stack([each.mean for each in found]))
+    gaussians.set_variance(variance, inner=(0.0, 1.0))
+    return Classes(gaussians, fit_modes(ClassStatistics(found, whole, full), leading, full), full)
 
 
 def _moments(count: int, mean: Tensor, covariance: Tensor, rest: Tensor) -> Moments:

@@ -5,7 +5,7 @@ covariance, shrinkage and discriminant are fitted to these alone (`classes.fit`)
 the roots l of its eigenvalues, S = V^T diag(l^2) V, and its diagonal. In up to `WHOLE_DIM` dimensions V is whole.
 Above, V has the strongest rows only, and the diagonal is exact.
 
-A few latents are kept to fit the temperature of the posterior (`classes.fit`). They may be left out.
+A few latents are held out of a second set of statistics. They judge a fit to it (`classes.fit`).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from glem_augment.classes.groups import k_means
 from glem_augment.errors import DataError
 
 # Scatter is whole up to these limits: dimensions, and numbers in all.
 WHOLE_DIM, _MOST_WHOLE = 1024, 2**26
-KEPT = 2000  # at most about so many latents are kept
+HELD = 2000  # at most about so many latents are held out
 IMAGES_PER_MODE = 8  # of a pooled covariance that whitens
 # Eigenvalues below this share of the largest are rounding, not variation: their directions would be noise.
 RELATIVE_TOLERANCE = 1e-10
+_MOST_ROWS = 1024  # directions of the pooled scatter
 _COLUMNS = 512  # of float64 numbers that are squared at a time
 # Up to this size an eigendecomposition takes seconds; above it, randomised subspace iteration finds the leading modes.
 MAX_EIGH = 4096
@@ -60,7 +60,7 @@ class Moments:
             raise DataError(
                 f"class {name} has latents that are not finite: check the flow with model.check_invertibility"
             )
-        rows = leading_rows(latents, most if pool is None else pool.handed, mean)
+        rows = leading_rows(latents, most if pool is None else max(most, pool.most), mean)
         found = cls(len(latents), mean, *orthonormal(rows[:most]), squares)
         if pool is not None:
             pool.add(found, rows)
@@ -74,21 +74,9 @@ class Moments:
         directions = vectors.flip(1).T
         return cls(count, mean.double(), directions, values, (values[:, None] * directions).square().sum(0))
 
-    def scatter(self) -> Tensor:
-        """S [d, d] along the stored directions."""
-        rows = self.values[:, None] * self.directions
-        return rows.T @ rows
-
-    def without(self, latents: Tensor) -> Moments:
-        """Moments of the other latents, without some latents [j, d] that were counted; j < n. S must be whole."""
-        z, n, j = latents.double(), self.count, len(latents)
-        if not j:
-            return self
-        away = z - self.mean
-        mean = self.mean - away.sum(0) / (n - j)
-        shift = (mean - self.mean)[:, None]
-        scatter = self.scatter() - away.T @ away - (n - j) * shift @ shift.T
-        return Moments.of_covariance(n - j, mean, scatter / max(1, n - j - 1))
+    def rows(self) -> Tensor:
+        """F [r, d] with F^T F = S along the stored directions."""
+        return self.values[:, None] * self.directions
 
 
 @dataclass
@@ -96,23 +84,21 @@ class ClassStatistics:
     """Moments of K classes of latents in d dimensions.
 
     Attributes:
-        classes: of each class as a whole.
-        parts: of the groups of each class; one group, the class itself, without parts.
+        classes: of each class.
         pooled: the scatter of all classes about their means; `count` is its degrees of freedom, and the mean is the
             classes' mean.
-        kept: a few latents [m, d] of all classes in order, evenly spread over the images of each; float32.
-        kept_counts: how many of each class; empty for none.
-        most_parts: P, the largest number of groups of a class.
         whole: whether the directions span all of the scatter.
+        held: a few latents [m, d] of all classes in order, evenly spread over the images of each, up to a fifth.
+        held_counts: how many of each class.
+        others: the statistics without the held latents, which then judge a fit; None without such latents.
     """
 
     classes: list[Moments]
-    parts: list[list[Moments]]
     pooled: Moments
     whole: bool
-    most_parts: int = 1
-    kept: Tensor = field(default_factory=lambda: torch.empty(0))
-    kept_counts: list[int] = field(default_factory=list)
+    held: Tensor = field(default_factory=lambda: torch.empty(0))
+    held_counts: list[int] = field(default_factory=list)
+    others: ClassStatistics | None = None
 
     @property
     def dim(self) -> int:
@@ -123,67 +109,37 @@ class ClassStatistics:
         """Images of each class, int64 [K]."""
         return torch.tensor([each.count for each in self.classes])
 
-    def without(self, latents: list[Tensor]) -> ClassStatistics:
-        """The statistics without some latents [j, d] of each class that were counted; S must be whole."""
-        pairs = list(zip(self.classes, latents, strict=True))
-        classes = [each.without(z) for each, z in pairs]
-        parts = [[each] for each in classes]
-        if self.most_parts > 1:
-            parts = [_parts_without(*pair) for pair in zip(self.parts, latents, strict=True)]
-        pool = _Pool(self.dim, self.dim)
-        for each in classes:
-            pool.add(each, each.values[:, None] * each.directions)
-        return ClassStatistics(classes, parts, pool.moments(), True, self.most_parts)
-
-    def as_one_class(self) -> ClassStatistics:
-        """One class in place of all, which varies as the images of a class do: the pooled scatter."""
-        images = int(self.counts().sum())
-        # A class of n images has n - 1 degrees of freedom.
-        scale = math.sqrt((images - 1) / self.pooled.count)
-        one = replace(
-            self.pooled, count=images, values=self.pooled.values * scale, squares=self.pooled.squares * scale**2
-        )
-        return ClassStatistics([one], [[one]], replace(one, count=images - 1), self.whole)
-
-
-def _parts_without(parts: list[Moments], latents: Tensor) -> list[Moments]:
-    """`ClassStatistics.without` for the parts of a class: k-means put a latent into the part with the nearest mean."""
-    near = torch.cdist(latents.double(), torch.stack([part.mean for part in parts])).argmin(1)
-    # Means moved a little after the last assignment, so a part may lose latents that it did not count: two stay.
-    return [part.without(latents[near == j][: max(0, part.count - 2)]) for j, part in enumerate(parts)]
-
 
 @torch.no_grad()
 def class_statistics(
-    latents_of_class: Callable[[int], Tensor], names: Sequence[object], dim: int, rank: int, parts: int = 1
+    latents_of_class: Callable[[int], Tensor], names: Sequence[object], dim: int, rank: int, hold_out: bool = True
 ) -> ClassStatistics:
     """Statistics of the classes that errors call `names`, with one class in memory at a time.
 
     Args:
         latents_of_class: gives the latents [n, d] of class y = 0 .. K - 1; called once for each.
-        rank: how many modes of a class will be used; with scatter that is not whole, no more are stored.
-        parts: P, into which k-means divides the images of a class.
+        rank: how many directions of a class will be used; with scatter that is not whole, no more are stored.
+        hold_out: whether there are statistics without a few latents, too.
 
     Raises:
-        DataError: a class without images (fewer than 2 P, with parts), no class with two, or latents not finite.
+        DataError: a class without images, no class with two, or latents not finite.
     """
     whole = can_be_whole(len(names), dim)
-    pool, found, groups = _Pool(dim, dim if whole else rank), [], []
-    most = max(1, KEPT // len(names))
-    kept, kept_counts = torch.empty(len(names) * most, dim), list[int]()
+    classes, others, held = list[Moments](), list[Moments](), list[Tensor]()
+    pools = _Pool(dim), _Pool(dim)
     for y, name in enumerate(names):
         z = latents_of_class(y)
-        chosen, start = _spread(len(z), most), sum(kept_counts)
-        kept[start : start + len(chosen)] = z[chosen]
-        kept_counts.append(len(chosen))
-        each = Moments.of(z, name, pool.rank, pool)
-        found.append(each if whole else replace(each, directions=each.directions.float()))
-        groups.append(found[-1:])
-        if parts > 1:
-            group = k_means(z, parts)
-            groups[-1] = [Moments.of(z[group == j], name, pool.rank) for j in group.unique()]
-        del z, each  # they would stay during the next class
-    return ClassStatistics(found, groups, pool.moments(), whole, parts, kept[: sum(kept_counts)], kept_counts)
+        rows = _spread(len(z), max(1, HELD // len(names))) if hold_out else torch.arange(0)
+        seen = torch.ones(len(z), dtype=torch.bool).index_fill_(0, rows, False)
+        held.append(z[rows].detach().cpu())
+        for found, pool, part in ((classes, pools[0], z), (others, pools[1], z[seen]))[: 1 + hold_out]:
+            each = Moments.of(part, name, dim if whole else rank, pool)
+            found.append(each if whole else replace(each, directions=each.directions.float()))
+        del z, part  # they would stay during the next class
+    statistics = ClassStatistics(classes, pools[0].moments(), whole, torch.cat(held), [len(z) for z in held])
+    if len(statistics.held):
+        statistics.others = ClassStatistics(others, pools[1].moments(), whole)
+    return statistics
 
 
 def can_be_whole(num_classes: int, dim: int) -> bool:
@@ -192,46 +148,38 @@ def can_be_whole(num_classes: int, dim: int) -> bool:
 
 
 def _spread(count: int, most: int) -> Tensor:
-    """At most `most` of `count` indices, evenly spread; none of a single one, which can't be missed."""
-    chosen = min(count, most) if count > 1 else 0
+    """At most `most` of `count` indices, evenly spread, and no more than a fifth."""
+    chosen = min(count // 5, most)
     return torch.arange(chosen) * count // max(1, chosen)
 
 
 class _Pool:
-    """Adds up the scatter of classes."""
+    """Adds up the scatter of classes, with up to `_MOST_ROWS` directions."""
 
-    def __init__(self, dim: int, rank: int) -> None:
-        # Classes hand on more modes than are stored, so that the top modes of the pooled covariance lose little.
-        self.rank, self.handed = rank, min(dim, max(4 * rank, 128))
-        # Where modes are left out anyway, float32 takes half the memory.
-        dtype = torch.float64 if self.handed == dim else torch.float32
-        self.factor = torch.empty(6 * self.handed, dim, dtype=dtype)
-        self.used = 0  # rows F of `factor` with F^T F = the summed scatter, nearly
+    def __init__(self, dim: int) -> None:
+        self.most = min(dim, _MOST_ROWS)
+        # Where directions are left out anyway, float32 takes half the memory.
+        self.factor = torch.empty(0, dim, dtype=torch.float64 if self.most == dim else torch.float32)
         self.squares, self.means = torch.zeros(2, dim, dtype=torch.float64)
         self.freedom = self.classes = 0
 
     def add(self, each: Moments, rows: Tensor) -> None:
         """Add a class with its `leading_rows`."""
+        self.means += each.mean
+        self.classes += 1
         if each.count < 2:
             return
-        self._append(rows)
+        self.factor = torch.cat([self.factor, rows.to(self.factor)])
         self.squares += each.squares
-        self.means += each.mean
         self.freedom += each.count - 1
-        self.classes += 1
-        if self.used > 5 * self.handed:  # one decomposition for several classes
-            rows, self.used = leading_rows(self.factor[: self.used], self.handed), 0
-            self._append(rows)
-
-    def _append(self, rows: Tensor) -> None:
-        self.factor[self.used : self.used + len(rows)] = rows
-        self.used += len(rows)
+        if len(self.factor) > 3 * self.most:  # one decomposition for several classes
+            self.factor = leading_rows(self.factor, self.most).to(self.factor)
 
     def moments(self) -> Moments:
         """The pooled scatter. DataError: no class has two images."""
         if not self.freedom:
             raise DataError("no class has two images, so the variation within a class is unknown: add images")
-        found = orthonormal(leading_rows(self.factor[: self.used], self.rank))
+        found = orthonormal(leading_rows(self.factor, self.most))
         return Moments(self.freedom, self.means / self.classes, *found, self.squares)
 
 
@@ -245,7 +193,7 @@ def pooled_covariance(
     are at most `rank` modes, and one for every `IMAGES_PER_MODE` images: the weakest directions of a few images are
     noise, and `flows.linear.Whiten` would blow up other images by dividing by their spread.
     """
-    pool = _Pool(dim, rank)
+    pool = _Pool(dim)
     for y, name in enumerate(names):
         Moments.of(rows_of_class(y), name, rank, pool)
     found, most = pool.moments(), min(rank, max(1, pool.freedom // IMAGES_PER_MODE))

@@ -14,7 +14,8 @@ modes (the main directions in which its images differ: PCA per class) of
   the pixels, by default;
   the latents of an autoencoder, for photographs: --autoencoder taef2;
   the latents of a trained flow: --flow MODEL. Images are converted to the model's size and channels.
-Variances are shrunk towards the pooled variances, so a class may have one or two images. This takes seconds to minutes.
+Each class borrows from all classes, and in TAEF2's latents from public photographs, so it may have one or two
+images. This takes seconds to minutes.
 glem train --init MODEL is slower and trains the flow too.
 
 Prints a JSON summary. images_per_class and modes_per_class hold the smallest and the largest count over the classes. A
@@ -57,11 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits = "values of black and white (default: 0 255 of 8 bits, 0 65535 of 16, 0 1 of floats)"
     parser.add_argument("--value-range", nargs=2, type=float, metavar=("LOW", "HIGH"), help=limits)
     common.add_out(parser, "folder for the model")
-    common.add_count(parser, "--rank", f"modes per class, or per part; {EXCLUDED}", 64)
-    parts = "Gaussians per class, one per group of similar images (default: 1; with --epsilon as many as noise allows)"
+    common.add_count(parser, "--rank", f"modes per class; {EXCLUDED}", 64)
+    parts = "of a private model: Gaussians per class (default: as many as the noise allows)"
     common.add_count(parser, "--parts", parts)
-    pooled = f"one class for all images, with modes from all classes: for moves of any image; {EXCLUDED}"
-    parser.add_argument("--pooled", action="store_true", help=pooled)
     common.add_count(parser, "--max-per-class", f"images of a class at most; {EXCLUDED} (default: all)")
     common.add_device(parser)
     group = parser.add_argument_group("differential privacy")
@@ -92,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     if found & {CONFIG, WEIGHTS} or (found and args.epsilon is not None):  # no promise covers other files
         raise FileExistsError(f"{args.out} holds {min(found & {CONFIG, WEIGHTS} or found)}: give a new folder")
     names = (
-        "split", "image_size", "channels", "value_range", "autoencoder", "flow", "rank", "parts", "pooled",
+        "split", "image_size", "channels", "value_range", "autoencoder", "flow", "rank", "parts",
         "max_per_class",
     )  # fmt: skip
     given = {name: getattr(args, name) for name in names}

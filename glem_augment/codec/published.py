@@ -67,6 +67,12 @@ def coordinates_file(name: str) -> Path | None:
     return path if path.is_file() else None
 
 
+def prior_file(name: str) -> Path | None:
+    """What public photographs tell of a bundled autoencoder's latents (`flows.public`); None for any other."""
+    path = _BUNDLED / name / "prior.safetensors"
+    return path if path.is_file() else None
+
+
 def _config(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}

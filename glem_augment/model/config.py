@@ -10,6 +10,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import PurePath
 from typing import Any
 
+from glem_augment.classes.covariances import ClassCovariances
+from glem_augment.classes.fit import NU0, NU1, NU1_IMAGES, directions_of_class
 from glem_augment.classes.privacy import promised
 from glem_augment.classes.statistics import can_be_whole
 from glem_augment.codec.pixel_range import UINT8, PixelRange
@@ -22,6 +24,7 @@ FORMAT_VERSION = 1
 # Far above any real use. The limits keep a hostile config from demanding absurd amounts of memory.
 MAX_CLASSES, MAX_MODES, LARGEST_SIDE = 200_000, 4096, 2**14
 MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 8 * 2**20, 600_000  # the names of 200,000 classes fit
+PUBLIC, OWN = "public", "own"  # targets of covariances
 LOWEST_VARIANCE, HIGHEST_VARIANCE = 1e-30, 1e6  # float32 holds such numbers and their inverses
 
 
@@ -40,6 +43,7 @@ class GLEMConfig:
         posterior_temperature: T >= 1 of the posterior, softmax of log p(x|y) / T; left out of the file where it is 1.
         modes_parts: parts of each class; every part has modes, or all parts of a class have the same (`modes_tied`).
         covariance: "diagonal" (the class densities are the Gaussians'), or "full" (`ClassModes.log_prob`).
+        covariances: of classes that `classes.fit` estimated, `covariance_facts`; None for any other.
         autoencoder: for a flow in an autoencoder's latents, `name`, `sha256` (see `open_autoencoder`; "custom" and ""
             for a module of the user's) and the `image_shape` [3, H, W]; None for a flow of pixels.
         privacy: for a model of private images, `classes.privacy.describe`; None for any other.
@@ -60,6 +64,7 @@ class GLEMConfig:
     modes_parts: int = 1
     modes_tied: bool = False
     covariance: str = "diagonal"
+    covariances: dict[str, Any] | None = None
     autoencoder: dict[str, Any] | None = None
     privacy: dict[str, Any] | None = None
     pixel_range: PixelRange = UINT8
@@ -88,6 +93,7 @@ class GLEMConfig:
             ("modes_parts", is_whole(self.modes_parts, 1, MAX_PARTS), f"from 1 to {MAX_PARTS}"),
             ("modes_tied", type(self.modes_tied) is bool, "true or false"),
             ("covariance", self.covariance in ("diagonal", "full"), "'diagonal' or 'full'"),
+            ("covariances", self.covariances is None or self._are_covariances(), "null, or as `glem fit` writes them"),
             ("autoencoder", found is None or _is_autoencoder(found), "null, or have name, sha256 and image_shape"),
             ("pixel_range", found is None or bits == 8, "uint8 with an autoencoder"),
             ("privacy", isinstance((self.privacy or {"sha256": ""}).get("sha256"), str), "null or a promise"),
@@ -100,6 +106,12 @@ class GLEMConfig:
         if psi is not None:
             self.psi = float(psi[0]), float(psi[1]), float(psi[2])
         self.posterior_temperature = float(t)
+
+    def _are_covariances(self) -> bool:
+        value: Any = self.covariances
+        good = isinstance(value, dict) and set(value) == {"target", "nu0", "nu1", "shared_rank", "rank"}
+        good = good and value["target"] in (PUBLIC, OWN) and is_whole(value["shared_rank"], 0, self.dim)
+        return good and is_whole(value["rank"], 0, directions_of_class(len(self.class_ids), self.dim))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -149,6 +161,21 @@ class GLEMConfig:
         if unknown or missing:
             raise ModelFileError(f"it has unknown fields {_short(unknown[:5])} and lacks {missing}")
         return cls(**values)
+
+
+def covariance_facts(covariances: ClassCovariances) -> dict[str, Any]:
+    """What config.json says of estimated covariances: the target T, the strengths, and the numbers of directions.
+
+    nu1 is the first number plus the second times the images of the class.
+    """
+    dim, coordinates = covariances.dim, covariances.coordinates
+    return {
+        "target": OWN if coordinates.public is None else PUBLIC,
+        "nu0": NU0 * dim,
+        "nu1": [NU1 * dim, NU1_IMAGES],
+        "shared_rank": coordinates.rank,
+        "rank": covariances.rank,
+    }
 
 
 def licence_id(value: object) -> str | None:

@@ -216,6 +216,9 @@ def _limits(config: GLEMConfig) -> dict[str, Limits]:
     limits = dict.fromkeys(("modes.scales", "modes.rest", "modes.shared_scales"), (0.0, math.inf))
     limits["modes.counts"] = 0.0, 2.0**40
     limits["autoencoder.std"] = SCALES
+    coordinates = "covariances.coordinates.whiten"
+    for name in ("covariances.variances", "covariances.rest", f"{coordinates}.scale", f"{coordinates}.gain"):
+        limits[name] = SCALES
     if config.psi is None:
         limits["gaussians.s"] = LOWEST_VARIANCE, math.inf
     if config.flow["coupling"] == "stationary":

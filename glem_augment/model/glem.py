@@ -17,7 +17,8 @@ from torch import nn
 
 from glem_augment.checks import check_whole
 from glem_augment.classes.classes import Classes
-from glem_augment.classes.fit import fit_classes, fit_modes
+from glem_augment.classes.covariances import ClassCovariances, SharedCoordinates, to_public
+from glem_augment.classes.fit import directions_of_class, fit_classes, fit_modes
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import ClassModes
 from glem_augment.classes.privacy import Privacy
@@ -26,12 +27,14 @@ from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
 from glem_augment.codec.codec import Codec
 from glem_augment.codec.levels import Levels, Values
 from glem_augment.codec.pixel_range import UINT8, PixelRange
+from glem_augment.codec.published import prior_file
 from glem_augment.distributed import progress_bar
 from glem_augment.errors import ModelFileError
 from glem_augment.flows import Flow, build_flow, check_flow, resolve_preset
+from glem_augment.flows.public import PublicFlow
 from glem_augment.images.dataset import ImageData, LabelledImages, Limits, as_image_data, images_for, open_data
 from glem_augment.images.matching import ONE_CLASS, ClassMap
-from glem_augment.model.config import GLEMConfig
+from glem_augment.model.config import PUBLIC, GLEMConfig, covariance_facts
 from glem_augment.model.files import (
     CUSTOM,
     WEIGHTS,
@@ -50,11 +53,6 @@ from glem_augment.model.private_fit import check_arguments, fit_private
 from glem_augment.names import DEFAULT_MODES, MAX_PARTS, Preset
 
 STANDARDISED_BY = 64  # images that standardise an autoencoder's latents, each at many positions
-# Least images per dimension of full covariances. At 4 plain variances do as well (benchmarks/results/covariances.md).
-_IMAGES_PER_DIMENSION = 8
-# The least variance of images that are not 8-bit, as a share of their mean variance. The noise of 8-bit levels gives
-# constant pixels about as much; floats and 16-bit levels would give them none.
-_LEAST_VARIANCE = 1e-5
 
 
 class GLEM(LatentModel):
@@ -97,7 +95,11 @@ class GLEM(LatentModel):
                 modes = ClassModes(
                     self.num_classes, config.modes_rank, self.dim, config.modes_parts, shared, config.modes_tied
                 )
-            latent_classes = Classes(gaussians, modes, full, config.posterior_temperature)
+            covariances = None
+            if found := config.covariances:
+                coordinates = SharedCoordinates(config.flow_shape, found["shared_rank"], found["target"] == PUBLIC)
+                covariances = ClassCovariances(self.num_classes, found["rank"], coordinates)
+            latent_classes = Classes(gaussians, modes, full, config.posterior_temperature, covariances)
         dtype = next((p.dtype for p in self.flow.parameters()), torch.float32)
         self.latent_classes = latent_classes.to(dtype)
         if codec is None and config.autoencoder is not None:
@@ -264,6 +266,7 @@ class GLEM(LatentModel):
             "modes_parts": 1 if modes is None else modes.parts,
             "modes_tied": modes is not None and modes.tied,
             "covariance": "full" if classes.full else "diagonal",
+            "covariances": None if classes.covariances is None else covariance_facts(classes.covariances),
             "posterior_temperature": classes.temperature,
         }
 
@@ -303,7 +306,6 @@ class GLEM(LatentModel):
         split: str = "train",
         rank: int = 64,
         parts: int | None = None,
-        pooled: bool = False,
         max_per_class: int | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
@@ -329,17 +331,14 @@ class GLEM(LatentModel):
             split: split to open, for data given by name.
             rank: k modes per class, fewer if no class has so many (n images have n - 1); the variation outside them
                 is kept as a variance per dimension.
-            parts: number of groups of similar latents per class, each with its modes; for classes with hundreds of
-                images or more. None: 1, or with privacy as many as the noise allows.
-            pooled: make one class, "image", which varies as the images of a class do: for moves of images of any class.
-                With a thousand classes it takes a thousandth of the memory.
+            parts: of a private model: Gaussians of each class; None: as many as the noise allows.
             max_per_class: use only the first images of every class, at most this many; at least 2.
             seed: of the dequantisation noise.
             device: where the model computes.
 
-        Every class gets the mean of its latents, shrunk variances, and principal modes (`classes.fit`). A model without
-        a flow of pixels gets full covariances if there are at least eight images per dimension. The posterior's
-        temperature is fitted to latents that are left out.
+        Every class gets a mean, a covariance, and the leading directions of this covariance (`classes.fit`). What one
+        class lacks in images comes from all classes, and what these lack from public photographs in the latents of
+        "taef2". `config.covariances` says how. The posterior's temperature is fitted to latents that are left out.
 
         Returns:
             A new GLEM in eval mode. `config.training["adapted_from"]` names the model of the flow.
@@ -349,16 +348,16 @@ class GLEM(LatentModel):
                 codec that says it is exact and is not. DataError: images of another shape, a class without images, no
                 class with two, latents off any scale. TypeError: arguments that make no sense.
         """
-        if pooled and parts is not None:
-            raise ValueError("one class in place of all has no parts: leave out pooled or parts")
         if flow is not None and autoencoder is not None:
             raise ValueError("give an autoencoder or a flow, not both: a flow has its codec already")
         rank, seed = check_whole("rank", rank, 1), check_whole("seed", seed, 0)
         parts = None if parts is None else check_whole("parts", parts, 1, MAX_PARTS)
+        if parts is not None and privacy is None:
+            raise ValueError("parts are for private models: leave them out")
         # The variation of a class needs two images.
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
         if privacy is not None:
-            stated = dict(flow=flow, max_per_class=max_per_class, pooled=pooled, rank=rank, seed=seed)
+            stated = dict(flow=flow, max_per_class=max_per_class, rank=rank, seed=seed)
             check_arguments(privacy, autoencoder, public, **stated)
         elif public is not None:
             raise ValueError("public is for private models: give privacy, too")
@@ -389,11 +388,8 @@ class GLEM(LatentModel):
         if not base.codec.ready:
             base.codec.fit(images.some(STANDARDISED_BY))
             latent_shape(base.codec, shape)  # what it says of itself can be tried now
-        parts = parts or 1
-        statistics = base._statistics(images, rank, parts, max_per_class, seed)
-        if pooled:
-            statistics = statistics.as_one_class()
-        found = base._fit_classes(statistics, rank)
+        public = base._public_coordinates()
+        found = base._fit_classes(base._statistics(images, rank, public, max_per_class, seed), rank, public)
         assert found.modes is not None
         totals = np.bincount(images.targets, minlength=len(images.classes)).tolist()
         counts = [min(total, max_per_class or total) for total in totals]
@@ -401,15 +397,13 @@ class GLEM(LatentModel):
             base.config,
             privacy=None,  # a private model's promise says nothing about these images
             covariance="diagonal",  # until the facts of the new classes are known
-            class_ids=[ONE_CLASS] if pooled else list(named.class_ids),
-            class_names=[ONE_CLASS] if pooled else list(named.classes),
+            class_ids=list(named.class_ids),
+            class_names=list(named.classes),
             training={
                 "data": images.name,
                 "images": sum(counts),
                 "images_per_class": [min(counts), max(counts)],
-                "adapt": dict(
-                    rank=found.modes.rank, parts=parts, pooled=pooled, max_per_class=max_per_class, seed=seed
-                ),
+                "adapt": dict(rank=found.modes.rank, max_per_class=max_per_class, seed=seed),
                 "adapted_from": dict(
                     weights_sha256=weights_sha256(base), origin=base.origin, training=base.config.training
                 ),
@@ -434,14 +428,14 @@ class GLEM(LatentModel):
     ) -> ClassModes:
         """Estimate each class's mean and principal modes from the latents of `data` (RFCM); saved with the model.
 
-        Gaussians that were learned with the flow stay. Gaussians that `fit` took from images are fitted again. With
-        full covariances, another rank or other images then move the densities, by tens of nats per image or more.
+        Gaussians that were learned with the flow stay, and the modes are those of each class alone, as in the paper.
+        Classes that `fit` took from images are fitted again.
 
         Args:
             data: an `ImageData` of the model's shape, or anything else that `open_data` takes, which is then resized.
                 Labels of data that name no classes are the model's indices.
             rank, max_per_class, seed: see `fit`.
-            class_map: how the data's classes map to the model's, see `match_classes`; not for a pooled model.
+            class_map: how the data's classes map to the model's, see `match_classes`.
 
         All ranks call this together. Each encodes its share of the images, and all get the modes.
 
@@ -453,22 +447,14 @@ class GLEM(LatentModel):
         rank, seed = check_whole("rank", rank, 1), check_whole("seed", seed, 0)
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
         made = self.config.training.get("adapt")
-        pooled = isinstance(made, dict) and made.get("pooled")  # of all classes of the data, whichever they are
-        if pooled and class_map is not None:
-            raise ValueError("a pooled model takes the classes of the data as they are: leave out class_map")
-        if pooled:
-            images = as_image_data(data, self.image_shape, pixel_range=self.pixel_range)
-        else:
-            images = images_for(self, data, class_map)
-        parts = self.modes.parts if made and self.modes else 1
-        statistics = self._statistics(images, rank, parts, max_per_class, seed)
-        if pooled:
-            statistics = statistics.as_one_class()
+        images = images_for(self, data, class_map)
         if isinstance(made, dict):  # the Gaussians come from images, too
-            found = self._fit_classes(statistics, rank)
+            public = self._public_coordinates()
+            found = self._fit_classes(self._statistics(images, rank, public, max_per_class, seed), rank, public)
             made = {**made, "rank": found.modes and found.modes.rank, "max_per_class": max_per_class, "seed": seed}
             self.config.training = {**self.config.training, "adapt": made}
         else:
+            statistics = self._statistics(images, rank, None, max_per_class, seed)
             found = Classes(self.gaussians, fit_modes(statistics, rank), False, self.latent_classes.temperature)
         self.latent_classes = found.to(self.device, self.dtype)
         self.config = replace(self.config, **self._facts())
@@ -476,22 +462,27 @@ class GLEM(LatentModel):
         return self.modes
 
     def _statistics(
-        self, images: ImageData, rank: int, parts: int, max_per_class: int | None, seed: int
+        self, images: ImageData, rank: int, public: PublicFlow | None, max_per_class: int | None, seed: int
     ) -> ClassStatistics:
-        """Counts, means and scatter of the latents of each class of the images."""
+        """Counts, means and scatter of the latents of each class of the images, in public coordinates if there are."""
         rows = images.rows_of_classes(max_per_class)
         total = sum(len(each) for each in rows)
+        rank = max(rank, directions_of_class(len(rows), self.dim))
         with progress_bar("fit", total=total) as bar:
             latents = self.latents_of_classes(images, rows, seed, bar.update)
-            return class_statistics(latents, images.classes, self.dim, rank, parts)
+            return class_statistics(lambda y: to_public(latents(y), public), images.classes, self.dim, rank)
 
-    def _fit_classes(self, statistics: ClassStatistics, rank: int) -> Classes:
-        # A flow of pixels leaves the dimensions of a class nearly independent. Pixels and latents of an autoencoder are
-        # not, and a flow of these latents gains accuracy and likelihood by full covariances, too.
-        dependent = self.config.flow["coupling"] == "identity" or not self.codec.levels
-        eight, images = self.pixel_range.bits == 8, int(statistics.counts().sum())
-        full = eight and dependent and statistics.whole and images >= _IMAGES_PER_DIMENSION * self.dim
-        return fit_classes(statistics, rank, self.config.psi, full, 0.0 if eight else _LEAST_VARIANCE)
+    def _fit_classes(self, statistics: ClassStatistics, rank: int, public: PublicFlow | None) -> Classes:
+        return fit_classes(statistics, self.config.flow_shape, rank, public, self.config.psi)
+
+    def _public_coordinates(self) -> PublicFlow | None:
+        """Coordinates in which public photographs are uncorrelated; None for pixels and behind a trained flow."""
+        named = self.config.autoencoder
+        path = None if named is None else prior_file(named["name"])
+        if path is None or self.autoencoder is None or self.config.flow["coupling"] != "identity":
+            return None
+        std = self.autoencoder.std.flatten()
+        return PublicFlow.from_file(path, self.config.flow_shape, self.image_shape[0] == 1, std).to(std.dtype)
 
     @classmethod
     def _fit_private(

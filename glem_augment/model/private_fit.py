@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 BATCH = 16  # images per pass; every pass has so many, so that no image's latent depends on the number of images
 _PUBLIC_IMAGES = 2000
-_DEFAULTS = {"flow": None, "max_per_class": None, "pooled": False, "rank": 64, "seed": 0}
+_DEFAULTS = {"flow": None, "max_per_class": None, "rank": 64, "seed": 0}
 _STATED = {
     "image_size": "image_size= (--image-size)",
     "channels": "channels= (--channels)",

@@ -1,0 +1,158 @@
+"""Covariances of classes: one that all share, and what each class adds to it.
+
+In the coordinates u = G z, a fixed linear map, the covariance W that all classes share is the identity. Class y has
+
+    z  ~  N(m_y, W_y),        G W_y G^T  =  r_y (I - E_y^T E_y) + E_y^T diag(v_y) E_y,
+
+with orthonormal rows E_y [k, d]. Densities and samples cost O(r d) for all classes, with r directions in G, and O(k d)
+for each class. No d x d matrix is made. `classes.fit` estimates the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from glem_augment.classes.gaussians import ClassSampler
+from glem_augment.flows.linear import Whiten
+from glem_augment.flows.public import PublicFlow
+from glem_augment.precision import full_precision
+
+_ROUNDS, _MORE = 6, 16  # of subspace iteration, and the directions that it adds to the wanted ones
+_ROWS = 256  # unit vectors at a time
+
+
+class SharedCoordinates(nn.Module):
+    """G, z [B, d] <-> u [B, d]: public coordinates, if there are any, then a `Whiten` without an offset.
+
+    Args:
+        shape: (C, H, W) of the numbers.
+        rank: r, directions of the whitening.
+        public: whether there are public coordinates.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], rank: int, public: bool) -> None:
+        super().__init__()
+        self.shape, self.rank = shape, rank
+        self.public = PublicFlow(shape) if public else None
+        self.whiten = Whiten(math.prod(shape), rank)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.whiten(to_public(z, self.public))
+
+    def inverse(self, u: Tensor) -> Tensor:
+        return from_public(self.whiten.inverse(u), self.public)
+
+    def logdet(self) -> Tensor:
+        """log|det G| in nats, float64."""
+        found = self.whiten.logdet().double()
+        return found if self.public is None else found + self.public.logdet()
+
+
+def to_public(z: Tensor, public: PublicFlow | None) -> Tensor:
+    """Latents z [B, d] in public coordinates; z itself where there are none."""
+    return z if public is None else public(z.unflatten(1, public.image_shape))[0]
+
+
+def from_public(v: Tensor, public: PublicFlow | None) -> Tensor:
+    """Undoes `to_public`."""
+    return v if public is None else public.inverse(v)[0].flatten(1)
+
+
+class ClassCovariances(ClassSampler):
+    """Means and covariances of K classes, see above.
+
+    Buffers:
+        mean: [K, d], of z.
+        directions: [K, k, d], E; zero rows where a class has fewer.
+        variances: [K, k], v along E; r where a class has fewer.
+        rest: [K], r.
+    """
+
+    mean: Tensor
+    directions: Tensor
+    variances: Tensor
+    rest: Tensor
+
+    def __init__(self, num_classes: int, rank: int, coordinates: SharedCoordinates) -> None:
+        super().__init__()
+        self.coordinates, self.rank = coordinates, rank
+        self.dim = self.noise_size = math.prod(coordinates.shape)
+        self.register_buffer("mean", torch.zeros(num_classes, self.dim))
+        self.register_buffer("directions", torch.zeros(num_classes, rank, self.dim))
+        self.register_buffer("variances", torch.ones(num_classes, rank))
+        self.register_buffer("rest", torch.ones(num_classes))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log N(z; m_y, W_y) of latents z [B, d] under every class, [B, K] nats."""
+        with full_precision(z.device.type):
+            centre = self.mean.mean(0)  # near zero, differences keep more digits
+            u, means = self.coordinates(z - centre), self.coordinates(self.mean - centre)
+            far = []
+            for m, directions, v, rest in zip(means, self.directions, self.variances, self.rest, strict=True):
+                away = u - m
+                along = (away @ directions.T).square()
+                far.append(away.square().sum(1) / rest + along @ (1 / v - 1 / rest))
+        logdet = self.variances.log().sum(1) + (self.dim - self.rank) * self.rest.log()
+        constant = self.dim * math.log(2 * math.pi) - 2 * self.coordinates.logdet()
+        return -0.5 * (torch.stack(far, 1) + (logdet.double() + constant).to(u))
+
+    def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+        """m_y + temperature * W_y^(1/2) noise [B, d], of the classes y, int64 [B], from noise [B, d].
+
+        A sample depends on no other sample, to the last bit, where the host knows y.
+        """
+        if not len(noise):
+            return noise
+        if y.device.type == "cpu":
+            rows = zip(y.split(1), noise.split(1), strict=True)
+            moves = torch.cat([self.coordinates.inverse(self._scaled(e, c, 0.5)) for c, e in rows])
+        else:
+            moves = self.coordinates.inverse(self._scaled(noise, y, 0.5))
+        return self.mean[y] + temperature * moves
+
+    def _scaled(self, u: Tensor, y: Tensor, power: float) -> Tensor:
+        """(G W_y G^T)^power u [B, d], of the classes y [B]."""
+        directions, rest = self.directions[y], self.rest[y, None] ** power
+        along = torch.einsum("nd,nkd->nk", u, directions) * (self.variances[y] ** power - rest)
+        return rest * u + torch.einsum("nk,nkd->nd", along, directions)
+
+    @torch.no_grad()
+    def leading(self, y: int, rank: int) -> tuple[Tensor, Tensor]:
+        """The leading directions of W_y [rank, d], orthonormal, and the standard deviations [rank] along them.
+
+        By subspace iteration (Halko, Martinsson & Tropp 2011), and exact where there are about d directions.
+        """
+        rows = min(rank + _MORE, self.dim)
+        generator = torch.Generator().manual_seed(0)  # a fit is repeatable
+        found = torch.randn(rows, self.dim, generator=generator).to(self.mean)
+        for _ in range(_ROUNDS):
+            found = torch.linalg.qr(self._covariance_times(found, y).T).Q.T
+        values, vectors = torch.linalg.eigh((self._covariance_times(found, y) @ found.T).double())
+        directions = (vectors.flip(1).T[:rank].to(found)) @ found
+        positive = directions.amax(1, keepdim=True) >= -directions.amin(1, keepdim=True)
+        return directions * torch.where(positive, 1, -1), values.flip(0)[:rank].clamp_min(0).sqrt().to(found)
+
+    def _covariance_times(self, z: Tensor, y: int) -> Tensor:
+        """W_y z for rows z [m, d]. G is linear, so its transpose is its gradient."""
+        u = torch.zeros_like(z)
+        with torch.enable_grad():
+            (u,) = torch.autograd.grad(self.coordinates.inverse(u.requires_grad_()), u, z)
+        rest, directions = self.rest[y], self.directions[y]
+        scaled = rest * u + (u @ directions.T * (self.variances[y] - rest)) @ directions
+        return self.coordinates.inverse(scaled)
+
+    @torch.no_grad()
+    def diagonals(self) -> Tensor:
+        """The variances of every class in every dimension, the diagonals of W_y: [K, d]."""
+        shared = torch.zeros_like(self.mean[0])
+        for start in range(0, self.dim, _ROWS):
+            unit = torch.eye(min(_ROWS, self.dim - start), self.dim - start).to(shared)
+            unit = torch.nn.functional.pad(unit, (start, 0))
+            shared += self.coordinates.inverse(unit).square().sum(0)
+        found = self.rest[:, None] * shared
+        for k, (directions, v, rest) in enumerate(zip(self.directions, self.variances, self.rest, strict=True)):
+            found[k] += (v - rest) @ self.coordinates.inverse(directions).square()
+        return found
