@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # type checkers do not follow `__getattr__`
     from glem_augment.augment.policies import *  # noqa: F403
     from glem_augment.augment.transform import *  # noqa: F403
-    from glem_augment.classes.privacy import *  # noqa: F403
+    from glem_augment.privacy.mechanism import *  # noqa: F403
     from glem_augment.errors import *  # noqa: F403
     from glem_augment.images.dataset import *  # noqa: F403
     from glem_augment.model.glem import *  # noqa: F403
@@ -29,7 +29,7 @@ _MODULES = {
     "Mixup": "augment.policies",
     "Adversarial": "augment.policies",
     "Policy": "augment.policies",
-    "Privacy": "classes.privacy",
+    "Privacy": "privacy.mechanism",
     "SyntheticDataset": "synthetic.dataset",
     "RealAndSynthetic": "synthetic.combined",
     "open_data": "images.dataset",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from glem_augment.classes import privacy
+from glem_augment.privacy import mechanism
 from glem_augment.images.dataset import ImageData, open_data
 
 # Small tensors gain nothing from a second thread, and beside other busy processes two threads wait for each other. The
@@ -31,7 +31,7 @@ def _seeds() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def _noise_with_a_seed() -> None:
     """The noise of private fits follows `random.seed`, or a test would fail once in a hundred runs."""
-    privacy.os = SimpleNamespace(urandom=random.randbytes)  # type: ignore[assignment]
+    mechanism.os = SimpleNamespace(urandom=random.randbytes)  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ ROOMS = (
     "synthetic",
     "augment",
     "model",
+    "privacy",
     "classes",
     "images",
     "codec",

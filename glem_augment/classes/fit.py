@@ -73,18 +73,7 @@ def fit_classes(
     Raises:
         DataError: latents without variance, or with variances above 1e5.
     """
-    covariances = estimate(statistics, shape, public)
-    classes, rank = len(statistics.classes), min(rank, statistics.dim)
-    modes = ClassModes(classes, rank, statistics.dim)
-    modes.mean.copy_(covariances.mean)
-    modes.counts.copy_(statistics.counts())
-    for y in range(classes):
-        modes.directions[y], modes.scales[y] = covariances.leading(y, rank)
-    variance = covariances.diagonals()
-    gaussians = ClassGaussians(classes, statistics.dim, psi=psi_that_holds(variance, psi))
-    gaussians.mu.copy_(covariances.mean)
-    gaussians.set_variance(variance, inner=(0.0, 1.0))
-    found = Classes(gaussians, modes, covariances=covariances)
+    found = classes_of(estimate(statistics, shape, public), statistics.counts(), rank, psi)
     if statistics.others is not None:
         held = from_public(statistics.held, public)
         y = torch.repeat_interleave(torch.tensor(statistics.held_counts))
@@ -93,10 +82,32 @@ def fit_classes(
 
 
 @torch.no_grad()
+def classes_of(covariances: ClassCovariances, counts: Tensor, rank: int, psi: Psi = None) -> Classes:
+    """Classes with these covariances, and with the Gaussians and modes that follow; `counts` are the images [K]."""
+    classes, dim = covariances.mean.shape
+    modes = ClassModes(classes, min(rank, dim), dim)
+    modes.mean.copy_(covariances.mean)
+    modes.counts.copy_(counts)
+    for y in range(classes):
+        modes.directions[y], modes.scales[y] = covariances.leading(y, modes.rank)
+    variance = covariances.diagonals()
+    gaussians = ClassGaussians(classes, dim, psi=psi_that_holds(variance, psi))
+    gaussians.mu.copy_(covariances.mean)
+    gaussians.set_variance(variance, inner=(0.0, 1.0))
+    return Classes(gaussians, modes, covariances=covariances)
+
+
+@torch.no_grad()
 def estimate(
-    statistics: ClassStatistics, shape: tuple[int, int, int], public: PublicFlow | None = None
+    statistics: ClassStatistics,
+    shape: tuple[int, int, int],
+    public: PublicFlow | None = None,
+    means: Tensor | None = None,
 ) -> ClassCovariances:
-    """The means and covariances above; arguments and errors as for `fit_classes`."""
+    """The means and covariances above; arguments and errors as for `fit_classes`.
+
+    `means` [K, d] are used in place of shrunk means of the statistics. A class of one image gets the covariance W.
+    """
     pooled, dim, count = statistics.pooled, statistics.dim, statistics.pooled.count
     variance = pooled.squares / count
     mean_variance = float(variance.mean())
@@ -127,9 +138,10 @@ def estimate(
 
     classes = len(statistics.classes)
     found = ClassCovariances(classes, directions_of_class(classes, dim), coordinates)
-    means = torch.stack([each.mean for each in statistics.classes])
-    between = means.new_zeros(dim) if public is None else public.between.double()
-    means = shrunk_means(means / root, statistics.counts(), between) * root
+    if means is None:
+        means = torch.stack([each.mean for each in statistics.classes])
+        between = means.new_zeros(dim) if public is None else public.between.double()
+        means = shrunk_means(means / root, 1 / statistics.counts().double()[:, None], between) * root
     found.mean.copy_(from_public(means.float(), public))
     for y, each in enumerate(statistics.classes):
         _add_class(found, y, each)
@@ -154,19 +166,31 @@ def _add_class(found: ClassCovariances, y: int, each: Moments) -> None:
     found.directions[y, : len(lengths)] = directions.float()
 
 
-def shrunk_means(means: Tensor, counts: Tensor, between: Tensor) -> Tensor:
-    """Class means [K, d] shrunk towards their mean, in coordinates of unit variance within classes.
+def shrunk_means(
+    means: Tensor, noise: Tensor, between: Tensor, middle: Tensor | None = None, trust: Tensor | None = None
+) -> Tensor:
+    """Means [K, d] shrunk towards `middle` [d], in coordinates of unit variance within classes.
 
     Args:
-        counts: images of each class, [K].
+        noise: variances of the means' errors, [K, d] or [K, 1]; of plain means, 1 over the images of the class.
         between: the public variances of class means, [d]; zeros for none.
+        middle: by default the mean of the means.
+        trust: weights [K, d] of the squares that show how much the means vary; by default equal.
     """
-    if len(means) == 1:
-        return means
-    middle, noise = means.mean(0), 1 / counts.double()
-    varied = (means - middle).square().sum() / ((len(means) - 1) * means.shape[1])
-    prior = between + (varied - noise.mean() - between.mean()).clamp_min(0)
-    return middle + (means - middle) * prior / (prior + noise[:, None])
+    freedom = 1.0
+    if middle is None:
+        if len(means) == 1:
+            return means
+        middle, freedom = means.mean(0), len(means) / (len(means) - 1)
+    prior = between_and_more((means - middle).square() * freedom, noise, between, trust)
+    return middle + (means - middle) * prior / (prior + noise)
+
+
+def between_and_more(squares: Tensor, noise: Tensor, between: Tensor, trust: Tensor | None = None) -> Tensor:
+    """f [d], `between` plus one number, from squared differences [K, d] whose noise has the variances `noise`."""
+    more = squares - noise - between
+    more = more.mean() if trust is None else (more * trust).sum() / trust.sum()
+    return between + more.clamp_min(0)
 
 
 # ---- the paper's RFCM ------------------------------------------------------------------------------------------------

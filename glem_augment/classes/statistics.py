@@ -39,7 +39,7 @@ class Moments:
     diagonal of S.
     """
 
-    count: int
+    count: float
     mean: Tensor
     directions: Tensor
     values: Tensor

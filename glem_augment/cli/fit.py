@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
 
 def private_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `GLEM.fit` for a private model."""
-    from glem_augment.classes.privacy import Privacy
+    from glem_augment.privacy import Privacy
 
     names = ("delta", "images_per_person", "images")
     stated = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -133,7 +133,7 @@ def private_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def tell(privacy: dict[str, Any]) -> None:
     """Print what a recipient can expect, on stderr; from released numbers alone."""
-    from glem_augment.classes.privacy import promise
+    from glem_augment.privacy.record import promise
 
     expect = privacy["expect"]
     common.note(f"glem: {promise(privacy)}")

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from glem_augment.classes.privacy import promise
+    from glem_augment.privacy.record import promise
     from glem_augment.images.sources import PROVENANCE
     from glem_augment.io import expand, finite
     from glem_augment.synthetic.export import read_provenance
@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
 
 def together(promises: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     """The promise of models of the same images together; None if one of them has none."""
-    from glem_augment.classes.privacy import promised, total
+    from glem_augment.privacy import total
+    from glem_augment.privacy.record import promised
 
     if None in promises:
         common.note("glem: there is no promise for all of them together, since a model without privacy is among them")

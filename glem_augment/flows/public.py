@@ -17,6 +17,7 @@ and a variance that grows with the number of cells. Frequencies beyond the measu
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from glem_augment.flows.flow import Flow
-from glem_augment.flows.stationary import cosines
 from glem_augment.precision import full_precision
 
 
@@ -49,9 +49,8 @@ class PublicFlow(Flow):
     def from_file(cls, path: Path, image_shape: tuple[int, int, int], grey: bool, std: Tensor) -> PublicFlow:
         """The coordinates of latents that a codec divided by `std` [C], for grey or colour images."""
         flow, (channels, height, width) = cls(image_shape), image_shape
-        stored, kind = load_file(path), "grey" if grey else "colour"
-        sizes = sorted(int(name.split(".")[1]) for name in stored if name.startswith(kind) and name.endswith("maps"))
-        side = min(sizes, key=lambda size: abs(math.log(max(height, width) / size)))
+        stored = load_file(path)
+        kind, side = nearest_side(stored, image_shape, grey)
         maps = stored[f"{kind}.{side}.maps"].double().unflatten(0, (side, side))
         between = stored[f"{kind}.{side}.between"].double().unflatten(0, (side, side))
         row, column = (torch.arange(n).clamp_max(side - 1) for n in (height, width))
@@ -81,3 +80,18 @@ class PublicFlow(Flow):
 
     def _cosines(self, like: Tensor, axis: int) -> Tensor:
         return cosines(self.image_shape[1 + axis]).to(like)
+
+
+def nearest_side(stored: Iterable[str], shape: tuple[int, int, int], grey: bool) -> tuple[str, int]:
+    """"grey" or "colour", and the side of the nearest measured grid, among the names in the file."""
+    kind = "grey" if grey else "colour"
+    sizes = sorted(int(name.split(".")[1]) for name in stored if name.startswith(kind) and name.endswith("maps"))
+    return kind, min(sizes, key=lambda size: abs(math.log(max(shape[1:]) / size)))
+
+
+def cosines(n: int) -> Tensor:
+    """The orthonormal cosine transform [n, n] float64 (DCT-II); row k is the k-th cosine."""
+    place = torch.arange(n, dtype=torch.float64)
+    found = torch.cos(math.pi * (place + 0.5) * place[:, None] / n) * math.sqrt(2 / n)
+    found[0] /= math.sqrt(2)
+    return found

@@ -10,8 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from glem_augment.classes.privacy import promise
-from glem_augment.model.config import data_names, licence_id
+from glem_augment.model.config import GLEMConfig, data_names, licence_id
 from glem_augment.model.files import stored
 from glem_augment.model.glem import GLEM
 
@@ -89,7 +88,7 @@ def model_card(model: GLEM, repo_id: str, license: str | None = None) -> ModelCa
         data=escape(row["images"]),
         picture=f"![Samples, one row for each class]({SAMPLES})",
         augment="" if model.modes is None else _AUGMENT,
-        privacy=_privacy(model.config.privacy),
+        privacy=_privacy(model.config),
         noise=noise if training.get("worse_than_independent_pixels") is True else "",
         table="\n".join(f"| {key} | {escape(value)} |" for key, value in {**row, "licence": license}.items()),
         classes=", ".join(map(escape, model.classes)),
@@ -98,12 +97,12 @@ def model_card(model: GLEM, repo_id: str, license: str | None = None) -> ModelCa
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
 
 
-def _privacy(facts: Mapping[str, Any] | None) -> str:
+def _privacy(config: GLEMConfig) -> str:
     """The section on a private model's promise; nothing for any other model."""
-    if facts is None:
+    if (facts := config.privacy) is None:
         return ""
     return (
-        f"## Privacy\n\n{escape(promise(dict(facts)))} The mechanism: {escape(facts.get('mechanism', 'none'))}. "
+        f"## Privacy\n\n{escape(config.promise)} The mechanism: {escape(facts.get('mechanism', 'none'))}. "
         "Other releases of the same images add up with this one. Reports of quality are not covered.\n\n"
     )
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from glem_augment.classes.covariances import ClassCovariances
 from glem_augment.classes.fit import NU0, NU1, NU1_IMAGES, directions_of_class
-from glem_augment.classes.privacy import promised
 from glem_augment.classes.statistics import can_be_whole
 from glem_augment.codec.pixel_range import UINT8, PixelRange
 from glem_augment.errors import GLEMError, ModelFileError
 from glem_augment.flows.build import check_spec, is_whole
 from glem_augment.images.sources import TIMM_PREFIXES
 from glem_augment.names import HIGHEST_TEMPERATURE, MAX_PARTS
+from glem_augment.privacy.record import promise, promised
 
 FORMAT_VERSION = 1
 # Far above any real use. The limits keep a hostile config from demanding absurd amounts of memory.
@@ -46,7 +46,7 @@ class GLEMConfig:
         covariances: of classes that `classes.fit` estimated, `covariance_facts`; None for any other.
         autoencoder: for a flow in an autoencoder's latents, `name`, `sha256` (see `open_autoencoder`; "custom" and ""
             for a module of the user's) and the `image_shape` [3, H, W]; None for a flow of pixels.
-        privacy: for a model of private images, `classes.privacy.describe`; None for any other.
+        privacy: for a model of private images, `privacy.record.describe`; None for any other.
         training: a free-form record of the data, the objective, the settings and the results.
         format_version: version of the file layout.
 
@@ -129,6 +129,11 @@ class GLEMConfig:
     def dim(self) -> int:
         """d, how many numbers the flow models."""
         return math.prod(self.flow_shape)
+
+    @property
+    def promise(self) -> str:
+        """The promise of a private model in one sentence; "" for any other."""
+        return "" if self.privacy is None else promise(self.privacy)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of `config.json`. Optional fields are left out where they have their default."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,6 @@ from glem_augment.classes.covariances import ClassCovariances, SharedCoordinates
 from glem_augment.classes.fit import directions_of_class, fit_classes, fit_modes
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import ClassModes
-from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.statistics import ClassStatistics, class_statistics
 from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
 from glem_augment.codec.codec import Codec
@@ -49,8 +49,11 @@ from glem_augment.model.files import (
     write_model,
 )
 from glem_augment.model.latent_model import LatentModel
-from glem_augment.model.private_fit import check_arguments, fit_private
-from glem_augment.names import DEFAULT_MODES, MAX_PARTS, Preset
+from glem_augment.names import DEFAULT_MODES, Preset
+from glem_augment.privacy.coordinates import ReleaseCoordinates
+from glem_augment.privacy.fit import private_classes
+from glem_augment.privacy.latents import check_arguments, check_images, latents_alone, public_codec
+from glem_augment.privacy.mechanism import Privacy
 
 STANDARDISED_BY = 64  # images that standardise an autoencoder's latents, each at many positions
 
@@ -298,14 +301,12 @@ class GLEM(LatentModel):
         flow: GLEM | str | os.PathLike[str] | None = None,
         *,
         privacy: Privacy | None = None,
-        public: LabelledImages = None,
         image_size: int | tuple[int, int] | None = None,
         channels: int | None = None,
         value_range: Limits | None = None,
         classes: Sequence[str] | None = None,
         split: str = "train",
         rank: int = 64,
-        parts: int | None = None,
         max_per_class: int | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
@@ -321,8 +322,7 @@ class GLEM(LatentModel):
             autoencoder: model its latents, for photographs; see `create`. None: the pixels, or the flow's latents.
             flow: a model, or its name: its codec and flow give the latents. Images are converted to its size.
             privacy: make the model differentially private, so that it and its samples can be shared; see
-                `classes.privacy` and docs/privacy.md. It has all modes, and noise without a seed.
-            public: public images like `data`, for a private model's coordinates. None: the autoencoder's coordinates.
+                `privacy.sums` and docs/privacy.md. It needs autoencoder="taef2", and has noise without a seed.
             image_size, channels: see `open_data`; by default read from the images. With privacy state them, here or
                 where `data` is opened: everybody will know them, and one image could change them.
             value_range: see `open_data`; int16 images, and floats outside [0, 1], need it.
@@ -331,7 +331,6 @@ class GLEM(LatentModel):
             split: split to open, for data given by name.
             rank: k modes per class, fewer if no class has so many (n images have n - 1); the variation outside them
                 is kept as a variance per dimension.
-            parts: of a private model: Gaussians of each class; None: as many as the noise allows.
             max_per_class: use only the first images of every class, at most this many; at least 2.
             seed: of the dequantisation noise.
             device: where the model computes.
@@ -351,16 +350,11 @@ class GLEM(LatentModel):
         if flow is not None and autoencoder is not None:
             raise ValueError("give an autoencoder or a flow, not both: a flow has its codec already")
         rank, seed = check_whole("rank", rank, 1), check_whole("seed", seed, 0)
-        parts = None if parts is None else check_whole("parts", parts, 1, MAX_PARTS)
-        if parts is not None and privacy is None:
-            raise ValueError("parts are for private models: leave them out")
         # The variation of a class needs two images.
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
         if privacy is not None:
             stated = dict(flow=flow, max_per_class=max_per_class, rank=rank, seed=seed)
-            check_arguments(privacy, autoencoder, public, **stated)
-        elif public is not None:
-            raise ValueError("public is for private models: give privacy, too")
+            prior = check_arguments(privacy, autoencoder, **stated)
         base = None if flow is None else copy.deepcopy(as_model(flow))
         opening = dict(image_size=image_size, channels=channels, value_range=value_range)
         given = [name for name, value in opening.items() if value is not None]
@@ -378,7 +372,8 @@ class GLEM(LatentModel):
         images = as_image_data(images, shape, classes, pixel_range, split=split)
         if privacy is not None:
             pixel_range.need_8_bits("a private model")
-            return cls._fit_private(images, autoencoder, privacy, parts, public, device)
+            assert isinstance(autoencoder, str)
+            return cls._fit_private(images, autoencoder, prior, privacy, device)
         named: GLEM | ImageData = images
         if base is None:
             base = cls.create("identity", shape, images.classes, autoencoder=autoencoder, pixel_range=pixel_range)
@@ -486,30 +481,29 @@ class GLEM(LatentModel):
 
     @classmethod
     def _fit_private(
-        cls,
-        images: ImageData,
-        autoencoder: str | nn.Module | None,
-        privacy: Privacy,
-        parts: int | None,
-        public: LabelledImages,
-        device: str | torch.device,
+        cls, images: ImageData, autoencoder: str, prior: Path, privacy: Privacy, device: str | torch.device
     ) -> GLEM:
         shape = images.image_shape
-        base = cls.create("stationary", shape, images.classes, images.class_ids, autoencoder=autoencoder)
+        check_images(images)
+        base = cls.create("identity", shape, images.classes, images.class_ids, autoencoder=autoencoder)
+        base.codec = public_codec(base.codec)
         base = base.eval().requires_grad_(False).to(device)
-        if public is not None:
-            public = as_image_data(public, shape, unlabelled=True)
-        found = fit_private(base, images, privacy, parts, public)
+        coordinates = ReleaseCoordinates(prior, base.config.flow_shape, shape[0] == 1)
+        u, y = latents_alone(lambda x: coordinates(base.encode(x)[0].cpu()), images)
+        found = private_classes(u, y, base.num_classes, coordinates, privacy)
+        if (total := float(found.counts.sum())) * privacy.delta > 1:
+            warnings.warn(
+                f"there are about {total:.0f} images, and delta={privacy.delta:g} is above one over them: the promise "
+                "holds, but a release could show one of them",
+                stacklevel=4,
+            )
+        base.latent_classes = found.classes.to(base.device, base.dtype)
         expect = {
             "images": [round(count) for count in found.counts.tolist()],
-            "modes": found.modes.tolist(),
-            "pooled_modes": found.pooled_modes,
-            "noise_of_means": [round(share, 3) for share in found.noise.tolist()],
-            "drowned": [images.classes[k] for k in found.drowned],
+            "kept": [round(share, 3) for share in found.kept.tolist()],
+            "mostly_noise": [images.classes[k] for k in found.lost],
         }
-        coordinates = "public images" if public is not None else "of the autoencoder"
-        record = {**found.privacy, "coordinates": coordinates, "parts": base.modes.parts if base.modes else 1}
-        record |= {"expect": expect, "sha256": ""}
+        record = {**found.privacy, "expect": expect, "sha256": ""}
         base.config = replace(base.config, privacy=record, training={"data": "private images"}, **base._facts())
         record["sha256"] = private_sha256(base)
         return base

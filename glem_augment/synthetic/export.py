@@ -26,7 +26,6 @@ from torchvision.io import encode_png
 
 from glem_augment import __version__
 from glem_augment.augment.counts import MOST_REJECTED
-from glem_augment.classes.privacy import promise
 from glem_augment.distributed import gather, progress_bar, rank, world_size
 from glem_augment.errors import DataError
 from glem_augment.images.sources import CLASS_FILE, PROVENANCE, read_record
@@ -180,7 +179,7 @@ def _readme(draws: Draws, record: dict[str, Any]) -> str:
         "model": record["loaded_from"] or "a local model",
         "trained_on": ", then ".join(record["trained_on"]),
         "settings": ", ".join(f"{key} {value}" for key, value in draws.settings.items()),
-        "privacy": "" if privacy is None else f"\nPrivacy: {promise(privacy)}\n",
+        "privacy": "" if privacy is None else f"\nPrivacy: {draws.model.config.promise}\n",
     }
     return _README.format_map(record | about)
 

@@ -1,0 +1,5 @@
+"""Private sets: classes fitted to differentially private releases, their record, and what to expect of them."""
+
+from glem_augment.privacy.mechanism import Privacy, delta_of, epsilon_of, total
+
+__all__ = ["Privacy", "delta_of", "epsilon_of", "total"]

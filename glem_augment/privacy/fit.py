@@ -1,0 +1,211 @@
+"""Classes from private images: `classes.fit`'s Gaussians, estimated from releases of noisy sums alone.
+
+The noise's variance takes the place of sampling variance, and public knowledge of what no release tells
+(`privacy.coordinates`). Of the promise's mu^2,
+
+- counts take `COUNTS`: how much noise the classes bear. The rest follows from their median times mu, the size.
+- sums of weighted coordinates give the class means. They are shrunk by f / (f + s / n + noise), f the public variance of
+  class means plus a number, and the overall mean to the public centre in the same way.
+- the mean square about these means takes `SCALE`: the variance s within classes.
+- from the size `_LEAST_SIZE` on, the scatter of each class in its leading coordinates about its mean takes `CLASSES`. It
+  adds up to the pooled one, S.
+- from the size `_LEAST_POOLED` of all classes on, a part of the budget buys S of all coordinates directly.
+
+W = (nu0 s T + N S) / (nu0 + N) as in `classes.fit`, with N the images that would have as much sampling variance as S has
+noise and sampling variance together. A class has W + a (S_y - W) in its leading m coordinates, a = N_y / (nu1 + N_y),
+nu1 = 2 m + 4 N_y, and W elsewhere. The parts were chosen on training images of CIFAR-10 and Fashion-MNIST.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from glem_augment.classes.classes import Classes
+from glem_augment.classes.covariances import ClassCovariances
+from glem_augment.classes.fit import NU1, NU1_IMAGES, between_and_more, classes_of, directions_of_class, estimate, shrunk_means
+from glem_augment.classes.statistics import ClassStatistics, Moments
+from glem_augment.names import DEFAULT_MODES
+from glem_augment.privacy.coordinates import ReleaseCoordinates
+from glem_augment.privacy.mechanism import Privacy
+from glem_augment.privacy.record import describe
+from glem_augment.privacy.sums import PrivateSums, Statistic
+
+COUNTS, SCALE, CLASSES, POOLED = 0.02, 0.02, 0.4, 0.3  # parts of mu^2; sums have the rest
+_LEAST_SIZE, _LEAST_POOLED = 150, 5000
+_LEADING, _MOST_LEADING, _MOST_POOLED = 64, 192, 1024  # coordinates: of classes of the size 600, at most, and pooled
+_MOST_SQUARE = 2.0  # to which the mean square of an image is clipped; photographs have about 1
+_CLIP = 0.9  # of scatter, in the expected squared norm
+_LEAST_VARIANCE = 0.05  # within classes, and along any direction of a class as a share of W / 2
+_MIDDLE = 10  # the variance of the overall mean about the public centre, in variances of class means
+_TEMPERATURE = 3.0  # of the posterior: the best were 2 to 8 on held-out training images
+_LOST = 0.25  # a class that keeps less of the public variance of means is mostly noise
+
+
+class Plan(NamedTuple):
+    """Parts of mu^2, and the numbers of leading coordinates, of the scatter of each class and of all classes."""
+
+    classes: float
+    leading: int
+    pooled: float
+    pooled_leading: int
+
+    @classmethod
+    def of(cls, size: float, classes: int, dim: int) -> Plan:
+        """`size`: images of a class times mu. A scatter that does not pay has the part 0."""
+        leading = min(round(_LEADING * math.sqrt(size / 600)), _MOST_LEADING, directions_of_class(classes, dim))
+        if size < _LEAST_SIZE:
+            return cls(0.0, 0, 0.0, 0)
+        if (total := size * classes) < _LEAST_POOLED:
+            return cls(CLASSES, leading, 0.0, 0)
+        pooled = POOLED * math.sqrt(_LEAST_POOLED / total)
+        return cls(2 * POOLED - pooled, leading, pooled, min(dim, _MOST_POOLED))
+
+
+@dataclass
+class PrivateClasses:
+    """The classes of a private model, and what a recipient may know of them.
+
+    Attributes:
+        classes: means, covariances, Gaussians and modes.
+        privacy: the entry of config.json.
+        counts: noisy numbers of images [K].
+        kept: the share of the public variance of class means that rises above the noise, of each class [K].
+        lost: classes that are mostly noise; they are drawn much like the average of classes.
+    """
+
+    classes: Classes
+    privacy: dict[str, Any]
+    counts: Tensor
+    kept: Tensor
+    lost: list[int]
+
+
+@torch.no_grad()
+def private_classes(
+    u: Tensor, y: Tensor, num_classes: int, coordinates: ReleaseCoordinates, privacy: Privacy
+) -> PrivateClasses:
+    """Gaussians of K classes that keep the promise. All ranks call this together, each with its images.
+
+    `u` [n, d] are in `coordinates`, each a function of one image; `y` int64 [n] are labels.
+    """
+    rounds: list[dict[str, Any]] = []
+    dim, everyone = u.shape[1], torch.zeros_like(y)
+
+    def released(name: str, statistic: Statistic, rows: Tensor, slots: Tensor, clip: float, part: float) -> Any:
+        sums = PrivateSums(statistic, num_classes if slots is y else 1, rows.shape[1], clip, privacy, part)
+        sums.add(rows, slots)
+        rounds.append({"release": name, "statistic": statistic, "noise": sums.noise, "clip": clip})
+        return sums.release(), sums.sd
+
+    counts, sd = released("counts", "counts", u[:, :1], y, 1.0, COUNTS)
+    n = _likely_counts(counts, sd)
+    size = float(n.median()) * privacy.mu_per_image
+    plan = Plan.of(size, num_classes, dim)
+
+    weights, between = coordinates.weights, coordinates.between
+    rest = 1 - COUNTS - SCALE - plan.classes - plan.pooled
+    sums, sd = released("sums", "sums", u * weights.to(u), y, coordinates.norm, rest)
+    mean, noise = sums / n[:, None] / weights, (sd / n[:, None] / weights).square()
+    means, _ = _shrunk(mean, noise + 1 / n[:, None], between)
+
+    away = u.double() - means[y]
+    square = torch.zeros_like(away[:, 0])
+    for column in away.unbind(1):  # sums of columns: no row depends on another
+        square = square + column.square() / dim
+    squares, _ = released("scale", "sums", square[:, None], everyone, _MOST_SQUARE, SCALE)
+    images = float(n.sum())
+    means, posterior = _shrunk(mean, noise + 1 / n[:, None], between)
+    s = max(float(squares) / images - float(posterior.mean()), _LEAST_VARIANCE)
+    error = noise + s / n[:, None]
+    means, posterior = _shrunk(mean, error, between)
+    kept = (posterior / error * between).sum(1) / between.sum()
+
+    away = u.double() - means[y]
+    pooled: tuple[Tensor, float] | None = None
+    own, sd = None, 0.0
+    if plan.pooled:
+        clip = math.sqrt(_CLIP * plan.pooled_leading * s)
+        scatter, sd = released("scatter", "scatter", away[:, : plan.pooled_leading], everyone, clip, plan.pooled)
+        pooled = scatter[0], sd
+    if plan.classes:
+        clip = math.sqrt(_CLIP * plan.leading * s)
+        own, sd = released("scatter of classes", "scatter", away[:, : plan.leading], y, clip, plan.classes)
+        pooled = pooled or (own.sum(0), sd * math.sqrt(num_classes))
+
+    covariances = _covariances(coordinates, means, pooled, images, s)
+    if own is not None:
+        _add_classes(covariances, coordinates, own, n, sd, s)
+    classes = classes_of(covariances, n.round().long(), min(DEFAULT_MODES, dim))
+    classes.temperature = _TEMPERATURE
+    lost = [k for k, share in enumerate(kept.tolist()) if share < _LOST]
+    return PrivateClasses(classes, describe(privacy, rounds), counts, kept, lost)
+
+
+def _likely_counts(noisy: Tensor, sd: float) -> Tensor:
+    """Counts [K] shrunk to their mean by the share of noise in their differences, and at least `sd` and 1."""
+    spread = float(noisy.var()) if len(noisy) > 1 else math.inf
+    share = max(0.0, 1 - sd * sd / max(spread, 1e-9))
+    return (noisy.mean() + (noisy - noisy.mean()) * share).clamp_min(max(sd, 1.0))
+
+
+def _shrunk(mean: Tensor, error: Tensor, between: Tensor) -> tuple[Tensor, Tensor]:
+    """Means [K, d] from noisy ones, whose errors have the variances `error` [K, d], and variances that remain [K, d]."""
+    weight = 1 / (error + between)
+    middle, unsure = ((mean * weight).sum(0) / weight.sum(0))[None], 1 / weight.sum(0)[None]
+    nothing, freedom = torch.zeros_like(between), len(mean) / max(1, len(mean) - 1)
+    middle = shrunk_means(middle, unsure, _MIDDLE * between, nothing, unsure**-2)[0]
+    prior = between_and_more((mean - middle).square() * freedom, error, between, error**-2)
+    return middle + (mean - middle) * prior / (prior + error), prior * error / (prior + error)
+
+
+def _alike(images: float, noise: float) -> float:
+    """How many images have the sampling variance that `images` have with noise of variance `noise`, unit variances."""
+    return 1 / (1 / images + noise)
+
+
+def _covariances(
+    coordinates: ReleaseCoordinates, means: Tensor, pooled: tuple[Tensor, float] | None, images: float, s: float
+) -> ClassCovariances:
+    """The means, and W for all classes, from the noisy pooled scatter [m, m] with its noise; None: s T alone."""
+    dim, public = means.shape[1], coordinates.public
+    scatter, sd = (torch.zeros(0, 0, dtype=torch.float64), 0.0) if pooled is None else pooled
+    known = len(scatter)
+    values, vectors = torch.linalg.eigh(scatter / images)
+    values = values.flip(0).clamp_min(0)
+    count = _alike(images, (sd / images / s) ** 2 / 2)
+    directions = coordinates.to_public(torch.nn.functional.pad(vectors.flip(1).T, (0, dim - known)))
+    middle = coordinates.centre_in_public()
+    squares = torch.full_like(middle, count * (float(values.sum()) + (dim - known) * s) / dim)
+    v = coordinates.to_public(means) + middle
+    alone = Moments(1, middle, directions[:0], values[:0], torch.zeros_like(middle))
+    whole = Moments(count, middle, directions, (count * values).sqrt(), squares)
+    statistics = ClassStatistics([alone] * len(means), whole, False)
+    return estimate(statistics, public.image_shape, public, v)
+
+
+def _add_classes(
+    found: ClassCovariances, coordinates: ReleaseCoordinates, scatter: Tensor, n: Tensor, sd: float, s: float
+) -> None:
+    """Give classes W + a (S_y - W) in the leading coordinates, from their noisy scatter [K, m, m]; see above."""
+    leading, dim = scatter.shape[1], found.dim
+    unit = coordinates.to_public(torch.eye(leading, dim, dtype=torch.float64))
+    whiten = found.coordinates.whiten.double()
+    # W is the identity after `whiten`, a symmetric map G. A matrix X of the coordinates P becomes (G P) X (G P)^T.
+    q, r = torch.linalg.qr(whiten(unit).T)
+    shared = whiten.inverse(unit)
+    shared = shared @ shared.T
+    found.coordinates.whiten.float()
+    found.rank = leading
+    found.directions = torch.zeros(len(n), leading, dim)
+    found.variances = torch.ones(len(n), leading)
+    for y, count in enumerate(n.tolist()):
+        alike = _alike(count, (sd / count / s) ** 2 / 2)
+        a = alike / (NU1 * leading + (NU1_IMAGES + 1) * alike)
+        values, vectors = torch.linalg.eigh(a * r @ (scatter[y] / count - shared) @ r.T)
+        found.directions[y] = (q @ vectors).T.float()
+        found.variances[y] = (1 + values).clamp_min(2 * _LEAST_VARIANCE).float()
