@@ -36,7 +36,9 @@ def latents(data: str, split: str, channels: int, cache: Path | None) -> tuple[T
         return h.float(), y
     images = open_data(data, split, image_size=32, channels=channels)
     codec = StandardisedAutoencoder(open_autoencoder("taef2")[0], images.image_shape)
-    found = [(codec.encode(x.float() / 255).half(), y) for x, y in images.batches(torch.arange(len(images)).numpy(), 64)]
+    found = [
+        (codec.encode(x.float() / 255).half(), y) for x, y in images.batches(torch.arange(len(images)).numpy(), 64)
+    ]
     h, y = (torch.cat(parts) for parts in zip(*found, strict=True))
     if cache is not None:
         torch.save((h, y), cache)
@@ -75,7 +77,9 @@ def main() -> None:
             for seed in range(args.seeds):  # of the images; the noise has none
                 turned = [rows.roll(-seed * n) for rows in of_class]
                 rows = torch.cat([part[:n] for part in turned])
-                found = private_classes(u[rows], y[rows], len(of_class), coordinates, Privacy(epsilon, 1e-5, images=10**5))
+                found = private_classes(
+                    u[rows], y[rows], len(of_class), coordinates, Privacy(epsilon, 1e-5, images=10**5)
+                )
                 scores = torch.cat([found.classes.log_prob(part.flatten(1)) for part in x.split(1000)])
                 value = 100 * float((scores.argmax(1) == labels).double().mean())
                 row = (

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # type checkers do not follow `__getattr__`
     from glem_augment.augment.policies import *  # noqa: F403
     from glem_augment.augment.transform import *  # noqa: F403
-    from glem_augment.privacy.mechanism import *  # noqa: F403
     from glem_augment.errors import *  # noqa: F403
     from glem_augment.images.dataset import *  # noqa: F403
     from glem_augment.model.glem import *  # noqa: F403
+    from glem_augment.privacy.mechanism import *  # noqa: F403
     from glem_augment.synthetic.combined import *  # noqa: F403
     from glem_augment.synthetic.dataset import *  # noqa: F403
 

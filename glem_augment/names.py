@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Preset = Literal[
-    "mef_tiny", "mef_small", "mef_cifar", "mef_glem", "glow_tiny", "glow_fast", "latent", "identity", "stationary"
-]
+Preset = Literal["mef_tiny", "mef_small", "mef_cifar", "mef_glem", "glow_tiny", "glow_fast", "latent", "identity"]
 DrawSource = Literal["gaussian", "rfcm", "mixup"]  # the source of a SyntheticDataset's latents
 Format = Literal["imagefolder", "webdataset"]  # of an export
 PolicyName = Literal["mixup", "noise", "adversarial"]  # how GLEMAugment moves latents
@@ -17,4 +15,3 @@ DEFAULT_MODES = 64  # principal modes per class
 # a share of the first.
 INITIAL_VARIANCE, LOWEST_SHARE = 0.3, 0.1
 HIGHEST_TEMPERATURE = 1e4  # of a posterior; the lowest is 1
-MAX_PARTS = 256  # of a class

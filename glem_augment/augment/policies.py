@@ -167,13 +167,10 @@ class Batch:
     classifier: Classifier | None
 
     def basis(self) -> Basis:
-        """The top modes of each row's class, or of its part that is nearest to z."""
+        """The top modes of each row's class."""
         modes, k = self.model.modes, self.selected.modes
         assert modes is not None
-        part = modes.rows_of(self.cls, self.z)
-        at = modes.covariance_rows(part)
-        rows = modes.on_host(self.params.cls, at)
-        return Basis(modes.directions[:, :k], rows, modes.scales[at, :k], modes.mean, part)
+        return Basis(modes.directions[:, :k], self.params.cls, modes.scales[self.cls, :k], modes.mean, self.cls)
 
     def loss_gradient(self, latents: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
         """The gradient of the attached classifier's loss in the argument of `latents`, at `at`, which has n rows."""

@@ -6,9 +6,6 @@ dimension,
 
     Cov_y  =  V_y^T diag(s_y^2) V_y + diag(rest_y),        V_y [k, d] with orthonormal rows.
 
-A class may have several such parts, of groups of its images: a mixture of Gaussians. Tied parts differ in their means
-alone.
-
 Source: Enescu & Sahbi, ACCV 2024, "Reestimated Full Covariance Matrix" (RFCM, Table 5).
 """
 
@@ -79,12 +76,12 @@ def _by_class(
 class ClassModes(ClassSampler):
     """Mean, principal modes and remaining variance of every class's latents. All are float32 buffers; none is trained.
 
-    Buffers, with P parts for each of K classes; row y P + j is part j of class y:
-        mean: [K P, d].
-        directions: [K P, k, d], orthonormal rows; zero rows where a part has fewer than k modes. [K, k, d] if tied.
-        scales: [K P, k], the standard deviation along each mode, descending. [K, k] if tied.
-        rest: [K P, d], the variance per dimension outside the modes. [K, d] if tied.
-        counts: int64 [K P], images seen; 0 for a part that is not there.
+    Buffers, for K classes:
+        mean: [K, d].
+        directions: [K, k, d], orthonormal rows; zero rows where a class has fewer than k modes.
+        scales: [K, k], the standard deviation along each mode, descending.
+        rest: [K, d], the variance per dimension outside the modes.
+        counts: int64 [K], images seen.
         shared_directions, shared_scales: [j, d] and [j], the modes of the pooled within-class covariance.
 
     `classes.fit.fit_modes` makes one.
@@ -98,54 +95,34 @@ class ClassModes(ClassSampler):
     shared_directions: Tensor
     shared_scales: Tensor
 
-    def __init__(
-        self, num_classes: int, rank: int, dim: int, parts: int = 1, shared_rank: int | None = None, tied: bool = False
-    ) -> None:
+    def __init__(self, num_classes: int, rank: int, dim: int, shared_rank: int | None = None) -> None:
         super().__init__()
-        rows, shared = num_classes * parts, shared_rank or rank
-        covariances = num_classes if tied else rows
-        self.register_buffer("mean", torch.zeros(rows, dim))
-        self.register_buffer("directions", torch.zeros(covariances, rank, dim))
-        self.register_buffer("scales", torch.zeros(covariances, rank))
-        self.register_buffer("rest", torch.zeros(covariances, dim))
-        self.register_buffer("counts", torch.zeros(rows, dtype=torch.int64))
+        shared = shared_rank or rank
+        self.register_buffer("mean", torch.zeros(num_classes, dim))
+        self.register_buffer("directions", torch.zeros(num_classes, rank, dim))
+        self.register_buffer("scales", torch.zeros(num_classes, rank))
+        self.register_buffer("rest", torch.zeros(num_classes, dim))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("shared_directions", torch.zeros(shared, dim))
         self.register_buffer("shared_scales", torch.zeros(shared))
-        self.num_classes, self.rank, self.dim, self.parts, self.tied = num_classes, rank, dim, parts, tied
-        self.noise_size = rank + dim + (parts > 1)  # one number more chooses a part
+        self.num_classes, self.rank, self.dim = num_classes, rank, dim
+        self.noise_size = rank + dim
         self._classifier: tuple[object, tuple[Tensor, Tensor, Tensor]] | None = None
 
     @property
     def fewest_and_most(self) -> tuple[int, int]:
         """The smallest and the largest number of modes (of any length) that a class has."""
         present = (self.scales > 0).sum(1)
-        if bool(self.counts.any()) and not self.tied:
+        if bool(self.counts.any()):
             present = present[self.counts > 0]
         return int(present.min()), int(present.max())
-
-    def covariance_rows(self, rows: Tensor) -> Tensor:
-        """The rows of `directions`, `scales` and `rest` for rows of `mean`, int64 of any shape."""
-        return rows // self.parts if self.tied else rows
-
-    def on_host(self, y: Tensor, at: Tensor) -> Tensor:
-        """The rows `at` of `directions`, as the classes y themselves where these tell: y may be on the CPU."""
-        return y if self.parts == 1 or self.tied else at
-
-    def rows_of(self, y: Tensor, z: Tensor) -> Tensor:
-        """The row of the part of class y, int64 [n], whose mean is nearest to z [n, d]: int64 [n]."""
-        if self.parts == 1:
-            return y
-        of_class = self.mean.unflatten(0, (-1, self.parts))[y]
-        far = (z[:, None] - of_class).square().sum(2)
-        missing = (self.counts == 0).unflatten(0, (-1, self.parts))[y]
-        return y * self.parts + far.masked_fill(missing, math.inf).argmin(1)
 
     # ---- classes as a whole ------------------------------------------------------------------------------------------
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log N(z; m_y, C_y) of latents z [B, d] under every class, [B, K] nats: a regularised discriminant analysis.
 
-        C_y = (1 - a) S_y + a W with the covariance S_y of the class (of its parts and between them), the pooled one W,
+        C_y = (1 - a) S_y + a W with the covariance S_y of the class, the pooled one W,
         whose modes must span the space, and a = `SHRUNK` (Friedman 1989).
         """
         means, whiteners, logdets = self._discriminant()
@@ -160,22 +137,14 @@ class ClassModes(ClassSampler):
         if self._classifier is None or self._classifier[0] != key:
             with torch.inference_mode(False):
                 pooled = _outer(self.shared_scales, self.shared_directions)
-                counts, means = (t.unflatten(0, (-1, self.parts)) for t in (self.counts, self.mean.double()))
-                totals = counts.sum(1)
-                centres = (counts[..., None] * means).sum(1) / totals[:, None]
                 whiteners, logdets = [], []
-                for y, centre in enumerate(centres):
-                    covariance = SHRUNK * pooled
-                    for row in range(y * self.parts, (y + 1) * self.parts):
-                        share = (1 - SHRUNK) * float(self.counts[row]) / float(totals[y])
-                        away = self.mean[row].double() - centre
-                        at = row // self.parts if self.tied else row
-                        own = _outer(self.scales[at], self.directions[at]) + self.rest[at].double().diag()
-                        covariance = covariance + share * (own + torch.outer(away, away))
+                for scales, directions, rest in zip(self.scales, self.directions, self.rest, strict=True):
+                    own = _outer(scales, directions) + rest.double().diag()
+                    covariance = SHRUNK * pooled + (1 - SHRUNK) * own
                     factor = torch.linalg.cholesky(covariance)
                     logdets.append(2 * factor.diagonal().log().sum())
                     whiteners.append(torch.linalg.inv(factor).T)
-                found = tuple(t.to(self.mean) for t in (centres, torch.stack(whiteners), torch.stack(logdets)))
+                found = tuple(t.to(self.mean) for t in (self.mean, torch.stack(whiteners), torch.stack(logdets)))
             self._classifier = key, found  # type: ignore[assignment]
         return self._classifier[1]  # type: ignore[index]
 
@@ -188,17 +157,12 @@ class ClassModes(ClassSampler):
         """Samples [B, d] of the classes y, int64 [B]: mean + T (sum_m s_m e_m v_m + sqrt(rest) e').
 
         A sample depends on no other sample, to the last bit. `noise` [B, noise_size] is standard normal: the k
-        coefficients e, the d numbers e', and a number that chooses the part. A part comes as often as it has images.
+        coefficients e and the d numbers e'.
         """
-        along, outside = noise[:, : self.rank], noise[:, self.rank : self.rank + self.dim]
+        along, outside = noise[:, : self.rank], noise[:, self.rank :]
         row = send(y, noise.device)
-        if self.parts > 1:
-            upto = self.counts.unflatten(0, (-1, self.parts)).double().cumsum(1)
-            share = torch.special.ndtr(noise[:, -1].double()) * upto[row, -1]
-            row = row * self.parts + (share[:, None] >= upto[row]).sum(1).clamp_max(self.parts - 1)
-        at = self.covariance_rows(row)
-        along = combine_modes(along * self.scales[at], self.on_host(y, at), self.directions, alone=True)
-        return self.mean[row] + temperature * (along + outside * self.rest[at].sqrt())
+        along = combine_modes(along * self.scales[row], y, self.directions, alone=True)
+        return self.mean[row] + temperature * (along + outside * self.rest[row].sqrt())
 
 
 def _outer(scales: Tensor, directions: Tensor) -> Tensor:

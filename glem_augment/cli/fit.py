@@ -40,7 +40,6 @@ EXPECTED = (
     "epsilon 1, 3 and 10, and of CIFAR-10's photographs 43, 54 and 57 %; fewer images teach less: docs/privacy.md has "
     "the curve"
 )
-_NOISY = 0.9  # the share of noise in the differences of class means from which samples teach little
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--value-range", nargs=2, type=float, metavar=("LOW", "HIGH"), help=limits)
     common.add_out(parser, "folder for the model")
     common.add_count(parser, "--rank", f"modes per class; {EXCLUDED}", 64)
-    parts = "of a private model: Gaussians per class (default: as many as the noise allows)"
-    common.add_count(parser, "--parts", parts)
     common.add_count(parser, "--max-per-class", f"images of a class at most; {EXCLUDED} (default: all)")
     common.add_device(parser)
     group = parser.add_argument_group("differential privacy")
@@ -72,8 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_count(group, "--images-per-person", persons)
     most = "the most images that there may be, which everybody will know (default: a million)"
     common.add_count(group, "--images", most)
-    public = "public images like yours, for the coordinates (default: the coordinates that ship with taef2)"
-    group.add_argument("--public", metavar="DATA", help=public)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -81,18 +76,15 @@ def run(args: argparse.Namespace) -> None:
     from glem_augment.model.files import CONFIG, WEIGHTS
     from glem_augment.model.glem import GLEM
 
-    if args.epsilon is None and (args.delta or args.images_per_person or args.images or args.public):
-        raise ValueError(
-            "--delta, --images-per-person, --images and --public are for private models: give --epsilon, too"
-        )
+    if args.epsilon is None and (args.delta or args.images_per_person or args.images):
+        raise ValueError("--delta, --images-per-person and --images are for private models: give --epsilon, too")
     device = common.pick_device(args)
     found = {path.name for path in args.out.iterdir()} if args.out.is_dir() else set()
     found = {name for name in found if not LEFT_OVER.fullmatch(name)}  # of a run that was killed
     if found & {CONFIG, WEIGHTS} or (found and args.epsilon is not None):  # no promise covers other files
         raise FileExistsError(f"{args.out} holds {min(found & {CONFIG, WEIGHTS} or found)}: give a new folder")
     names = (
-        "split", "image_size", "channels", "value_range", "autoencoder", "flow", "rank", "parts",
-        "max_per_class",
+        "split", "image_size", "channels", "value_range", "autoencoder", "flow", "rank", "max_per_class",
     )  # fmt: skip
     given = {name: getattr(args, name) for name in names}
     if args.epsilon is not None:
@@ -128,7 +120,7 @@ def private_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
     names = ("delta", "images_per_person", "images")
     stated = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return {"privacy": Privacy(args.epsilon, **stated), "public": args.public}
+    return {"privacy": Privacy(args.epsilon, **stated)}
 
 
 def tell(privacy: dict[str, Any]) -> None:
@@ -137,13 +129,8 @@ def tell(privacy: dict[str, Any]) -> None:
 
     expect = privacy["expect"]
     common.note(f"glem: {promise(privacy)}")
-    if min(expect["noise_of_means"]) > _NOISY:
+    if expect["mostly_noise"]:
         common.note(
-            "glem: the noise hides what sets the classes apart, so samples will teach little: give more images of each "
-            "class, a smaller --image-size, or a larger --epsilon"
-        )
-    if expect["drowned"]:
-        common.note(
-            f"glem: too few images for the noise, so drawn like all classes together: {', '.join(expect['drowned'])}; "
-            "merge them with other classes, or raise epsilon"
+            f"glem: mostly noise, so drawn much like the average of classes: {', '.join(expect['mostly_noise'])}; merge "
+            "them with other classes, give more images, or raise epsilon"
         )

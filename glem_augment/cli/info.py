@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from glem_augment.privacy.record import promise
     from glem_augment.images.sources import PROVENANCE
     from glem_augment.io import expand, finite
+    from glem_augment.privacy.record import promise
     from glem_augment.synthetic.export import read_provenance
 
     if len(args.model) == 1 and ((folder := expand(args.model[0])) / PROVENANCE).is_file():

@@ -61,12 +61,6 @@ def open_autoencoder(name: str, fetch: Fetch, sha256: str | None = None) -> tupl
     return module, {"name": pinned, "sha256": digest}
 
 
-def coordinates_file(name: str) -> Path | None:
-    """The public coordinates of a bundled autoencoder's latents (`flows.stationary`); None for any other."""
-    path = _BUNDLED / name / "coordinates.safetensors"
-    return path if path.is_file() else None
-
-
 def prior_file(name: str) -> Path | None:
     """What public photographs tell of a bundled autoencoder's latents (`flows.public`); None for any other."""
     path = _BUNDLED / name / "prior.safetensors"

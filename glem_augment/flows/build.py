@@ -11,7 +11,6 @@ from glem_augment.flows.flow import Flow
 from glem_augment.flows.layers import ActNorm, Mixing1x1
 from glem_augment.flows.linear import FlatIdentity, WhitenedFlow
 from glem_augment.flows.multiscale import Level, MultiscaleFlow
-from glem_augment.flows.stationary import StationaryFlow
 from glem_augment.flows.subnets import ACTIVATIONS, SUBNETS, Subnet
 
 # Far above any use. The limits keep a hostile config from demanding absurd amounts of memory or time.
@@ -81,8 +80,6 @@ def build_flow(spec: dict[str, Any]) -> Flow:
     channels, height, width = image_shape = tuple(spec["image_shape"])
     if spec["coupling"] == "identity":
         return FlatIdentity(image_shape)
-    if spec["coupling"] == "stationary":
-        return StationaryFlow(image_shape)
     if spec["coupling"] == "custom":
         raise ValueError(f"its flow is the user's class {str(spec.get('module'))[:80]}; pass an instance as module=")
     full = {**DEFAULTS, **spec}

@@ -15,7 +15,7 @@ from glem_augment.checks import closest
 # (in_channels, out_channels) -> network
 SubnetFactory = Callable[[int, int], nn.Module]
 # A flow's `coupling` may also say that it has none.
-WITHOUT_COUPLINGS = ("identity", "stationary", "custom")
+WITHOUT_COUPLINGS = ("identity", "custom")
 # The settings of a flow; options of a coupling have other names.
 SETTINGS = {"preset", "image_shape", "coupling", "whiten", "depth", "blocks", "width"}
 SETTINGS |= {"actnorm", "subnet", "activation", "patch"}

@@ -33,8 +33,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         activation="relu", patch=1, whiten=None,
     ),
     "identity": dict(coupling="identity"),
-    # Public coordinates of private sets.
-    "stationary": dict(coupling="stationary"),
 }  # fmt: skip
 # `whiten=None` whitens up to so many numbers. Beyond, two levels do better without (latent_flows.md).
 _WHITEN_UP_TO = 512

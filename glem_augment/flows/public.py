@@ -83,7 +83,7 @@ class PublicFlow(Flow):
 
 
 def nearest_side(stored: Iterable[str], shape: tuple[int, int, int], grey: bool) -> tuple[str, int]:
-    """"grey" or "colour", and the side of the nearest measured grid, among the names in the file."""
+    """ "grey" or "colour", and the side of the nearest measured grid, among the names in the file."""
     kind = "grey" if grey else "colour"
     sizes = sorted(int(name.split(".")[1]) for name in stored if name.startswith(kind) and name.endswith("maps"))
     return kind, min(sizes, key=lambda size: abs(math.log(max(shape[1:]) / size)))

@@ -17,7 +17,7 @@ from glem_augment.codec.pixel_range import UINT8, PixelRange
 from glem_augment.errors import GLEMError, ModelFileError
 from glem_augment.flows.build import check_spec, is_whole
 from glem_augment.images.sources import TIMM_PREFIXES
-from glem_augment.names import HIGHEST_TEMPERATURE, MAX_PARTS
+from glem_augment.names import HIGHEST_TEMPERATURE
 from glem_augment.privacy.record import promise, promised
 
 FORMAT_VERSION = 1
@@ -41,7 +41,6 @@ class GLEMConfig:
         class_names: names to show, in index order.
         modes_rank: k, the number of modes stored for every class, or None where no modes are stored.
         posterior_temperature: T >= 1 of the posterior, softmax of log p(x|y) / T; left out of the file where it is 1.
-        modes_parts: parts of each class; every part has modes, or all parts of a class have the same (`modes_tied`).
         covariance: "diagonal" (the class densities are the Gaussians'), or "full" (`ClassModes.log_prob`).
         covariances: of classes that `classes.fit` estimated, `covariance_facts`; None for any other.
         autoencoder: for a flow in an autoencoder's latents, `name`, `sha256` (see `open_autoencoder`; "custom" and ""
@@ -61,8 +60,6 @@ class GLEMConfig:
     class_names: list[str]
     modes_rank: int | None = None
     posterior_temperature: float = 1.0
-    modes_parts: int = 1
-    modes_tied: bool = False
     covariance: str = "diagonal"
     covariances: dict[str, Any] | None = None
     autoencoder: dict[str, Any] | None = None
@@ -90,8 +87,6 @@ class GLEMConfig:
             ("psi", psi is None or _are_numbers(psi, LOWEST_VARIANCE, HIGHEST_VARIANCE), "null or 3 numbers above 0"),
             ("modes_rank", rank is None or is_whole(rank, 1, MAX_MODES), f"null or from 1 to {MAX_MODES}"),
             ("posterior_temperature", _are_numbers([t] * 3, 1, hot), f"from 1 to {hot:g}"),
-            ("modes_parts", is_whole(self.modes_parts, 1, MAX_PARTS), f"from 1 to {MAX_PARTS}"),
-            ("modes_tied", type(self.modes_tied) is bool, "true or false"),
             ("covariance", self.covariance in ("diagonal", "full"), "'diagonal' or 'full'"),
             ("covariances", self.covariances is None or self._are_covariances(), "null, or as `glem fit` writes them"),
             ("autoencoder", found is None or _is_autoencoder(found), "null, or have name, sha256 and image_shape"),
@@ -160,6 +155,11 @@ class GLEMConfig:
             raise ModelFileError(
                 f"it has format_version {_short(values['format_version'])}, this version reads {FORMAT_VERSION}: "
                 "pip install -U glem-augment"
+            )
+        # Fields of older files. Classes of several Gaussians have left.
+        if values.pop("modes_parts", 1) != 1 or values.pop("modes_tied", False) is not False:
+            raise ModelFileError(
+                "its classes have several parts, which this version does not read: fit the model again"
             )
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         missing = sorted({f.name for f in fields(cls)[:5]} - set(values))

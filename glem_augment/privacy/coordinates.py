@@ -34,7 +34,9 @@ class ReleaseCoordinates:
         self.public = PublicFlow.from_file(path, shape, grey, torch.ones(channels))
         stored = load_file(path)
         kind, side = nearest_side(stored, shape, grey)
-        read = {name: stored[f"{kind}.{side}.{name}"].double() for name in ("centre", "directions", "variances", "norm")}
+        read = {
+            name: stored[f"{kind}.{side}.{name}"].double() for name in ("centre", "directions", "variances", "norm")
+        }
         self.centre = read["centre"].float()[:, None, None]
         # The frequencies of the measured grid, as indices of v, and the measured directions there.
         high, wide = min(height, side), min(width, side)

@@ -27,7 +27,15 @@ from torch import Tensor
 
 from glem_augment.classes.classes import Classes
 from glem_augment.classes.covariances import ClassCovariances
-from glem_augment.classes.fit import NU1, NU1_IMAGES, between_and_more, classes_of, directions_of_class, estimate, shrunk_means
+from glem_augment.classes.fit import (
+    NU1,
+    NU1_IMAGES,
+    between_and_more,
+    classes_of,
+    directions_of_class,
+    estimate,
+    shrunk_means,
+)
 from glem_augment.classes.statistics import ClassStatistics, Moments
 from glem_augment.names import DEFAULT_MODES
 from glem_augment.privacy.coordinates import ReleaseCoordinates

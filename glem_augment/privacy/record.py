@@ -41,7 +41,9 @@ def promised(facts: dict[str, Any]) -> Privacy:
         spent = privacy.images_per_person * math.hypot(*(1 / sd for sd in noise))
         good = all(math.isclose(mu, privacy.mu, rel_tol=1e-9) for mu in (facts["mu"], spent))
         if unknown := set(facts) - set(KEYS):
-            raise GLEMError(f"the record of its privacy has unknown entries: {', '.join(sorted(map(str, unknown)))[:80]}")
+            raise GLEMError(
+                f"the record of its privacy has unknown entries: {', '.join(sorted(map(str, unknown)))[:80]}"
+            )
         if good and facts["unit"] == privacy.unit:
             return privacy
     except (KeyError, TypeError, ValueError) as error:

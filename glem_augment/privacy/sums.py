@@ -72,6 +72,7 @@ def fixed_point(u: Tensor, clip: float) -> Tensor:
     fixed = (whole * ((1 - 1e-9) * _ONE / length).clamp(max=1)).trunc().long()
     return fixed * (fixed.square().sum(1, keepdim=True) <= _ONE**2)  # The bound itself, in integers.
 
+
 class PrivateSums:
     """Adds up a statistic of private images exactly, and releases it once, with noise.
 
@@ -87,9 +88,7 @@ class PrivateSums:
     ValueError: a number is out of range.
     """
 
-    def __init__(
-        self, statistic: Statistic, slots: int, dim: int, clip: float, privacy: Privacy, part: float
-    ) -> None:
+    def __init__(self, statistic: Statistic, slots: int, dim: int, clip: float, privacy: Privacy, part: float) -> None:
         check_choice("statistic", statistic, ("counts", "sums", "scatter"))
         self.statistic, self.slots, self.dim = statistic, slots, dim
         self.clip = check_number("clip", clip, *_CLIPS)

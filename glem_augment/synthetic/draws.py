@@ -169,10 +169,9 @@ class Draws:
             first[rows], second[rows] = start + i[places], start + j[places]
             away[rows] = np.minimum(mix, 1 - mix)[places]
         z, other = (real.z[rows].to(device) for rows in (first, second))
-        part = fitted.on_host(y, fitted.covariance_rows(fitted.rows_of(y.to(device), z)))
         keep, directions = 1 - torch.from_numpy(away).to(device), fitted.directions[:, : self.modes]
         with full_precision(device.type):
-            return z + (1 - keep)[:, None] * project_on_modes(other - z, part, directions, alone=True)
+            return z + (1 - keep)[:, None] * project_on_modes(other - z, y, directions, alone=True)
 
     def _generators(
         self, cls: int, within: np.ndarray, attempt: int
