@@ -3,8 +3,8 @@
     python benchmarks/private_predict.py rows.csv cifar10 CIFAR10/train CIFAR10/test --per-class 100 300 --epsilon 1 10
 
 It encodes the images once (--cache keeps the latents), takes the first images of each class in a random order with a
-public seed, and fits with the mechanism's own noise: `privacy.fit.private_classes`, which `GLEM.fit` calls. --held-out N
-takes N training images of each class in place of the test images, for choices. Rows are added to the file.
+public seed, and fits with the mechanism's own noise: `privacy.fit.private_classes`, which `GLEM.fit` calls.
+--held-out N takes N training images of each class in place of the test images, for choices. Rows are added to the file.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ the pooled within-class covariance S of all classes and the covariance S_y of th
     W_y  =  (nu1 W + (n_y - 1) S_y) / (nu1 + n_y - 1),      nu1 = 2 d + 4 n_y.
 
 The target T is public where the latents have public coordinates (`flows.public`), with the scale s of the images; else
-it is the diagonal of S. So a class of few images has nearly the covariance W of all, a class of many keeps up to a fifth
-of S_y, and a few images of all classes nearly have T. In the coordinates where T is the identity, class means
+it is the diagonal of S. So a class of few images has nearly the covariance W of all, a class of many keeps up to a
+fifth of S_y, and a few images of all classes nearly have T. In the coordinates where T is the identity, class means
 are shrunk towards their mean, by the factor f / (f + s / n_y) in each coordinate. The prior f is the public variance of
 class means, plus a number that is the same in all coordinates and makes up for what the means vary more than f.
 

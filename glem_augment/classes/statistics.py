@@ -161,7 +161,8 @@ class _Pool:
         # Where directions are left out anyway, float32 takes half the memory.
         self.factor = torch.empty(0, dim, dtype=torch.float64 if self.most == dim else torch.float32)
         self.squares, self.means = torch.zeros(2, dim, dtype=torch.float64)
-        self.freedom = self.classes = 0
+        self.freedom: float = 0
+        self.classes = 0
 
     def add(self, each: Moments, rows: Tensor) -> None:
         """Add a class with its `leading_rows`."""

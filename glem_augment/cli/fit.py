@@ -131,6 +131,6 @@ def tell(privacy: dict[str, Any]) -> None:
     common.note(f"glem: {promise(privacy)}")
     if expect["mostly_noise"]:
         common.note(
-            f"glem: mostly noise, so drawn much like the average of classes: {', '.join(expect['mostly_noise'])}; merge "
+            f"glem: mostly noise, so drawn much like the average: {', '.join(expect['mostly_noise'])}; merge "
             "them with other classes, give more images, or raise epsilon"
         )

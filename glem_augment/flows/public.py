@@ -48,7 +48,7 @@ class PublicFlow(Flow):
     @classmethod
     def from_file(cls, path: Path, image_shape: tuple[int, int, int], grey: bool, std: Tensor) -> PublicFlow:
         """The coordinates of latents that a codec divided by `std` [C], for grey or colour images."""
-        flow, (channels, height, width) = cls(image_shape), image_shape
+        flow, (_, height, width) = cls(image_shape), image_shape
         stored = load_file(path)
         kind, side = nearest_side(stored, image_shape, grey)
         maps = stored[f"{kind}.{side}.maps"].double().unflatten(0, (side, side))

@@ -172,6 +172,17 @@ def private_sha256(model: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def check_canonical(folder: Path, model: Any) -> None:
+    """ModelFileError: the files of a private model are not, byte for byte, what saving it writes.
+
+    Other files could hold more than the record and the weights: a key twice, metadata, or low bits of wider numbers.
+    """
+    written = {CONFIG: model.config.to_json(), WEIGHTS: weights_bytes(stored(model.config, model.state_dict()))}
+    for name, content in written.items():
+        if (folder / name).read_bytes() != content:
+            raise ModelFileError(f"{folder / name} of a private model is not as its fit wrote it: get the folder again")
+
+
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 

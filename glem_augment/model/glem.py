@@ -39,6 +39,7 @@ from glem_augment.model.files import (
     CUSTOM,
     WEIGHTS,
     autoencoder_of,
+    check_canonical,
     find_autoencoder,
     find_folder,
     load_model,
@@ -215,6 +216,8 @@ class GLEM(LatentModel):
         autoencoder = autoencoder_of(folder, config, autoencoder, **client)
         model = load_model(folder / WEIGHTS, config, partial(cls, flow=flow, codec=autoencoder))
         model.check_promise()
+        if config.privacy is not None:
+            check_canonical(folder, model)
         model = model.to(device).eval().requires_grad_(False)
         model.origin, model.origin_file = origin, folder / WEIGHTS
         return model

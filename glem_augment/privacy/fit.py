@@ -4,15 +4,15 @@ The noise's variance takes the place of sampling variance, and public knowledge 
 (`privacy.coordinates`). Of the promise's mu^2,
 
 - counts take `COUNTS`: how much noise the classes bear. The rest follows from their median times mu, the size.
-- sums of weighted coordinates give the class means. They are shrunk by f / (f + s / n + noise), f the public variance of
-  class means plus a number, and the overall mean to the public centre in the same way.
+- sums of weighted coordinates give the class means. They are shrunk by f / (f + s / n + noise), f the public variance
+  of class means plus a number, and the overall mean to the public centre in the same way.
 - the mean square about these means takes `SCALE`: the variance s within classes.
-- from the size `_LEAST_SIZE` on, the scatter of each class in its leading coordinates about its mean takes `CLASSES`. It
-  adds up to the pooled one, S.
+- from the size `_LEAST_SIZE` on, the scatter of each class in its leading coordinates about its mean takes `CLASSES`.
+  It adds up to the pooled one, S.
 - from the size `_LEAST_POOLED` of all classes on, a part of the budget buys S of all coordinates directly.
 
-W = (nu0 s T + N S) / (nu0 + N) as in `classes.fit`, with N the images that would have as much sampling variance as S has
-noise and sampling variance together. A class has W + a (S_y - W) in its leading m coordinates, a = N_y / (nu1 + N_y),
+W = (nu0 s T + N S) / (nu0 + N) as in `classes.fit`, with N the images that would have as much sampling variance as S
+has noise and sampling variance together. A class has W + a (S_y - W) in its leading m coordinates, a = N_y / (nu1 + N_y),
 nu1 = 2 m + 4 N_y, and W elsewhere. The parts were chosen on training images of CIFAR-10 and Fashion-MNIST.
 """
 
@@ -162,7 +162,7 @@ def _likely_counts(noisy: Tensor, sd: float) -> Tensor:
 
 
 def _shrunk(mean: Tensor, error: Tensor, between: Tensor) -> tuple[Tensor, Tensor]:
-    """Means [K, d] from noisy ones, whose errors have the variances `error` [K, d], and variances that remain [K, d]."""
+    """Means [K, d] from noisy ones, whose errors have the variances `error` [K, d], and what remains of these [K, d]."""
     weight = 1 / (error + between)
     middle, unsure = ((mean * weight).sum(0) / weight.sum(0))[None], 1 / weight.sum(0)[None]
     nothing, freedom = torch.zeros_like(between), len(mean) / max(1, len(mean) - 1)

@@ -4,8 +4,8 @@
 removing one image.
 
 1. *Statistic.* A release adds up one statistic t of each image, in the place (slot) of its class, and zeros elsewhere:
-   the count, t = 1; a sum, t = v; or the scatter, t = svec(v v^T). Here v = u / R, and u is clipped to |u| <= R. svec is
-   the lower triangle with its off-diagonal elements times sqrt(2).
+   the count, t = 1; a sum, t = v; or the scatter, t = svec(v v^T). Here v = u / R, and u is clipped to |u| <= R. svec
+   is the lower triangle with its off-diagonal elements times sqrt(2).
 2. *What u may be.* Any function of this one image and of public or released numbers: the image's coordinates about a
    public centre, times public weights; about a released mean; their squared norm. The autoencoder, the public
    coordinates, centre, weights and norm quantile were made from other images, so the mechanism is the same for any
