@@ -12,8 +12,8 @@ The noise's variance takes the place of sampling variance, and public knowledge 
 - from the size `_LEAST_POOLED` of all classes on, a part of the budget buys S of all coordinates directly.
 
 W = (nu0 s T + N S) / (nu0 + N) as in `classes.fit`, with N the images that would have as much sampling variance as S
-has noise and sampling variance together. A class has W + a (S_y - W) in its leading m coordinates, a = N_y / (nu1 + N_y),
-nu1 = 2 m + 4 N_y, and W elsewhere. The parts were chosen on training images of CIFAR-10 and Fashion-MNIST.
+has noise and sampling variance together. A class has W + a (S_y - W) in its leading m coordinates, with
+a = N_y / (nu1 + N_y) and nu1 = 2 m + 4 N_y, and W elsewhere. The parts were chosen on training images of CIFAR-10 and Fashion-MNIST.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _CLIP = 0.9  # of scatter, in the expected squared norm
 _LEAST_VARIANCE = 0.05  # within classes, and along any direction of a class as a share of W / 2
 _MIDDLE = 10  # the variance of the overall mean about the public centre, in variances of class means
 _TEMPERATURE = 3.0  # of the posterior: the best were 2 to 8 on held-out training images
-_LOST = 0.25  # a class that keeps less of the public variance of means is mostly noise
+_LOST = 0.25  # a class that keeps less, or whose count is below two deviations of its noise, is mostly noise
 
 
 class Plan(NamedTuple):
@@ -110,8 +110,8 @@ def private_classes(
         rounds.append({"release": name, "statistic": statistic, "noise": sums.noise, "clip": clip})
         return sums.release(), sums.sd
 
-    counts, sd = released("counts", "counts", u[:, :1], y, 1.0, COUNTS)
-    n = _likely_counts(counts, sd)
+    counts, sd_count = released("counts", "counts", u[:, :1], y, 1.0, COUNTS)
+    n = _likely_counts(counts, sd_count)
     size = float(n.median()) * privacy.mu_per_image
     plan = Plan.of(size, num_classes, dim)
 
@@ -150,7 +150,7 @@ def private_classes(
         _add_classes(covariances, coordinates, own, n, sd, s)
     classes = classes_of(covariances, n.round().long(), min(DEFAULT_MODES, dim))
     classes.temperature = _TEMPERATURE
-    lost = [k for k, share in enumerate(kept.tolist()) if share < _LOST]
+    lost = ((kept < _LOST) | (counts < 2 * sd_count)).nonzero()[:, 0].tolist()
     return PrivateClasses(classes, describe(privacy, rounds), counts, kept, lost)
 
 
@@ -162,7 +162,7 @@ def _likely_counts(noisy: Tensor, sd: float) -> Tensor:
 
 
 def _shrunk(mean: Tensor, error: Tensor, between: Tensor) -> tuple[Tensor, Tensor]:
-    """Means [K, d] from noisy ones, whose errors have the variances `error` [K, d], and what remains of these [K, d]."""
+    """Means [K, d] from noisy ones, whose errors have the variances `error` [K, d], and what remains of them."""
     weight = 1 / (error + between)
     middle, unsure = ((mean * weight).sum(0) / weight.sum(0))[None], 1 / weight.sum(0)[None]
     nothing, freedom = torch.zeros_like(between), len(mean) / max(1, len(mean) - 1)

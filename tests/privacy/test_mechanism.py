@@ -26,7 +26,7 @@ FALSE_ALARM = 1e-10
 CLIP, DIM = 2.5, 5
 
 
-@pytest.mark.parametrize(("epsilon", "delta"), itertools.product((0.01, 1.0, 10.0, 50.0), (1e-12, 1e-6, 1e-3)))
+@pytest.mark.parametrize(("epsilon", "delta"), list(itertools.product((0.01, 1.0, 10.0, 50.0), (1e-12, 1e-6, 1e-3))))
 def test_mu_solves_the_formula(epsilon: float, delta: float) -> None:
     """Balle & Wang's formula in 60 digits."""
 
@@ -67,7 +67,7 @@ def added(statistic: Any, u: Tensor, y: Tensor, slots: int = 3) -> PrivateSums:
 def test_one_image_changes_a_statistic_by_at_most_one(
     rows: list[list[float]], image: list[float], place: int, chunk: int, chance: Any
 ) -> None:
-    """In integers: counts by 1, sums by 2^20 and scatter by 2^40 in L2, in one slot; order and batches leave no trace."""
+    """In integers: counts by 1, sums by 2^20, scatter by 2^40 in L2, in one slot; order and batches leave no trace."""
     place = min(place, len(rows))
     data = torch.tensor([*rows[:place], image, *rows[place:]], dtype=torch.float64)
     y = torch.arange(len(data)) % 2

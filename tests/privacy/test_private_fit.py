@@ -70,7 +70,7 @@ def test_the_noise_that_is_added_is_the_noise_that_is_recorded(
 ) -> None:
     """Standard normal numbers are replaced by ones, so a release less the exact sum is the deviation of its noise."""
     spent: list[float] = []
-    release = PrivateRelease = sums.PrivateSums.release
+    release = sums.PrivateSums.release
 
     def counted(self: Any) -> Tensor:
         truth = self._secret().clone().double()
@@ -80,7 +80,7 @@ def test_the_noise_that_is_added_is_the_noise_that_is_recorded(
         if self.statistic == "scatter":
             inside = torch.eye(self.dim, dtype=torch.bool).expand_as(noise)
             noise = torch.where(inside, noise, noise * math.sqrt(2))
-        assert float(noise.std()) < 0.01 * float(noise.mean())  # the same everywhere, up to the grid
+        assert float((noise - noise.mean()).abs().max()) < 0.02 * float(noise.mean())  # the same, up to the grid
         spent.append(float(noise.mean()))
         return truth * unit
 
@@ -93,7 +93,7 @@ def test_the_noise_that_is_added_is_the_noise_that_is_recorded(
     assert [each["release"] for each in rounds] == [*BRANCHES[20], *(BRANCHES[per_class] if per_class > 20 else [])]
     assert spent == pytest.approx([each["noise"] for each in rounds], rel=0.01)
     assert persons * math.hypot(*(1 / sd for sd in spent)) == pytest.approx(privacy.mu, rel=0.01)
-    assert promised(found.privacy) == privacy and PrivateRelease is release
+    assert promised(found.privacy) == privacy
 
 
 @pytest.mark.parametrize("per_class", list(BRANCHES))
@@ -128,8 +128,8 @@ def test_every_statistic_changes_by_at_most_its_sensitivity(per_class: int, monk
 
 
 def test_a_canary_stays_within_the_promise() -> None:
-    """The score that separates best, 300 sums with and without a far image: their distance in deviations is below mu."""
-    privacy, u, y = Privacy(10), torch.zeros(5, 8), torch.zeros(5).long()
+    """The best score of 300 sums with and without a far image: the distance in deviations is about mu."""
+    privacy, u = Privacy(10), torch.zeros(5, 8)
     canary = torch.zeros(1, 8)
     canary[0, 0] = 1e6
     scores = []
@@ -142,7 +142,6 @@ def test_a_canary_stays_within_the_promise() -> None:
         scores.append(torch.tensor(drawn))
     distance = float((scores[1].mean() - scores[0].mean()) / torch.cat([s - s.mean() for s in scores]).std())
     assert 0.8 * privacy.mu < distance < 1.2 * privacy.mu  # 1.2: a mechanism with half the noise has 2
-    assert y.shape == (5,)
 
 
 def test_plans_spend_the_budget_where_it_pays() -> None:
@@ -163,7 +162,8 @@ def test_samples_look_like_their_class_and_files_have_the_promise(model: GLEM, d
     x = model.sample(y, 1.0, torch.Generator().manual_seed(0), "rfcm")
     wanted = torch.stack([data.tensor()[data.targets == k].float().mean() / 255 for k in range(3)])
     found = torch.stack([x[y == k].mean() for k in range(3)])
-    assert float((found - wanted).abs().max()) < 0.1
+    assert float((found - wanted).abs().max()) < 0.25  # images so unlike photographs are clipped
+    assert found.diff().min() > 0.1
     assert float((model.predict(data.tensor()) == torch.from_numpy(data.targets)).double().mean()) > 0.9
     assert isinstance(model.latent_classes.covariances, ClassCovariances)
     model.save(tmp_path)
@@ -185,7 +185,7 @@ def test_the_folder_holds_the_record_and_the_weights_alone(model: GLEM, tmp_path
         lambda: config.write_text(json.dumps(json.loads(text) | {"training": {"note": "image 7 is there"}})),
         lambda: save_file(tensors, weights, metadata={"format": "pt", "note": "image 7 is there"}),
         lambda: save_file(wide, weights, metadata={"format": "pt"}),
-        lambda: save_file(tensors | {"modes.rest": 2 * tensors["modes.rest"]}, weights, metadata={"format": "pt"}),
+        lambda: save_file(tensors | {"modes.scales": 2 * tensors["modes.scales"]}, weights, metadata={"format": "pt"}),
     ]
     for spoil in spoils:
         spoil()
