@@ -378,8 +378,9 @@ def _partners(batch: Batch) -> Tensor:
     source = batch.model.latent_classes.sampler("rfcm")
     # One seed per row: the draw must not depend on which other rows need a partner.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in drawn["seeds"][missing].tolist()]
-    noise = torch.cat([_normal(1, source.noise_size, generator) for generator in generators])
-    draws = source.sample_from_noise(drawn["partner_cls"][missing], send(noise, device))
+    noise = [send(_normal(1, source.noise_size, generator), device) for generator in generators]
+    rows = zip(drawn["partner_cls"][missing].split(1), noise, strict=True)
+    draws = torch.cat([source.sample_from_noise(y, row) for y, row in rows])  # one by one, to the last bit
     return batch.partner.index_copy(0, send(missing, device), draws.to(batch.partner.dtype))
 
 

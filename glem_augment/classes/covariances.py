@@ -19,6 +19,7 @@ from glem_augment.classes.gaussians import ClassSampler
 from glem_augment.flows.linear import Whiten
 from glem_augment.flows.public import PublicFlow
 from glem_augment.precision import full_precision
+from glem_augment.tensors import send
 
 _ROUNDS, _MORE = 6, 16  # of subspace iteration, and the directions that it adds to the wanted ones
 _ROWS = 256  # unit vectors at a time
@@ -102,22 +103,18 @@ class ClassCovariances(ClassSampler):
     def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """m_y + temperature * W_y^(1/2) noise [B, d], of the classes y, int64 [B], from noise [B, d].
 
-        A sample depends on no other sample, to the last bit, where the host knows y.
+        For a y on a GPU the host waits.
         """
-        if not len(noise):
-            return noise
-        if y.device.type == "cpu":
-            rows = zip(y.split(1), noise.split(1), strict=True)
-            moves = torch.cat([self.coordinates.inverse(self._scaled(e, c, 0.5)) for c, e in rows])
-        else:
-            moves = self.coordinates.inverse(self._scaled(noise, y, 0.5))
-        return self.mean[y] + temperature * moves
+        u = torch.empty_like(noise)
+        for k in y.unique().tolist():
+            rows = send((y == k).nonzero()[:, 0], noise.device)
+            u[rows] = self._scaled(noise[rows], k, 0.5)
+        return self.mean[send(y, noise.device)] + temperature * self.coordinates.inverse(u)
 
-    def _scaled(self, u: Tensor, y: Tensor, power: float) -> Tensor:
-        """(G W_y G^T)^power u [B, d], of the classes y [B]."""
-        directions, rest = self.directions[y], self.rest[y, None] ** power
-        along = torch.einsum("nd,nkd->nk", u, directions) * (self.variances[y] ** power - rest)
-        return rest * u + torch.einsum("nk,nkd->nd", along, directions)
+    def _scaled(self, u: Tensor, y: int, power: float) -> Tensor:
+        """(G W_y G^T)^power u for rows u [m, d]."""
+        directions, rest = self.directions[y], self.rest[y] ** power
+        return rest * u + (u @ directions.T * (self.variances[y] ** power - rest)) @ directions
 
     @torch.no_grad()
     def leading(self, y: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -140,9 +137,7 @@ class ClassCovariances(ClassSampler):
         u = torch.zeros_like(z)
         with torch.enable_grad():
             (u,) = torch.autograd.grad(self.coordinates.inverse(u.requires_grad_()), u, z)
-        rest, directions = self.rest[y], self.directions[y]
-        scaled = rest * u + (u @ directions.T * (self.variances[y] - rest)) @ directions
-        return self.coordinates.inverse(scaled)
+        return self.coordinates.inverse(self._scaled(u, y, 1.0))
 
     @torch.no_grad()
     def diagonals(self) -> Tensor:

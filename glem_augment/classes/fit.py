@@ -6,11 +6,13 @@ the pooled within-class covariance S of all classes and the covariance S_y of th
     W    =  (nu0 s T + N S) / (nu0 + N),              nu0 = 3 d,
     W_y  =  (nu1 W + (n_y - 1) S_y) / (nu1 + n_y - 1),      nu1 = 2 d + 4 n_y.
 
-The target T is public where the latents have public coordinates (`flows.public`), with the scale s of the images; else
-it is the diagonal of S. So a class of few images has nearly the covariance W of all, a class of many keeps up to a fifth
-of S_y, and a few images of all classes nearly have T. In the coordinates where T is the identity, class means
-are shrunk towards their mean, by the factor f / (f + s / n_y) in each coordinate. The prior f is the public variance of
-class means, plus a number that is the same in all coordinates and makes up for what the means vary more than f.
+The target T is public where the latents have public coordinates (`flows.public`), with the scale s of the images;
+else it is the diagonal of S. So a class of few images has nearly the covariance W of all classes, a class of many keeps
+up to a fifth of S_y, and where all classes are small W is nearly T.
+
+In the coordinates where s T is the identity, class means are shrunk towards their mean, by f / (f + 1 / n_y) in each
+coordinate. The prior f is the public variance of class means (zero without public coordinates), plus a number, the same
+in all coordinates, that makes up for what the class means vary more than that.
 
 The posterior's temperature is fitted to latents that are held out of a second estimate.
 
@@ -87,8 +89,8 @@ def fit_classes(
     found = Classes(gaussians, modes, covariances=covariances)
     if statistics.others is not None:
         held = from_public(statistics.held, public)
-        y = torch.repeat_interleave(torch.tensor(statistics.held_counts))
-        found.temperature = fit_temperature(estimate(statistics.others, shape, public).log_prob(held), y)
+        labels = torch.repeat_interleave(torch.tensor(statistics.held_counts))
+        found.temperature = fit_temperature(estimate(statistics.others, shape, public).log_prob(held), labels)
     return found
 
 

@@ -245,7 +245,7 @@ def _gaussians(
     whole = _moments(max(2, round(float(counts.sum()))), mean, pooled, other)
     full = leading == means.shape[1] and can_be_whole(*means.shape)
     variance = torch.stack([each.squares / (each.count - 1) for each in found])
-    gaussians = ClassGaussians(*variance.shape, psi=psi_that_holds(variance, None))
+    gaussians = ClassGaussians(len(variance), variance.shape[1], psi=psi_that_holds(variance, None))
     gaussians.mu.copy_(torch.stack([each.mean for each in found]))
     gaussians.set_variance(variance, inner=(0.0, 1.0))
     return Classes(gaussians, fit_modes(ClassStatistics(found, whole, full), leading, full), full)

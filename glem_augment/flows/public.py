@@ -48,7 +48,7 @@ class PublicFlow(Flow):
     @classmethod
     def from_file(cls, path: Path, image_shape: tuple[int, int, int], grey: bool, std: Tensor) -> PublicFlow:
         """The coordinates of latents that a codec divided by `std` [C], for grey or colour images."""
-        flow, (channels, height, width) = cls(image_shape), image_shape
+        flow, (height, width) = cls(image_shape), image_shape[1:]
         stored, kind = load_file(path), "grey" if grey else "colour"
         sizes = sorted(int(name.split(".")[1]) for name in stored if name.startswith(kind) and name.endswith("maps"))
         side = min(sizes, key=lambda size: abs(math.log(max(height, width) / size)))

@@ -74,18 +74,6 @@ def test_a_policy_of_the_users_own_moves_images_and_labels(model: GLEM) -> None:
         assert torch.equal(twin.replay(x, y, params)[0], out)
 
 
-def test_the_basis_is_of_the_part_that_is_nearest() -> None:
-    """Two classes of two parts each, dark and bright images: all modes bring each image to the mean of its part."""
-    bright = torch.arange(80) % 2
-    x, y = images(80) // 4 + 150 * bright[:, None, None, None].to(torch.uint8), torch.arange(80) // 40
-    parts = GLEM.create("identity", (1, 8, 8), ["a", "b"]).adapt((x, y), rank=64, parts=2)
-    out, _ = GLEMAugment(parts, ToTheMean(), p=1.0, modes=19)(x, y)
-    for group in range(4):
-        rows = (2 * y + bright) == group
-        mean = x[rows].float().mean(0)
-        assert (out[rows].float() - mean).abs().mean() < 0.5
-
-
 def test_a_policy_of_the_users_own_may_want_a_classifier(model: GLEM) -> None:
     x, y, net = images(6) / 255, labels(6), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
     aug = GLEMAugment(model, Uphill(), p=1.0, seed=0)

@@ -169,7 +169,7 @@ def test_samples_of_a_private_model_are_drawn_at_temperature_1(model: GLEM) -> N
 def test_too_few_images_and_wrong_arguments_are_one_clear_error(data: ImageData) -> None:
     with pytest.raises(DataError, match="spent epsilon="):
         GLEM.fit(images(per_class=10), "taef2", privacy=Privacy(0.5))
-    for unused in (dict(rank=8), dict(seed=1), dict(pooled=True)):
+    for unused in (dict(rank=8), dict(seed=1)):
         with pytest.raises(ValueError, match=f"a private model takes no {min(unused)}: "):
             GLEM.fit(data, "taef2", privacy=Privacy(10), **unused)
     with pytest.raises(TypeError, match="must be Privacy"):

@@ -181,9 +181,9 @@ def test_class_maps(model: GLEM, tail: ImageData) -> None:
 
 
 def test_one_class_for_all_gives_no_labels_and_one_folder(tail: ImageData, tmp_path: Path) -> None:
-    pooled = GLEM.fit(tail, pooled=True)
+    one = GLEM.fit(tail.with_targets([0] * len(tail), ["image"]))
     with pytest.raises(DataError, match="several real classes"):
-        RealAndSynthetic(tail, SyntheticDataset(pooled, 6), ratio=None)
-    SyntheticDataset(pooled, 6, real=tail, source="mixup").export(tmp_path / "out")
+        RealAndSynthetic(tail, SyntheticDataset(one, 6), ratio=None)
+    SyntheticDataset(one, 6).export(tmp_path / "out")
     found = open_data(tmp_path / "out")
     assert found.classes == ["image"] and len(found) == 6
