@@ -21,8 +21,7 @@ from glem_augment.flows.public import PublicFlow
 from glem_augment.precision import full_precision
 from glem_augment.tensors import send
 
-_ROUNDS, _MORE = 6, 16  # of subspace iteration, and the directions that it adds to the wanted ones
-_ROWS = 256  # unit vectors at a time
+_ROUNDS, _MORE = 3, 16  # of subspace iteration, and the directions that it adds to the wanted ones
 
 
 class SharedCoordinates(nn.Module):
@@ -50,6 +49,14 @@ class SharedCoordinates(nn.Module):
         """log|det G| in nats, float64."""
         found = self.whiten.logdet().double()
         return found if self.public is None else found + self.public.logdet()
+
+    def variances(self) -> Tensor:
+        """The diagonal of (G^T G)^-1, the variances of z where u is white: [d]. With public coordinates `whiten.scale`
+        is one number."""
+        whiten = self.whiten
+        found = whiten.scale**-2 if self.public is None else self.public.variances() * whiten.scale.mean() ** -2
+        rows = from_public(whiten.directions / whiten.scale, self.public)
+        return found + (whiten.gain**-2 - 1) @ rows.square()
 
 
 def to_public(z: Tensor, public: PublicFlow | None) -> Tensor:
@@ -142,12 +149,7 @@ class ClassCovariances(ClassSampler):
     @torch.no_grad()
     def diagonals(self) -> Tensor:
         """The variances of every class in every dimension, the diagonals of W_y: [K, d]."""
-        shared = torch.zeros_like(self.mean[0])
-        for start in range(0, self.dim, _ROWS):
-            unit = torch.eye(min(_ROWS, self.dim - start), self.dim - start).to(shared)
-            unit = torch.nn.functional.pad(unit, (start, 0))
-            shared += self.coordinates.inverse(unit).square().sum(0)
-        found = self.rest[:, None] * shared
+        found = self.rest[:, None] * self.coordinates.variances()
         for k, (directions, v, rest) in enumerate(zip(self.directions, self.variances, self.rest, strict=True)):
             found[k] += (v - rest) @ self.coordinates.inverse(directions).square()
         return found

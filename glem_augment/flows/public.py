@@ -75,6 +75,13 @@ class PublicFlow(Flow):
             h = self._cosines(z, 0).mT @ x.unflatten(2, (height, width)) @ self._cosines(z, 1)
         return h, -self.logdet().to(z).expand(len(z))
 
+    def variances(self) -> Tensor:
+        """The variances [C*H*W] of h where v is white, the diagonal of T."""
+        height, width = self.image_shape[1:]
+        of_cosines = torch.linalg.inv(self.maps.double()).square().sum(2).unflatten(0, (height, width))
+        rows, columns = (self._cosines(of_cosines, axis).square() for axis in (0, 1))
+        return torch.einsum("uvc,uh,vw->chw", of_cosines, rows, columns).flatten().to(self.maps)
+
     def logdet(self) -> Tensor:
         """log|det dv/dh| in nats, the same for all h; float64."""
         return torch.linalg.slogdet(self.maps.double()).logabsdet.sum()
