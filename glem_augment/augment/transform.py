@@ -27,9 +27,9 @@ from glem_augment.checks import check_number, check_whole
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.distributed import rank
 from glem_augment.errors import ClassMismatchError
-from glem_augment.flows.linear import FlatIdentity
 from glem_augment.images.matching import check_class_map, match_classes, named_classes
 from glem_augment.model.glem import GLEM, as_model
+from glem_augment.model.latent_model import largest_change
 from glem_augment.names import PolicyName
 from glem_augment.tensors import evaluating, send, weights_key
 
@@ -217,9 +217,13 @@ class GLEMAugment(nn.Module):
         images = self.pixels.to_floats(x.view(bits).index_select(0, send(index, device)).view(x.dtype))
         small = self.pixels.to_model(images)
         with evaluating(model):
-            encoded = model.encode(small)[0]
-            images, small, z = images[:n], small[:n], encoded[:n]
-            base, back = self._unmoved(model, z, small)
+            h, encoded, _ = model.numbers_and_latents(small)
+            images, z = images[:n], encoded[:n]
+            # Information lost in encoding is invisible in z, so z is decoded. The limit is half of 1/255 of the range.
+            unmoved = model.inverse(z)
+            back = largest_change(h[:n], unmoved) < 0.5 / 255
+            # An autoencoder does not decode z to `small`, and its error is no part of the change.
+            base = small[:n] if model.codec.exact else model.pixel_range.clamp(model.decode_numbers(unmoved))
             shown = x.dtype if x.is_floating_point() else torch.float32
             batch = Batch(
                 model=model,
@@ -264,17 +268,6 @@ class GLEMAugment(nn.Module):
             with torch.inference_mode(False):  # a later call may need gradients through the copy
                 self._copies[device] = version, self.model.on(device)
         return self._copies[device][1]
-
-    def _unmoved(self, model: GLEM, z: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
-        """The unmoved images at the model's size, and which rows the model gives back, bool [n].
-
-        A flow on pixels decodes z to `small` itself. An autoencoder does not, and its error is no part of the change.
-        """
-        back = torch.ones(len(z), dtype=torch.bool, device=z.device)
-        if type(model.flow) is not FlatIdentity:  # which loses nothing
-            # Information lost in encoding is invisible in z, so z is decoded. The limit is half of 1/255 of the range.
-            back = model.flow_error(small, z) < 0.5 / 255
-        return small if model.codec.exact else model.pixel_range.clamp(model.decode(z, clamp=False)), back
 
     def _images(self, decoded: Tensor, images: Tensor, small: Tensor, dtype: torch.dtype) -> Tensor:
         """Images of the user's size and range, from decoded ones at the model's size; differentiable."""

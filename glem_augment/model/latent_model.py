@@ -126,12 +126,16 @@ class LatentModel(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype, shape or (checked on the CPU) value range.
         """
+        return self.numbers_and_latents(x, generator)[1:]
+
+    def numbers_and_latents(self, x: Tensor, generator: Dequantisation = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The flow's numbers h [B, *flow_shape] of images x, with the z [B, d] and log|det| [B] of `encode`."""
         chunks = self._checked(x).split(self.codec.most)
         noise = generator.split(self.codec.most) if isinstance(generator, Tensor) else [generator] * len(chunks)
-        pairs = zip(chunks, noise, strict=True)
-        parts = [self.encode_numbers(self.numbers(chunk, each)) for chunk, each in pairs]
-        z, logdet = (torch.cat(column) for column in zip(*parts, strict=True))
-        return z, logdet
+        numbers = [self.numbers(chunk, each) for chunk, each in zip(chunks, noise, strict=True)]
+        latents = zip(*map(self.encode_numbers, numbers), strict=True)
+        h, z, logdet = (torch.cat([*column]) for column in (numbers, *latents))
+        return h, z, logdet
 
     def encode_numbers(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """`encode` for the result of `numbers`."""
@@ -146,9 +150,16 @@ class LatentModel(nn.Module):
         """
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise ValueError(f"expected latents of shape [B, {self.dim}], got {list(z.shape)}")
-        z = z.to(self.device, self.dtype)
-        x = torch.cat([self.codec.decode(self.flow.inverse(chunk)[0]) for chunk in z.split(self.codec.most)])
+        x = self.decode_numbers(self.inverse(z.to(self.device, self.dtype)))
         return x.clamp(*self.pixel_range.limits) if clamp else x
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """The flow's numbers [B, *flow_shape] of latents z [B, d]."""
+        return torch.cat([self.flow.inverse(chunk)[0] for chunk in z.split(self.codec.most)])
+
+    def decode_numbers(self, h: Tensor) -> Tensor:
+        """`decode`, without `clamp`, for the result of `inverse`."""
+        return torch.cat([self.codec.decode(chunk) for chunk in h.split(self.codec.most)])
 
     @torch.no_grad()
     def interpolate(self, x1: Tensor, x2: Tensor, steps: int = 8) -> Tensor:
@@ -176,16 +187,13 @@ class LatentModel(nn.Module):
         return (back.double() - self.codec.target(x).double()).abs().mul_(255 / (high - low)).nan_to_num_(nan=math.inf)
 
     @torch.no_grad()
-    def flow_error(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """The largest |inverse(f(h)) - h| of each image's numbers h: [B], infinite where nothing finite came back.
+    def flow_error(self, x: Tensor) -> Tensor:
+        """`largest_change` of each image's numbers h by the flow and its inverse: [B].
 
-        The unit is the range of a pixel, or the standard deviation of a channel of the autoencoder's latents. `z` saves
-        the encoding if the latents are there.
+        The unit is the range of a pixel, or the standard deviation of a channel of the autoencoder's latents.
         """
-        h = torch.cat([self.numbers(chunk) for chunk in self._checked(x).split(self.codec.most)])
-        z = torch.cat([self.flow(chunk)[0] for chunk in h.split(_CHUNK)]) if z is None else z
-        back = torch.cat([self.flow.inverse(chunk)[0] for chunk in z.split(_CHUNK)])
-        return (back - h).abs().flatten(1).amax(1).nan_to_num(nan=math.inf)
+        h, z, _ = self.numbers_and_latents(x)
+        return largest_change(h, self.inverse(z))
 
     def check_invertibility(self, x: Tensor) -> dict[str, float]:
         """A summary of `round_trip_error` on the images `x` [B,C,H,W].
@@ -315,3 +323,8 @@ class LatentModel(nn.Module):
         if device is None or torch.empty(0, device=device).device == self.device:
             return self
         return copy.deepcopy(self).to(device)
+
+
+def largest_change(h: Tensor, back: Tensor) -> Tensor:
+    """The largest |back - h| of each row [B, ...]: [B], infinite where it is not finite."""
+    return (back - h).abs().flatten(1).amax(1).nan_to_num(nan=math.inf)
