@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -56,9 +58,11 @@ class GLEMAugment(nn.Module):
             random; with p = 0 the same images come back.
         modes: how many of the top modes are used, at most `model.modes.rank`; None: 64, or all if there are fewer.
         mean, std: the numbers by which the input is normalised, one or one per channel; None: it is in [0, 1] or uint8.
-        class_map: the model's class for each of the K' data classes, see `match_classes`; None or -1: the model lacks
-            the class, and its images are passed through and counted. By default both have the same classes. A model of
-            one class moves all images with [0] * K'. Soft labels have the width K'.
+        classes: the names (or ids) of the K' data classes in index order, or the data set, which are matched with the
+            model's; see `match_classes`. None: the data has the model's classes in the model's order; the first call
+            warns that this was not checked. Soft labels have the width K'.
+        class_map: in place of `classes` the model's class for each of the K' data classes; None or -1: the model lacks
+            the class, and its images are passed through and counted.
         seed: whole number, of all draws; None: drawn from torch's global generator.
 
     Attributes:
@@ -77,6 +81,7 @@ class GLEMAugment(nn.Module):
         modes: int | None = None,
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
+        classes: Any = None,
         class_map: Sequence[int | None] | None = None,
         seed: int | None = None,
     ) -> None:
@@ -88,7 +93,14 @@ class GLEMAugment(nn.Module):
         self.__dict__["model"] = model  # nn.Module would register it as a sub-module
         self.modes = model.checked_modes(modes)
         self.pixels = PixelAdapter(model.image_shape, mean, std, model.pixel_range)
+        if classes is not None and class_map is not None:
+            raise ValueError("give classes or class_map, not both: class_map says which classes the data has")
+        self._by_name = classes is not None
+        if classes is not None:
+            listed = list(classes) if isinstance(classes, (tuple, list)) else classes
+            class_map = match_classes(model, listed, fix=_MAP).tolist()
         self.class_map = check_class_map(class_map, model.num_classes)
+        self._order_known = self.class_map is not None or model.num_classes == 1
         self._classes = ClassIndex(self.class_map or range(model.num_classes), model.num_classes)
         self.num_classes = len(self._classes.to_model)
         if seed is None:
@@ -156,6 +168,14 @@ class GLEMAugment(nn.Module):
             self.pixels.check(x)
             return self.forward(x, self._classes.mapped[:1].expand(len(x)))[0]
         data_cls = self._check(x, y)
+        if not self._order_known:
+            self._order_known = True
+            names = ", ".join(self.model.classes[:3]) + (", ..." if self.num_classes > 3 else "")
+            warnings.warn(
+                f"it was not checked that the labels count the model's classes ({names}): name the data's classes in "
+                "index order, as in GLEMAugment(..., classes=data.classes)",
+                stacklevel=5,
+            )
         return self._augmented(x, y, data_cls, self._draw(data_cls, self._generator()))
 
     def draw(self, x: Tensor | Sequence[int], y: Tensor, generator: torch.Generator | None = None) -> AugmentParams:
@@ -312,27 +332,25 @@ class GLEMAugment(nn.Module):
 
     @property
     def _more_classes(self) -> str:
-        known = "[0] * K for K classes" if self.model.num_classes == 1 else "match_classes(model, data, partial=True)"
-        return f"give class_map={known} if the data has other classes than the model"
+        return "name the data's classes, GLEMAugment(..., classes=data.classes), if they are not the model's"
 
     def check_data(self, data: Any) -> None:
-        """ClassMismatchError unless data and model have the same classes in the same order, or class_map is given.
+        """ClassMismatchError unless the classes of the data are the transform's, in the same order.
 
-        Data without class names is not checked.
+        Data without class names is not checked, nor is any data if class_map was given.
         """
-        if self.class_map is not None or (named := named_classes(data)) is None:
+        if (self.class_map is not None and not self._by_name) or (named := named_classes(data)) is None:
             return
-        index = match_classes(self.model, data, fix=_MAP).tolist()
-        if self.model.num_classes < len(index):
-            raise ClassMismatchError(
-                f"the data has {len(index)} classes, the model {self.model.num_classes}; {self._more_classes}"
-            )
-        i = next((i for i, j in enumerate(index) if j != i), None)
+        found = match_classes(self.model, data, fix=_MAP).tolist()
+        wanted = [*(self.class_map or range(self.num_classes))][: len(found)]
+        i = next((i for i, (a, b) in enumerate(zip_longest(found, wanted)) if a != b), None)
         if i is not None:
+            other = f"class {self.model.classes[wanted[i]]!r}" if i < len(wanted) else f"only {len(wanted)} classes"
             raise ClassMismatchError(
-                f"the data set's class {i} is {named[1][i]!r}, the model's {self.model.classes[i]!r}: make the "
-                f"transform with class_map=match_classes(model, data), which begins {index[:20]}"
+                f"class {i} of the data is {named[1][i]!r}, and the transform has {other} of the model there: make it "
+                "with GLEMAugment(..., classes=data.classes)"
             )
+        self._order_known = True
 
     # ---- ways into a training loop ---------------------------------------------------------------------------
 
@@ -342,17 +360,17 @@ class GLEMAugment(nn.Module):
 
         return AugmentedLoader(loader, self, device=device, off_epoch=off_epoch)
 
-    def as_mixup_fn(self, smoothing: float = 0.0, mixup: Any = None, data: Any = None) -> Any:
+    def as_mixup_fn(self, smoothing: float = 0.0, mixup: Any = None) -> Any:
         """A function in the place of timm's `mixup_fn`, whose labels are always soft: see `loops.MixupFn`."""
         from glem_augment.augment.loops import MixupFn
 
-        return MixupFn(self, smoothing, mixup, data)
+        return MixupFn(self, smoothing, mixup)
 
-    def collate_fn(self, base: Callable[[list[Any]], Any] | None = None, data: Any = None) -> Any:
+    def collate_fn(self, base: Callable[[list[Any]], Any] | None = None) -> Any:
         """A collate function for workers, on whose CPUs the model then runs: see `loops.AugmentingCollate`."""
         from glem_augment.augment.loops import AugmentingCollate
 
-        return AugmentingCollate(self, base, data)
+        return AugmentingCollate(self, base)
 
     def as_transform(self) -> Any:
         """A `torchvision.transforms.v2.Transform` on tuples, dicts and tv_tensors: see `structures.GLEMTransform`."""

@@ -69,7 +69,7 @@ def _moves(model: GLEM, data: ImageData, rows: int, policy: str, seed: int) -> S
     columns, n = {"real": x[:rows]}, rows
     if policy == "mixup":
         title = "Mixup along the modes: the part that the image keeps"
-        aug = GLEMAugment(model, "mixup", p=1.0, seed=seed)
+        aug = GLEMAugment(model, "mixup", p=1.0, class_map=range(model.num_classes), seed=seed)
         drawn = aug.draw(x, y)
         drawn = drawn.having(partner=torch.arange(2 * n).roll(n), partner_cls=drawn.cls).where(drawn.rows < n)
         for keep in KEPT:
@@ -78,7 +78,7 @@ def _moves(model: GLEM, data: ImageData, rows: int, policy: str, seed: int) -> S
     else:
         title = "Noise along the modes, in standard deviations"
         for strength in NOISE_STRENGTHS:
-            aug = GLEMAugment(model, Noise(strength), p=1.0, seed=seed)
+            aug = GLEMAugment(model, Noise(strength), p=1.0, class_map=range(model.num_classes), seed=seed)
             columns[f"{strength:g}"] = aug(x[:n], y[:n])[0]
     cells = torch.stack([unit(images, model.pixel_range) for images in columns.values()], 1)
     return Section(title, cells, list(columns), [model.classes[i] for i in y[:n].tolist()])

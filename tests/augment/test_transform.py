@@ -265,9 +265,9 @@ def test_strength_zero_lets_no_wrong_pixel_out(bundled_test: Any) -> None:
 @pytest.mark.parametrize(
     ("strength", "class_map", "reason"),
     [
-        (1000.0, None, "128"),
+        (1000.0, range(4), "128"),
         (0.5, [0, None, None, None], "96"),
-        (0.1, None, None),
+        (0.1, range(4), None),
     ],
 )
 def test_one_warning_where_most_are_lost(
@@ -330,7 +330,7 @@ def test_arguments_are_checked(model: GLEM, settings: dict[str, Any], named: str
         (images(4).float(), labels(4), "255"),
         (images(4) / 255 * float("nan"), labels(4), "finite"),
         (images(4), labels(3), "\\[4\\]"),
-        (images(4), torch.zeros(4, 5), "class_map"),
+        (images(4), torch.zeros(4, 5), "classes="),
         (images(4), torch.tensor([0, 1, 4, 0]), "label 4"),
     ],
 )
