@@ -21,6 +21,7 @@ from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import check_number, check_whole
 from glem_augment.codec.resize import for_channels
 from glem_augment.distributed import world_size
+from glem_augment.images.sources import warn_of_lost_bits
 
 
 class AugmentedLoader:
@@ -49,7 +50,8 @@ class AugmentedLoader:
         _refuse_twice(loader)
         self.off_epoch = None if off_epoch is None else check_whole("off_epoch", off_epoch, 0)
         _check_normalisation(loader, aug)
-        aug.check_data(getattr(loader, "dataset", None))
+        aug.check_data(data := getattr(loader, "dataset", None))
+        warn_of_lost_bits(data, aug.model.pixel_range)
         self.loader, self.aug, self.device = loader, aug, device
         self.epoch, self._enabled = 0, True
         self._shares_checked = _warn_unless_sharded(loader)

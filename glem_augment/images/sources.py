@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -422,6 +423,18 @@ def _data_set(data: Any, name: str | None = None) -> Source:
             images = torch.from_numpy(x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2))
             return Source(name, images, labels, [str(i) for i in range(len(names))], names)
     return Source(name, data, labels, ids, names, 0, pixel_range=getattr(data, "pixel_range", None))
+
+
+def warn_of_lost_bits(data: Any, pixel_range: PixelRange) -> None:
+    """Warn where a data set of torchvision gives 8 bits of images of `pixel_range`, which `open_data` reads in full."""
+    while isinstance(data, Subset):
+        data = data.dataset
+    if pixel_range.dtype != "uint8" and isinstance(data, DatasetFolder) and data.loader is default_loader:
+        warnings.warn(
+            f"the model sees images of {pixel_range.dtype}, but torchvision's loader cuts their values off at 255: "
+            "train on open_data(folder), or give ImageFolder a loader= that keeps all bits",
+            stacklevel=4,
+        )
 
 
 def tensor_source(
