@@ -27,12 +27,16 @@ from glem_augment.codec.published import open_autoencoder
 from glem_augment.errors import HubError, ModelFileError
 from glem_augment.io import Limits, atomic_write, expand, load_weights, open_tensors
 from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMConfig
+from glem_augment.model.latent_model import largest_change
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CHECKPOINT = "checkpoint.pt"  # of a run of `glem train`
 CUSTOM = "custom"  # the name of a user's module in a config
 
 _LEAST_ENTRY = 50  # bytes of a tensor in a header: `"a":{"dtype":"F16","shape":[],"data_offsets":[0,2]}`
+# Errors far above rounding, of half precision too; a flow moves an image only where it gives it back as well.
+_PROBE_NOISE, _PROBE_ERROR, _SKEW = 0.01, 0.5 / 255, 0.02
+_CLASSES = 64  # whose modes are checked at a time
 SCALES = (1e-8, 1e8)  # of standard deviations or their inverses; real ones lie far inside
 _BUNDLED = Path(__file__).parents[1] / "bundled" / "models"
 
@@ -206,9 +210,34 @@ def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], Mod
     with open_tensors(path) as weights:
         # A user's flow and an autoencoder have their weights already.
         load_weights(path, weights, model, partial(stored, config), _limits(config))
+    _check_modes(path, model.modes)
     if config.covariance == "full":
         _check_full(path, model.modes)
+    _probe(path, model.eval())
     return model
+
+
+@torch.no_grad()
+def _probe(path: Path, model: Any) -> None:
+    """ModelFileError: the flow does not give back numbers near a class's mean, the surest ones that it has."""
+    h = model.inverse(model.gaussians.mu[:1])
+    # With noise, because rounded numbers are given back even where digits are lost.
+    h = h + _PROBE_NOISE * torch.randn(h.shape, generator=torch.Generator().manual_seed(0)).to(h)
+    if not float(largest_change(h, model.inverse(model.encode_numbers(h)[0]))) < _PROBE_ERROR:
+        raise ModelFileError(f"{path}: its weights make no invertible flow; download or save the model again")
+
+
+def _check_modes(path: Path, modes: Any) -> None:
+    """ModelFileError: modes that are not orthonormal. Rows of zeros have no length along them."""
+    if modes is None:
+        return
+    both = ((modes.directions, modes.scales), (modes.shared_directions[None], modes.shared_scales[None]))
+    pairs = (pair for each in both for pair in zip(*(t.split(_CLASSES) for t in each), strict=True))
+    for directions, scales in pairs:
+        products = directions @ directions.mT
+        present = products.diagonal(dim1=1, dim2=2).round().clamp(0, 1)
+        if not (float((products - present.diag_embed()).abs().max()) < _SKEW and bool((present >= (scales > 0)).all())):
+            raise ModelFileError(f"{path}: the modes of its classes are not orthonormal; fit_modes and save it again")
 
 
 def _limits(config: GLEMConfig) -> dict[str, Limits]:
