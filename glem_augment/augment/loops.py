@@ -149,6 +149,8 @@ class MixupFn:
         """Augment images [B, C, H, W] with targets int64 [B], or soft [B, K'], which are not smoothed again."""
         classes = self.aug.num_classes
         self.aug.classes_of(target, len(x))
+        if self.mixup is not None and not x.is_floating_point():
+            raise TypeError(f"timm's Mixup takes floats, not {x.dtype}: give x.float() / 255, or leave mixup= out")
         soft = soft_labels(target, classes)
         if self.mixup_enabled:
             x, soft = self.aug(x, soft)

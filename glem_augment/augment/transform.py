@@ -193,6 +193,8 @@ class GLEMAugment(nn.Module):
     def _check(self, x: Tensor, y: Any) -> Tensor:
         """Check a batch; returns its labels' classes, int64 [B] on the CPU."""
         self.pixels.check(x)
+        if x.requires_grad:
+            raise ValueError("moves have no gradient, and these images require one: give x.detach()")
         if self.policy.wants_classifier and self._classifier is None:
             raise ValueError(f"{self.policy!r} needs a classifier: call aug.attach(classifier), on a copy again")
         if self.model.modes is None or self.model.modes.rank < self.modes:  # modes may have been fitted again

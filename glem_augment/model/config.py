@@ -134,7 +134,7 @@ class GLEMConfig:
         """Read the bytes of a `config.json`. ModelFileError: anything that does not describe a model."""
         _check_size(data)
         try:
-            values = json.loads(data.decode())
+            values = json.loads(data.decode(), object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             raise ModelFileError(f"it can't be read as JSON: {error}; download or save the model again") from None
         if not isinstance(values, dict) or "format_version" not in values:
@@ -199,6 +199,14 @@ def _is_autoencoder(value: Any) -> bool:
     good = good and isinstance(value["name"], str) and isinstance(value["sha256"], str)
     shape = value["image_shape"] if good else None
     return isinstance(shape, list | tuple) and len(shape) == 3 and all(is_whole(v, 1, LARGEST_SIDE) for v in shape)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The table of these pairs. ValueError: a key is there twice, and readers would differ in which one counts."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError(f"a key is there twice, among {_short(list(table)[:5])}")
+    return table
 
 
 def _short(value: Any) -> str:

@@ -151,22 +151,16 @@ class GLEM(LatentModel):
         """
         if isinstance(classes, int | str):
             raise TypeError(f"classes are a list of names, such as ['cat', 'dog'], got {classes!r}")
-        shape, facts = image_shape, None
         if autoencoder is not None:
             pixel_range.need_8_bits("an autoencoder (leave it out, for a model of the pixels)")
-        if isinstance(autoencoder, str):
-            autoencoder, facts = find_autoencoder(autoencoder, image_shape)
-        elif autoencoder is not None:
-            facts = {"name": CUSTOM, "sha256": ""}
-        if autoencoder is not None:
-            shape = latent_shape(autoencoder, image_shape)
+        autoencoder, facts, shape = _found(autoencoder, image_shape)
         config = GLEMConfig(
             flow=resolve_preset(preset, shape, **overrides),
             bits=pixel_range.bits if bits is None else bits,
             psi=psi,
             class_ids=[str(c) for c in (classes if class_ids is None else class_ids)],
             class_names=[str(c) for c in classes],
-            autoencoder=None if facts is None else {**facts, "image_shape": [int(side) for side in image_shape]},
+            autoencoder=facts,
             pixel_range=pixel_range,
         )
         return cls(config, codec=autoencoder)
@@ -207,7 +201,7 @@ class GLEM(LatentModel):
         if module is not None:
             if config.flow["coupling"] != "custom":
                 raise ModelFileError("this model holds a flow of the library's: leave module= out")
-            check_flow(module, config.image_shape)
+            check_flow(module, config.flow_shape)
             flow = copy.deepcopy(module)
         autoencoder = autoencoder_of(folder, config, autoencoder, **client)
         model = load_model(folder / WEIGHTS, config, partial(cls, flow=flow, codec=autoencoder))
@@ -217,26 +211,31 @@ class GLEM(LatentModel):
         return model
 
     @classmethod
-    def from_bijection(cls, module: Flow, image_shape: tuple[int, int, int]) -> GLEM:
+    def from_bijection(
+        cls, module: Flow, image_shape: tuple[int, int, int], autoencoder: str | nn.Module | None = None
+    ) -> GLEM:
         """A model around a user's flow, in eval mode, with one class, "image", a standard normal; see `adapt`.
 
         Args:
             module: a subclass of `flows.Flow`. It is not copied, and from now on frozen and in eval mode.
             image_shape: (C, H, W).
+            autoencoder: see `create`; the flow is then one of its latents.
 
         Raises:
             TypeError, ValueError: see `flows.check_flow`.
         """
-        check_flow(module, image_shape)
+        autoencoder, facts, shape = _found(autoencoder, image_shape)
+        check_flow(module, shape)
         config = GLEMConfig(
-            flow={"image_shape": list(image_shape), "coupling": "custom", "module": type(module).__qualname__},
+            flow={"image_shape": list(shape), "coupling": "custom", "module": type(module).__qualname__},
             bits=UINT8.bits,
             psi=None,
             class_ids=[ONE_CLASS],
             class_names=[ONE_CLASS],
+            autoencoder=facts,
         )
-        gaussians = ClassGaussians(1, math.prod(image_shape), None, initial_variance=1.0)
-        return cls(config, module, Classes(gaussians)).eval().requires_grad_(False)
+        gaussians = ClassGaussians(1, math.prod(shape), None, initial_variance=1.0)
+        return cls(config, module, Classes(gaussians), autoencoder).eval().requires_grad_(False)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path.
@@ -545,6 +544,19 @@ class GLEM(LatentModel):
                 "with more images than modes in a class"
             )
         return modes
+
+
+def _found(
+    autoencoder: str | nn.Module | None, image_shape: tuple[int, int, int]
+) -> tuple[nn.Module | None, dict[str, Any] | None, tuple[int, int, int]]:
+    """The autoencoder or codec of `create`, its entry in a config, and the shape of the numbers of these images."""
+    if autoencoder is None:
+        return None, None, image_shape
+    facts = {"name": CUSTOM, "sha256": ""}
+    if isinstance(autoencoder, str):
+        autoencoder, facts = find_autoencoder(autoencoder, image_shape)
+    shape = latent_shape(autoencoder, image_shape)
+    return autoencoder, {**facts, "image_shape": [int(side) for side in image_shape]}, shape
 
 
 def as_model(model: GLEM | str | os.PathLike[str]) -> GLEM:

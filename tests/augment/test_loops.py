@@ -259,6 +259,10 @@ def test_what_collate_and_mixup_fn_take(model: GLEM) -> None:
     assert torch.equal(collate(samples)[0], x) and not mixup.mixup_enabled
     with pytest.raises(TypeError, match=r"aug\.collate_fn"):
         make(model).as_mixup_fn(mixup=mixup)
+    with pytest.raises(TypeError, match=r"x\.float\(\) / 255"):
+        make(model).as_mixup_fn(mixup=Mixup(num_classes=3))(x, y)
+    with pytest.raises(ValueError, match=r"x\.detach"):
+        make(model)((x / 255).requires_grad_(), y)
 
 
 def test_the_code_of_the_documentation_runs() -> None:
