@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -391,14 +392,14 @@ class Classifier:
     """
 
     def __init__(
-        self, classifier: nn.Module, loss: Callable[[Any, Tensor], Tensor] | None, autocast: torch.dtype | None
+        self, classifier: nn.Module, loss: Callable[[Any, Tensor], Tensor], autocast: torch.dtype | None
     ) -> None:
         if not isinstance(classifier, nn.Module):
             raise TypeError(f"classifier must be a torch.nn.Module, got {type(classifier).__name__}")
         from timm.utils import unwrap_model  # timm takes a second to import
 
         self.module: nn.Module = unwrap_model(classifier)
-        self.loss, self.autocast = loss or _cross_entropy, autocast
+        self.loss, self.autocast = loss, autocast
 
     def gradient(self, images_at: Callable[[Tensor], Tensor], at: Tensor, labels: Tensor, model: nn.Module) -> Tensor:
         """The gradient of the loss, summed over rows, in the argument of `images_at`, at `at`; in the shape of `at`.
@@ -430,13 +431,16 @@ class Classifier:
         return gradient
 
 
-def _cross_entropy(output: Any, labels: Tensor) -> Tensor:
+def cross_entropy(classes: int) -> Callable[[Any, Tensor], Tensor]:
+    """The cross-entropy of an output, or of its `logits` [B, K], with labels of so many classes, summed over rows."""
+    return partial(_cross_entropy, classes)
+
+
+def _cross_entropy(classes: int, output: Any, labels: Tensor) -> Tensor:
     logits = getattr(output, "logits", output).float()
-    if labels.ndim == 1:
-        return F.cross_entropy(logits, labels.long(), reduction="sum")
-    if logits.shape != labels.shape:
+    if logits.shape[1] < classes or (labels.ndim == 2 and logits.shape != labels.shape):
         raise ValueError(
-            f"the classifier gives {tuple(logits.shape)}, the labels are {tuple(labels.shape)}: give the transform a "
-            "class_map with an entry for each class of the classifier, or give attach a loss"
+            f"the classifier gives {list(logits.shape)}, and the transform has {classes} classes: give the transform "
+            "the classes= of the classifier's data, or give attach a loss"
         )
-    return F.cross_entropy(logits, labels.float(), reduction="sum")
+    return F.cross_entropy(logits, labels.long() if labels.ndim == 1 else labels.float(), reduction="sum")

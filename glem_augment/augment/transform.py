@@ -24,7 +24,16 @@ from torch.utils.data import get_worker_info
 
 from glem_augment.augment.counts import MoveCounts
 from glem_augment.augment.labels import soft_labels
-from glem_augment.augment.policies import AugmentParams, Batch, Classifier, ClassIndex, Policy, Selected, as_policy
+from glem_augment.augment.policies import (
+    AugmentParams,
+    Batch,
+    Classifier,
+    ClassIndex,
+    Policy,
+    Selected,
+    as_policy,
+    cross_entropy,
+)
 from glem_augment.checks import check_number, check_whole
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.distributed import rank
@@ -143,7 +152,7 @@ class GLEMAugment(nn.Module):
         """
         if not self.policy.wants_classifier:
             raise ValueError(f"{self.policy!r} uses no classifier: attach is for policies such as Adversarial()")
-        self._classifier = Classifier(classifier, loss, autocast)
+        self._classifier = Classifier(classifier, loss or cross_entropy(self.num_classes), autocast)
         return self
 
     # ---- a call ----------------------------------------------------------------------------------------------
@@ -193,7 +202,7 @@ class GLEMAugment(nn.Module):
     def _check(self, x: Tensor, y: Any) -> Tensor:
         """Check a batch; returns its labels' classes, int64 [B] on the CPU."""
         self.pixels.check(x)
-        if x.requires_grad:
+        if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("moves have no gradient, and these images require one: give x.detach()")
         if self.policy.wants_classifier and self._classifier is None:
             raise ValueError(f"{self.policy!r} needs a classifier: call aug.attach(classifier), on a copy again")
@@ -310,7 +319,8 @@ class GLEMAugment(nn.Module):
         """
         classes = self.num_classes
         if not isinstance(y, Tensor):
-            raise TypeError(f"y must be a tensor of labels, got {type(y).__name__}")
+            fix = ": call aug(x, y); nn.Sequential passes images alone, v2.Compose passes both" if y is None else ""
+            raise TypeError(f"y must be a tensor of labels, got {type(y).__name__}{fix}")
         if y.shape not in ((batch,), (batch, classes)):
             fix = ""
             if y.ndim == 2 and len(y) == batch:
@@ -318,7 +328,10 @@ class GLEMAugment(nn.Module):
             wanted = f"integers [{batch}] or soft labels [{batch}, {classes}]"
             raise ValueError(f"y must be {wanted}, got {tuple(y.shape)}{fix}")
         if y.is_floating_point() != (y.ndim == 2) or y.is_complex() or y.dtype == torch.bool:
-            raise TypeError(f"labels [B] must be integers, and soft labels [B, K'] floating point; got {y.dtype}")
+            fix = "y.float(), or y.argmax(1) for the classes" if y.ndim == 2 else "y.long()"
+            raise TypeError(
+                f"labels [B] must be integers, and soft labels [B, K'] floating point; got {y.dtype}: give {fix}"
+            )
         if y.ndim == 2:
             strongest = y.detach().max(dim=1)
             return strongest.indices.masked_fill(strongest.values <= 0, -1)

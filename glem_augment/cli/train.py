@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from glem_augment.checks import check_choice
 from glem_augment.cli import common
 from glem_augment.training.config import SETTINGS, TrainConfig, check_setting
 
@@ -78,6 +79,8 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of --config, and the settings that the command line names, which win."""
     named = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
     table = {str(name): value for name, value in (args.config or {}).items()}
+    for name in table:
+        check_choice("a setting of --config", name, tuple(SETTINGS))
     if "flow_options" in named:
         stated = check_setting("flow_options", table.get("flow_options", {}))
         named["flow_options"] = {**stated, **dict(named["flow_options"])}

@@ -48,6 +48,7 @@ from glem_augment.model.files import (
 from glem_augment.model.latent_model import LatentModel
 from glem_augment.model.private_fit import check_arguments, fit_private
 from glem_augment.names import DEFAULT_MODES, MAX_PARTS, Preset
+from glem_augment.tensors import usable
 
 STANDARDISED_BY = 64  # images that standardise an autoencoder's latents, each at many positions
 # Least images per dimension of full covariances. At 4 plain variances do as well (benchmarks/results/covariances.md).
@@ -182,7 +183,7 @@ class GLEM(LatentModel):
         Args:
             name: a folder with `model.safetensors` and `config.json`; `bundled:NAME`; or `org/name[@revision]` on the
                 Hugging Face Hub, `hf-hub:org/name` if a folder has the same name.
-            device: where to put the model.
+            device: where to put the model. ValueError: it can't be used.
             cache_dir: where downloads are kept, by default the Hub client's cache (`HF_HOME`).
             token: for private and gated repositories; None: the stored one, if any. False: none.
             revision: branch, tag or commit hash on the Hub.
@@ -194,7 +195,7 @@ class GLEM(LatentModel):
             ModelFileError: missing, truncated, inconsistent or hostile files. Its subclass `HubError`: no network, no
                 such repository or revision, no access, a damaged download.
         """
-        client = dict[str, Any](cache_dir=cache_dir, token=token)
+        client, device = dict[str, Any](cache_dir=cache_dir, token=token), usable(device)
         folder, origin = find_folder(name, revision, **client)
         config = read_config(folder)
         flow = None

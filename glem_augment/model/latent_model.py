@@ -24,6 +24,7 @@ from glem_augment.errors import ClassMismatchError
 from glem_augment.flows import Flow
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.config import GLEMConfig
+from glem_augment.tensors import usable
 
 _CHUNK = 256  # images per pass through the flow, which bounds the memory of activations
 
@@ -329,8 +330,7 @@ class LatentModel(nn.Module):
 
     def on(self: _Flow, device: torch.device | str | None) -> _Flow:
         """This model if it is on `device` already, or `device` is None; otherwise a copy of it there."""
-        # An empty tensor tells which device "cuda" stands for.
-        if device is None or torch.empty(0, device=device).device == self.device:
+        if device is None or usable(device) == self.device:
             return self
         return copy.deepcopy(self).to(device)
 

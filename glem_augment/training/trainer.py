@@ -275,7 +275,7 @@ class Trainer:
         })  # fmt: skip
         if is_primary():
             key, unit, _ = self.model.likelihood
-            which = "held-out images" if len(self.batches.split.val) else "training images"
+            which = f"{metrics['val_images']} {'held-out' if len(self.batches.split.val) else 'training'} images"
             right = f", accuracy {100 * metrics['val_accuracy']:.1f} %" if "val_accuracy" in metrics else ""
             self.bar.write(
                 f"epoch {epochs}/{self.config.epochs}: {metrics[f'val_{key}']:.3f} {unit}{right} on {which}; "

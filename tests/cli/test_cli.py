@@ -139,6 +139,12 @@ def test_fit_makes_a_model_of_pixels(trained: Path, tmp_path: Path, output: Outp
     wrong = ["fit", str(tmp_path / "no images"), "--out", str(tmp_path / "d")]  # said before images are read
     fails([*wrong, "--flow", str(trained), "--autoencoder", "taef2"], output, "--autoencoder", "not allowed with")
     fails([*wrong, "--parts", "300"], output, "parts", "256")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    fails([*argv, str(tmp_path / "full")], output, "holds notes.txt: give a new folder")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"device 'cuda' can't be used here .*: give cpu"):
+            GLEM.from_pretrained(tmp_path / "a", device="cuda")
 
 
 def test_eval_prints_one_json_object(trained: Path, output: Output) -> None:
@@ -303,7 +309,10 @@ def test_everything_on_grey_images_that_are_not_square(tmp_path: Path, output: O
     assert json.loads(output()[0])["bits"] == 5
     assert main(["generate", run, "--per-class", "2", "--out", str(tmp_path / "synthetic")]) == 0
     assert Image.open(tmp_path / "synthetic" / "a" / "000000.png").size == (16, 8)
+    assert main(["preview", run, "--out", str(tmp_path / "p.png")]) == 0
+    alone = Image.open(tmp_path / "p.png").height
     assert main(["preview", run, data, "--out", str(tmp_path / "p.png")]) == 0
+    assert Image.open(tmp_path / "p.png").height > alone
     assert Image.open(tmp_path / "p.png").width > 300
 
 
@@ -317,11 +326,18 @@ def test_bad_training_input(image_folder: Path, tmp_path: Path, output: Output) 
     fails(["train", data, *out, "--image-size", "8", "8", "8"], output, "image_size")
     fails(["train", str(tmp_path / "missing"), *out], output, "no such data")
     fails(["train", data, *out, "--flow", "depht=[1,1]"], output, "depht")
-    fails(["train", data, *out, "--device", "abacus"], output, "'abacus'")
+    fails(["train", data, *out, "--device", "abacus"], output, "'abacus' can't be used here (there is no such device)")
     fails(["train", data, "--out", str(image_folder / "dog" / "0.png")], output, "0.png is a file")
     fails(["train", data, *out, "--epochs", "0"], output, "epochs must be at least 1")
     fails(["train", data, *out, "--config", str(tmp_path / "no.yaml")], output, "no.yaml")
-    texts = {"epoch: 3": "'epoch'", "- a": "a table", "a: [": "YAML", "1: 2": "'1'", "flow_options: 3": "flow_options"}
+    texts = {
+        "epoch: 3": "'epoch'",
+        "epochz: 1": "did you mean epochs?",
+        "- a": "a table",
+        "a: [": "YAML",
+        "1: 2": "'1'",
+        "flow_options: 3": "flow_options",
+    }
     for text, word in texts.items():
         (tmp_path / "c.yaml").write_text(text)
         fails(["train", data, *out, "--config", str(tmp_path / "c.yaml"), "--flow", "depth=[1]"], output, word)
