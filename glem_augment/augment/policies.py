@@ -191,7 +191,7 @@ class Policy(ABC):
     """How images are moved. A subclass with `draw` and `move` is a policy of your own (docs/plugin.md).
 
     `name`, the class's name in lower case, may stand for a policy with its defaults. The attributes of a policy are its
-    arguments, under the same names, as JSON can carry them: `GLEMAugment.to_config` saves them.
+    arguments, under the same names.
     """
 
     name: ClassVar[str]

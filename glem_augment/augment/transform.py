@@ -61,7 +61,8 @@ class GLEMAugment(nn.Module):
     Args:
         model: a GLEM with fitted modes (`model.fit_modes(data)`), or its name (see `GLEM.from_pretrained`).
         policy: how images are moved: Mixup(), Noise() or Adversarial(), with arguments; "mixup", "noise" and
-            "adversarial" are short for their defaults. A policy of your own is a subclass of `Policy`.
+            "adversarial" are short for their defaults, and {"name": "noise", "strength": 0.3} is a policy in a file of
+            settings. A policy of your own is a subclass of `Policy`.
             Adversarial(strength=0.25) measured better, where a classifier is at hand: see docs/evidence.md.
         p: float in [0, 1]: the part of the images that is moved. In a batch p * B rows are, rounded up or down at
             random; with p = 0 the same images come back.
@@ -85,7 +86,7 @@ class GLEMAugment(nn.Module):
     def __init__(
         self,
         model: GLEM | str | os.PathLike[str],
-        policy: Policy | PolicyName = "mixup",
+        policy: Policy | PolicyName | Mapping[str, Any] = "mixup",
         p: float = 0.5,
         modes: int | None = None,
         mean: float | Sequence[float] | None = None,
@@ -97,7 +98,6 @@ class GLEMAugment(nn.Module):
         super().__init__()
         self.policy = policy
         self.p = check_number("p", p, 0.0, 1.0)
-        self._name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
         model = as_model(model)
         self.__dict__["model"] = model  # nn.Module would register it as a sub-module
         self.modes = model.checked_modes(modes)
@@ -125,7 +125,7 @@ class GLEMAugment(nn.Module):
         return self._policy
 
     @policy.setter
-    def policy(self, policy: Policy | PolicyName) -> None:
+    def policy(self, policy: Policy | PolicyName | Mapping[str, Any]) -> None:
         self._policy = as_policy(policy)
 
     @property
@@ -402,29 +402,6 @@ class GLEMAugment(nn.Module):
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Continue the draws from a state of `get_extra_state`."""
         self.seed, self._calls = state["seed"], state["calls"]
-
-    def to_config(self) -> dict[str, Any]:
-        """Every setting, as JSON or YAML can carry it.
-
-        `model` is its name, None for a model given as an object; `policy` is {"name": ..., its arguments}.
-
-        Raises:
-            TypeError: a policy of your own whose attributes are not its arguments.
-        """
-        policy = {"name": self.policy.name, **vars(self.policy)}
-        as_policy(policy)  # `from_config` must be able to make it
-        found = {"model": self.model.origin or self._name, "policy": policy, **self._settings()}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], model: GLEM | str | None = None) -> GLEMAugment:
-        """The transform that `to_config` described, before its first call; `model` replaces config["model"].
-
-        Settings that `config` lacks have their defaults. The module with a policy of your own must be imported before.
-        """
-        given = {name: value for name, value in config.items() if name not in ("model", "policy")}
-        policy = as_policy(config.get("policy", "mixup"))
-        return cls(config.get("model") if model is None else model, policy, **given)  # type: ignore[arg-type]
 
     def _settings(self) -> dict[str, Any]:
         named = {name: getattr(self, name) for name in ("p", "modes", "class_map", "seed")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -98,9 +98,7 @@ def _flow_option(text: str) -> tuple[str, Any]:
 
 
 def run(args: argparse.Namespace) -> None:
-    from glem_augment.distributed import is_primary
     from glem_augment.images.dataset import open_data
-    from glem_augment.io import lock_folder
     from glem_augment.model.glem import GLEM
     from glem_augment.training.checkpoint import has_checkpoint, require_unused
     from glem_augment.training.trainer import Trainer
@@ -121,11 +119,9 @@ def run(args: argparse.Namespace) -> None:
     if args.unlabelled:
         settings.setdefault("objective", "mle")
     config = TrainConfig(**settings)  # checked before the data is opened
-    # Images are decoded, and latents encoded, for minutes before the first step. The first rank locks for all ranks.
-    with lock_folder(out) if is_primary() else nullcontext():
-        data = open_data(args.data, args.split, size, args.channels, unlabelled=args.unlabelled)
-        trainer = Trainer(data, config, out, args.resume, init_model, device, ready=_tell)
-        model = trainer.fit()
+    data = open_data(args.data, args.split, size, args.channels, unlabelled=args.unlabelled)
+    trainer = Trainer(data, config, out, args.resume, init_model, device, ready=_tell)
+    model = trainer.fit()
     common.say(f"saved {out} after {tqdm.format_interval(trainer.seconds())}: {model!r}")
     if model.config.training["worse_than_independent_pixels"]:
         common.note(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from augment_cases import CLASSES, images, labels, make_model
@@ -17,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from walk import files_passed
 
-from glem_augment import GLEM, Adversarial, GLEMAugment, Mixup, Noise, Policy
+from glem_augment import GLEM, GLEMAugment, Mixup, Noise, Policy
 
 ALL: list[Policy] = [Mixup(), Mixup(partner="any"), Noise()]
 
@@ -119,7 +117,7 @@ def test_ranks_and_seeds_draw_differently_and_resume_from_rank_0(model: GLEM, mo
 
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_draw_by_torchs_seeds_and_their_moves_are_counted(model: GLEM, context: str) -> None:
+def test_workers_draw_by_torchs_seeds(model: GLEM, context: str) -> None:
     twice = [(image, int(y)) for image, y in zip(images(4).repeat(2, 1, 1, 1), labels(4).repeat(2), strict=True)]
     aug = GLEMAugment(model, Noise(), p=1.0, modes=4, class_map=[0, 1, None, 2], seed=3)
     loader = DataLoader(twice, 4, num_workers=2, collate_fn=aug.collate_fn(), multiprocessing_context=context)
@@ -129,7 +127,7 @@ def test_workers_draw_by_torchs_seeds_and_their_moves_are_counted(model: GLEM, c
         return torch.cat([x for x, _ in loader])
 
     first, moved = epoch(7), labels(8) != 2
-    assert aug.stats == {"selected": 8, "rejected": 0, "unmapped": 2}
+    assert torch.equal(first.view(2, 4, 1, 8, 8)[:, 2], images(4)[2].expand(2, 1, 8, 8))  # the model lacks its class
     if context == "fork":  # a spawned worker starts in seconds
         assert not (first[:4] == first[4:])[moved[:4]].flatten(1).all(1).any()
         assert torch.equal(epoch(7), first) and not torch.equal(epoch(8), first)
@@ -279,27 +277,6 @@ def test_one_warning_where_most_are_lost(
     for _ in range(2):
         aug(images(64), labels(64))
     assert [reason in str(w.message) for w in recwarn] == ([] if reason is None else [True])
-
-
-def test_settings_go_through_json(model: GLEM) -> None:
-    settings: list[dict[str, Any]] = [
-        {"policy": Noise(0.3), "p": 0.25, "modes": 7},
-        {"policy": Mixup(0.4, "any"), "mean": [0.5], "std": [0.25], "seed": -5, "class_map": [0, None, 3]},
-        {"policy": Adversarial(np.float64(0.5)), "p": np.float32(0.5), "modes": np.int64(8), "seed": np.int32(4)},
-    ]
-    for given in settings:
-        config = json.loads(json.dumps(GLEMAugment(model, **given).to_config()))
-        assert all(config[name] == value for name, value in given.items() if name not in ("class_map", "policy"))
-        assert config["policy"].pop("name") == given["policy"].name and config["policy"] == vars(given["policy"])
-        config["policy"]["name"] = given["policy"].name
-        again = GLEMAugment.from_config(dict(config), model)
-        assert again.to_config() == config and again.policy == given["policy"]
-        assert repr(again) == repr(GLEMAugment(model, **{**given, "seed": again.seed}))
-    bundled = GLEMAugment("bundled:fashion-mnist", seed=1).to_config()
-    assert bundled["model"] == "bundled:fashion-mnist" and GLEMAugment.from_config(bundled).to_config() == bundled
-    assert GLEMAugment.from_config({}, model).policy == GLEMAugment(model).policy == Mixup()
-    with pytest.raises(TypeError):
-        GLEMAugment.from_config({"policy": "noise"})
 
 
 @pytest.mark.parametrize(
