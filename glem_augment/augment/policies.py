@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from glem_augment.augment.labels import mixed_labels
-from glem_augment.checks import check_choice, check_number, closest
+from glem_augment.checks import check_choice, check_number
 from glem_augment.classes.modes import combine_modes, project_on_modes
 from glem_augment.model.glem import GLEM
+from glem_augment.parts import find, kinds
 from glem_augment.tensors import evaluating, frozen, send
 
 Partner = Literal["same", "any"]
@@ -184,8 +185,6 @@ class Batch:
 
 # ---- policies --------------------------------------------------------------------------------------------------------
 
-_KNOWN: dict[str, type[Policy]] = {}
-
 
 class Policy(ABC):
     """How images are moved. A subclass with `draw` and `move` is a policy of your own (docs/plugin.md).
@@ -200,10 +199,9 @@ class Policy(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.name = cls.__name__.lower()
-        known = _KNOWN.setdefault(cls.name, cls)
-        if known.__module__ == __name__ != cls.__module__:
+        if (known := kinds("policy").get(cls.name, cls)).__module__ == __name__ != cls.__module__:
             raise ValueError(f"the library has a policy {known.__name__!r} already: give your class another name")
-        _KNOWN[cls.name] = cls  # a notebook defines a class again when its cell runs again
+        kinds("policy")[cls.name] = cls  # a notebook defines a class again when its cell runs again
 
     @abstractmethod
     def draw(self, selected: Selected, generator: torch.Generator) -> dict[str, Tensor]:
@@ -241,12 +239,7 @@ def as_policy(policy: Policy | str | Mapping[str, Any]) -> Policy:
         raise TypeError(f"policy must be a Policy, as Noise(strength=0.5), or the name of one, got {policy!r}")
     arguments = {} if isinstance(policy, str) else {**policy}
     name = policy if isinstance(policy, str) else arguments.pop("name", None)
-    if str(name) not in _KNOWN:
-        raise ValueError(
-            f"there is no policy {name!r}{closest(name, _KNOWN)}; there are {', '.join(_KNOWN)}. Import the module of "
-            "your policy first"
-        )
-    return _KNOWN[str(name)](**arguments)
+    return find("policy", name)(**arguments)
 
 
 class Mixup(Policy):

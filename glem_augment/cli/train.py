@@ -70,6 +70,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         text = f"{about['help']} (default: {about.get('shown', defaults[name])})".replace("%", "%%")
         kind, flag = about["kind"], f"--{name.replace('_', '-')}"
         how: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"metavar": METAVARS.get(kind)}
+        if name == "preset":  # a flow of --import has a name, too
+            how, text = {"metavar": "NAME"}, f"{', '.join(kind)}, or a flow of --import: {text}"
         if kind == "table":
             flag, how = "--flow", {"action": "append", "type": _flow_option, "metavar": "KEY=JSON"}
         group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **how)

@@ -41,7 +41,8 @@ class GLEMConfig:
         modes_parts: parts of each class; every part has modes, or all parts of a class have the same (`modes_tied`).
         covariance: "diagonal" (the class densities are the Gaussians'), or "full" (`ClassModes.log_prob`).
         autoencoder: for a flow in an autoencoder's latents, `name`, `sha256` (see `open_autoencoder`; "custom" and ""
-            for a module of the user's) and the `image_shape` [3, H, W]; None for a flow of pixels.
+            for a module of the user's, the registered name and "" for a codec, with its `options`) and the
+            `image_shape` [3, H, W]; None for a flow of pixels.
         privacy: for a model of private images, `classes.privacy.describe`; None for any other.
         training: a free-form record of the data, the objective, the settings and the results.
         format_version: version of the file layout.
@@ -195,8 +196,9 @@ def _are_numbers(value: Any, least: float, most: float) -> bool:
 
 
 def _is_autoencoder(value: Any) -> bool:
-    good = isinstance(value, dict) and set(value) == {"name", "sha256", "image_shape"}
+    good = isinstance(value, dict) and set(value) - {"options"} == {"name", "sha256", "image_shape"}
     good = good and isinstance(value["name"], str) and isinstance(value["sha256"], str)
+    good = good and isinstance(value.get("options", {}), dict)
     shape = value["image_shape"] if good else None
     return isinstance(shape, list | tuple) and len(shape) == 3 and all(is_whole(v, 1, LARGEST_SIDE) for v in shape)
 

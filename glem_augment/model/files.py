@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -20,18 +20,20 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from glem_augment.classes.modes import SHRUNK
-from glem_augment.codec.autoencoder import latent_shape
-from glem_augment.codec.codec import CODECS
+from glem_augment.classes.classes import Classes
+from glem_augment.classes.gaussians import ClassGaussians
+from glem_augment.classes.modes import SHRUNK, ClassModes
+from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
 from glem_augment.codec.published import open_autoencoder
 from glem_augment.errors import HubError, ModelFileError
+from glem_augment.flows.build import flow_class
 from glem_augment.io import Limits, atomic_write, expand, load_weights, open_tensors
 from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMConfig
 from glem_augment.model.latent_model import largest_change
+from glem_augment.parts import CUSTOM, check_options, kind_of, kinds, recorded
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CHECKPOINT = "checkpoint.pt"  # of a run of `glem train`
-CUSTOM = "custom"  # the name of a user's module in a config
 
 _LEAST_ENTRY = 50  # bytes of a tensor in a header: `"a":{"dtype":"F16","shape":[],"data_offsets":[0,2]}`
 # Errors far above rounding, of half precision too; a flow moves an image only where it gives it back as well.
@@ -102,12 +104,25 @@ def find_folder(name: str | os.PathLike[str], revision: str | None, **client: An
 
 
 def find_autoencoder(
-    name: str, image_shape: Sequence[int], sha256: str | None = None, **client: Any
-) -> tuple[nn.Module, dict[str, str]]:
+    name: str,
+    image_shape: Sequence[int],
+    sha256: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **client: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
     """`open_autoencoder`, with downloads from the Hub, or a registered codec for images of `image_shape`."""
-    if name in CODECS and not sha256:
-        return CODECS[name]((image_shape[0], image_shape[1], image_shape[2])), {"name": name, "sha256": ""}
+    if name in kinds("codec") and not sha256:
+        check_options(kinds("codec")[name], "codec", options or {})
+        codec = kinds("codec")[name]((image_shape[0], image_shape[1], image_shape[2]), **(options or {}))
+        return codec, codec_facts(codec)
     return open_autoencoder(name, lambda text: hub().download_weights(text, **client), sha256)
+
+
+def codec_facts(codec: nn.Module) -> dict[str, Any]:
+    """The entry of a user's codec or autoencoder in a config. ValueError: options that a config can't hold."""
+    kind = kind_of("codec", codec)
+    options = {} if kind is None else recorded(codec)
+    return {"name": kind or CUSTOM, "sha256": "", **({"options": options} if options else {})}
 
 
 def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:
@@ -116,7 +131,7 @@ def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:
         raise ModelFileError(
             "this model has a codec or an autoencoder of the user's: in Python, pass it as autoencoder="
         )
-    return find_autoencoder(named["name"], named["image_shape"], named["sha256"], **client)[0]
+    return find_autoencoder(named["name"], named["image_shape"], named["sha256"], named.get("options"), **client)[0]
 
 
 def _unfinished(folder: Path) -> str | None:
@@ -141,6 +156,25 @@ def write_model(folder: str | os.PathLike[str], config: GLEMConfig, state: dict[
         os.fsync(config_file.fileno())
         with atomic_write(folder / WEIGHTS) as weights_file:
             weights_file.write(weights)
+
+
+def check_parts(model: Any) -> None:
+    """ModelFileError: the flow, the codec or the classes are not of the kinds that the config names."""
+    wanted = flow_class(model.config.flow)
+    named = model.config.autoencoder
+    codec = None if named is None else kinds("codec").get(named["name"], StandardisedAutoencoder)
+    pairs: list[tuple[Any, Any]] = [
+        (model.latent_classes, Classes),
+        (model.gaussians, ClassGaussians),
+        (model.modes, ClassModes),
+    ]
+    pairs += [(model.flow, wanted), *([] if named is None or named["name"] == CUSTOM else [(model.codec, codec)])]
+    for part, kind in pairs:
+        if part is not None and kind is not None and type(part) is not kind:
+            raise ModelFileError(
+                f"{type(part).__name__} would be loaded as {kind.__name__}: register the class of a flow or a codec, "
+                "and make the model with it; classes of other kinds can't be saved"
+            )
 
 
 def stored(config: GLEMConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -201,6 +235,8 @@ def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], Mod
         with open(path, "rb") as file:  # a deep flow takes memory as Python objects
             if int.from_bytes(file.read(8), "little") < _LEAST_ENTRY * tensors:
                 raise ModelFileError(f"{path} has fewer than the {tensors} tensors of its config: it is damaged")
+        if path.stat().st_size < len(config.class_ids) * config.dim:  # a mean per class, whatever the flow is
+            raise ModelFileError(f"{path} is too small for the classes and the numbers of its config: it is damaged")
         with torch.device("meta"):  # shapes without memory
             model = build(config)
     except (ValueError, OSError, RuntimeError) as error:  # of the file, or of the flow that the config describes

@@ -28,14 +28,15 @@ from glem_augment.codec.levels import Levels, Values
 from glem_augment.codec.pixel_range import UINT8, PixelRange
 from glem_augment.distributed import progress_bar
 from glem_augment.errors import ModelFileError
-from glem_augment.flows import Flow, build_flow, check_flow, resolve_preset
+from glem_augment.flows import Flow, build_flow, check_flow, flow_facts, resolve_preset
 from glem_augment.images.dataset import ImageData, LabelledImages, Limits, as_image_data, images_for, open_data
 from glem_augment.images.matching import ONE_CLASS, ClassMap
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.files import (
-    CUSTOM,
     WEIGHTS,
     autoencoder_of,
+    check_parts,
+    codec_facts,
     find_autoencoder,
     find_folder,
     load_model,
@@ -48,6 +49,7 @@ from glem_augment.model.files import (
 from glem_augment.model.latent_model import LatentModel
 from glem_augment.model.private_fit import check_arguments, fit_private
 from glem_augment.names import DEFAULT_MODES, MAX_PARTS, Preset
+from glem_augment.parts import CUSTOM
 from glem_augment.tensors import usable
 
 STANDARDISED_BY = 64  # images that standardise an autoencoder's latents, each at many positions
@@ -117,7 +119,7 @@ class GLEM(LatentModel):
     @classmethod
     def create(
         cls,
-        preset: Preset,
+        preset: Preset | str,
         image_shape: tuple[int, int, int],
         classes: Sequence[str],
         class_ids: Sequence[str] | None = None,
@@ -134,7 +136,7 @@ class GLEM(LatentModel):
         ((3, 64, 64), 2048)
 
         Args:
-            preset: name of a flow size, see `flows.PRESETS`.
+            preset: name of a flow size, see `flows.PRESETS`, or of a registered flow.
             image_shape: (C, H, W).
             classes, class_ids: names and identifiers in index order, by default the same.
             bits: top bits of each channel that are modelled; the paper reports 5. None: all bits.
@@ -200,7 +202,7 @@ class GLEM(LatentModel):
         config = read_config(folder)
         flow = None
         if module is not None:
-            if config.flow["coupling"] != "custom":
+            if config.flow["coupling"] != CUSTOM:
                 raise ModelFileError("this model holds a flow of the library's: leave module= out")
             check_flow(module, config.flow_shape)
             flow = copy.deepcopy(module)
@@ -228,7 +230,7 @@ class GLEM(LatentModel):
         autoencoder, facts, shape = _found(autoencoder, image_shape)
         check_flow(module, shape)
         config = GLEMConfig(
-            flow={"image_shape": list(shape), "coupling": "custom", "module": type(module).__qualname__},
+            flow=flow_facts(module, shape),
             bits=UINT8.bits,
             psi=None,
             class_ids=[ONE_CLASS],
@@ -241,8 +243,10 @@ class GLEM(LatentModel):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path.
 
-        ModelFileError: a private model whose weights or config are not the ones of its fit.
+        ModelFileError: a part of the user's that could not be built again, or a private model whose weights or config
+        are not the ones of its fit.
         """
+        check_parts(self)
         self.config = replace(self.config, **self._facts())
         self.check_promise()
         write_model(folder, self.config, self.state_dict())
@@ -553,9 +557,10 @@ def _found(
     """The autoencoder or codec of `create`, its entry in a config, and the shape of the numbers of these images."""
     if autoencoder is None:
         return None, None, image_shape
-    facts = {"name": CUSTOM, "sha256": ""}
     if isinstance(autoencoder, str):
         autoencoder, facts = find_autoencoder(autoencoder, image_shape)
+    else:
+        facts = codec_facts(autoencoder)
     shape = latent_shape(autoencoder, image_shape)
     return autoencoder, {**facts, "image_shape": [int(side) for side in image_shape]}, shape
 
