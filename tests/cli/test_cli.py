@@ -329,6 +329,7 @@ def test_bad_training_input(image_folder: Path, tmp_path: Path, output: Output) 
     fails(["train", data, *out, "--device", "abacus"], output, "'abacus' can't be used here (there is no such device)")
     fails(["train", data, "--out", str(image_folder / "dog" / "0.png")], output, "0.png is a file")
     fails(["train", data, *out, "--epochs", "0"], output, "epochs must be at least 1")
+    fails(["train", data, *out, "--preset", "mef_tny"], output, "'mef_tny'; did you mean mef_tiny?")
     fails(["train", data, *out, "--config", str(tmp_path / "no.yaml")], output, "no.yaml")
     texts = {
         "epoch: 3": "'epoch'",
@@ -438,7 +439,7 @@ def test_help_and_slips_are_answered_without_torch(tmp_path: Path) -> None:
     slips = {
         "--augmnet": ["train", "x", "--out", "y", "--augmnet", "flip"],
         "'trian'": ["trian", "x"],
-        "'mef_tny'": ["train", "x", "--preset", "mef_tny"],
+        "'hybird'": ["train", "x", "--objective", "hybird"],
         "are required: --out": ["train", "x"],
         "COMMAND": [],
         "--limit: invalid": ["eval", "m", "d", "--limit", "x"],
