@@ -28,9 +28,10 @@ from benchmarks.paper.research import ResearchTrainer, most_likely, split_settin
 from benchmarks.paper.rfcm import ThinCovariances, fit_covariances
 from benchmarks.paper.scales import SCALES, DataSpec, Scale
 from benchmarks.paper.tables import Cell
+from examples._quality import coverage, feature_fid, label_reliability
 from glem_augment import GLEM, open_data
 from glem_augment.codec.pixel_range import UINT8
-from glem_augment.evaluation import coverage, evaluate, feature_fid, label_reliability
+from glem_augment.evaluation import evaluate
 from glem_augment.evaluation.metrics import spread
 from glem_augment.images.dataset import ImageData
 from glem_augment.io import atomic_write, write_json

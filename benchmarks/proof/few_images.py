@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import Rows, find_images, parser
 from glem_augment import GLEM, open_data
+from glem_augment.classes.classes import Classes
 from glem_augment.classes.covariances import to_public
 from glem_augment.classes.fit import directions_of_class, fit_classes
 from glem_augment.classes.statistics import class_statistics
@@ -70,6 +71,17 @@ def measures(scores: Tensor, y: Tensor, temperature: float, dim: int) -> dict[st
     }
 
 
+def fitted(h: Tensor, rows: list[Tensor], public: PublicFlow) -> Classes:
+    """Classes that are estimated from the rows of latents [n, C, h, w] of each class."""
+    dim, classes = h[0].numel(), len(rows)
+
+    def of_class(k: int) -> Tensor:
+        return to_public(h[rows[k]].flatten(1), public)
+
+    statistics = class_statistics(of_class, range(classes), dim, directions_of_class(classes, dim))
+    return fit_classes(statistics, (h.shape[1], h.shape[2], h.shape[3]), 1, public)
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("settings", nargs="*", metavar="SETTING", help=f"of {', '.join(SETTINGS)} (default: all)")
@@ -83,25 +95,17 @@ def main() -> None:
     for setting in args.settings or SETTINGS:
         h, y, grey = latents(setting, "train", args.work)
         test, truth, _ = latents(setting, SETTINGS[setting][1], args.work)
-        shape, dim, classes = tuple(h.shape[1:]), h[0].numel(), int(y.max()) + 1
-        public = PublicFlow.from_file(path, shape, grey, torch.ones(shape[0]))
+        public = PublicFlow.from_file(path, (h.shape[1], h.shape[2], h.shape[3]), grey, torch.ones(h.shape[1]))
+        of_class = [(y == k).nonzero()[:, 0] for k in range(int(y.max()) + 1)]
         for per_class in args.per_class or SETTINGS[setting][3]:
-            whole = per_class >= int(torch.bincount(y).max())
-            for draw in range(1 if whole else args.draws):
-                g = torch.Generator().manual_seed(SEED + draw)
-                of_class = [(y == k).nonzero()[:, 0] for k in range(classes)]
-                of_class = [each[torch.randperm(len(each), generator=g)[:per_class]] for each in of_class]
-
-                def measure(of_class: list[Tensor] = of_class) -> dict[str, float]:
-                    statistics = class_statistics(
-                        lambda k: to_public(h[of_class[k]].flatten(1), public),
-                        range(classes), dim, directions_of_class(classes, dim),
-                    )  # fmt: skip
-                    found = fit_classes(statistics, shape, 1, public)
-                    scores = torch.cat([found.log_prob(part.flatten(1)) for part in test.split(1000)])
-                    return measures(scores, truth, found.temperature, dim)
-
-                rows.once(setting, f"{per_class:,} per class", SEED + draw, "test", measure)
+            whole = per_class >= max(map(len, of_class))
+            for draw in range(SEED, SEED + (1 if whole else args.draws)):
+                g = torch.Generator().manual_seed(draw)
+                some = [each[torch.randperm(len(each), generator=g)[:per_class]] for each in of_class]
+                found = fitted(h, some, public)
+                scores = torch.cat([found.log_prob(part.flatten(1)) for part in test.split(1000)])
+                measured = measures(scores, truth, found.temperature, h[0].numel())
+                rows.add(setting, f"{per_class:,} per class", draw, "test", measured)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 from benchmarks.common import ROOT, find_images, interval, machine, parser, processors, publish, usage
 from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
+from examples._quality import coverage, feature_fid, label_reliability, memorisation_ratio
 from glem_augment import GLEM, SyntheticDataset, open_data
-from glem_augment.evaluation import coverage, feature_fid, label_reliability, memorisation_ratio
 from glem_augment.evaluation.metrics import spread
 from glem_augment.images.dataset import ImageData, images_for
 from glem_augment.io import atomic_write, write_json

@@ -54,7 +54,10 @@ def together(promises: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     if None in promises:
         common.note("glem: there is no promise for all of them together, since a model without privacy is among them")
         return None
-    found = [promised(p) for p in promises if p is not None]
+    different = {p["sha256"]: p for p in promises if p is not None}
+    if len(different) < len(promises):
+        common.note("glem: one model is there twice, and its release counts once")
+    found = [promised(p) for p in different.values()]
     delta = max(privacy.delta for privacy in found)
     mu, epsilon = total(found, delta)
     unit = max(found, key=lambda privacy: privacy.images_per_person).unit

@@ -18,13 +18,14 @@ import math
 import torch
 from torch import Tensor
 
-from glem_augment.flows.flow import Flow
+from glem_augment.flows.flow import Flow, register_flow
 from glem_augment.precision import full_precision
 
 POWER = 0.25
 _LEAST_VARIANCE = 1e-6  # of a coordinate; keeps the inverse finite
 
 
+@register_flow("stationary")
 class StationaryFlow(Flow):
     """h [B,C,H,W] <-> z [B, C*H*W], the coordinates above; fixed, without parameters.
 

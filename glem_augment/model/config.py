@@ -45,7 +45,8 @@ class GLEMConfig:
         covariance: "diagonal" (the class densities are the Gaussians'), or "full" (`ClassModes.log_prob`).
         covariances: of classes that `classes.fit` estimated, `covariance_facts`; None for any other.
         autoencoder: for a flow in an autoencoder's latents, `name`, `sha256` (see `open_autoencoder`; "custom" and ""
-            for a module of the user's) and the `image_shape` [3, H, W]; None for a flow of pixels.
+            for a module of the user's, the registered name and "" for a codec, with its `options`) and the
+            `image_shape` [3, H, W]; None for a flow of pixels.
         privacy: for a model of private images, `classes.privacy.describe`; None for any other.
         training: a free-form record of the data, the objective, the settings and the results.
         format_version: version of the file layout.
@@ -146,7 +147,7 @@ class GLEMConfig:
         """Read the bytes of a `config.json`. ModelFileError: anything that does not describe a model."""
         _check_size(data)
         try:
-            values = json.loads(data.decode())
+            values = json.loads(data.decode(), object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             raise ModelFileError(f"it can't be read as JSON: {error}; download or save the model again") from None
         if not isinstance(values, dict) or "format_version" not in values:
@@ -222,10 +223,19 @@ def _are_numbers(value: Any, least: float, most: float) -> bool:
 
 
 def _is_autoencoder(value: Any) -> bool:
-    good = isinstance(value, dict) and set(value) == {"name", "sha256", "image_shape"}
+    good = isinstance(value, dict) and set(value) - {"options"} == {"name", "sha256", "image_shape"}
     good = good and isinstance(value["name"], str) and isinstance(value["sha256"], str)
+    good = good and isinstance(value.get("options", {}), dict)
     shape = value["image_shape"] if good else None
     return isinstance(shape, list | tuple) and len(shape) == 3 and all(is_whole(v, 1, LARGEST_SIDE) for v in shape)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The table of these pairs. ValueError: a key is there twice, and readers would differ in which one counts."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError(f"a key is there twice, among {_short(list(table)[:5])}")
+    return table
 
 
 def _short(value: Any) -> str:

@@ -45,7 +45,7 @@ def test_the_recipe_for_eva02(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(recipe) <= set(finetune.DEFAULTS)
     assert recipe["batch_size"] * recipe["accumulate"] * 8 == 512
     assert tuple(recipe["mean"]) == OPENAI_CLIP_MEAN and tuple(recipe["std"]) == OPENAI_CLIP_STD
-    GLEMAugment.from_config(recipe["augment"], GLEM.from_pretrained("bundled:fashion-mnist"))
+    GLEMAugment(GLEM.from_pretrained("bundled:fashion-mnist"), **recipe["augment"])
 
 
 @pytest.mark.slow

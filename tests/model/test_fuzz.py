@@ -236,6 +236,12 @@ def first(value: float) -> Callable[[Tensor], Tensor]:
         (FULL, "modes.scales", first(3e38)),
         (FULL, "modes.directions", first(1e8)),
         (FULL, "modes.counts", torch.zeros_like),
+        (FULL, "modes.directions", lambda t: t * 1e6),
+        (FULL, "modes.directions", torch.zeros_like),
+        (0, "modes.directions", lambda t: t[:, :1].expand_as(t)),
+        (0, "flow.levels.1.layers.1.log_scale", lambda t: t * 1e6),
+        (0, "flow.levels.0.layers.2.weight", lambda t: t * 1e6),
+        (0, "flow.levels.0.layers.3.net.tail.weight", lambda t: t * 1e6),
     ],
 )
 def test_tensors_that_would_fail_at_the_first_use(

@@ -211,6 +211,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(out)["privacy"]["unit"] == "one image"
     assert "model: This model, and every image drawn from it, is (40, 0.001)-differentially private" in err
     assert main(["info", *2 * [str(tmp_path / "model")], "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["together"]["epsilon"] == pytest.approx(40, rel=1e-3) and "counts once" in err
+    assert main(["info", str(tmp_path / "model"), str(tmp_path / "unstated"), "--json"]) == 0
     together = json.loads(capsys.readouterr().out)["together"]
     assert together["epsilon"] == pytest.approx(epsilon_of(Privacy(40, 1e-3, images=1000).mu * 2**0.5, 1e-3), rel=1e-3)
 

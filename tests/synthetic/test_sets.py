@@ -73,6 +73,9 @@ def test_classes_that_do_not_match_name_the_fix(model: GLEM, tail: ImageData) ->
         with pytest.raises(ClassMismatchError, match="'zebra'.*adapt"):
             SyntheticDataset(model, real=more, **settings)
     assert RealAndSynthetic(more, SyntheticDataset(model, per_class=7)).targets[-2:] == [0, 0]
+    other = tail.with_targets(tail.targets, ["ape", "bear", "crow"])
+    with pytest.raises(ClassMismatchError, match="'ape'"):  # and not that there are too few images
+        RealAndSynthetic(other, SyntheticDataset(model, per_class=1))
 
 
 def test_real_and_synthetic_at_a_ratio(model: GLEM, image_folder: Path) -> None:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from glem_augment.errors import DataError
-from glem_augment.evaluation import (
+from examples._quality import (
     coverage,
     feature_fid,
     features_and_logits,
@@ -52,9 +51,9 @@ def test_features_that_cannot_be_used_are_named() -> None:
     good = features(10, 4, 0)
     with pytest.raises(ValueError, match="one network"):
         feature_fid(good, features(10, 5, 0))
-    with pytest.raises(DataError, match="not finite"):
+    with pytest.raises(ValueError, match="not finite"):
         feature_fid(good, good * float("nan"))
-    with pytest.raises(DataError, match="at least 6"):
+    with pytest.raises(ValueError, match="at least 6"):
         coverage(good[:5], good, 5)
 
 

@@ -7,11 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glem_augment.errors import DataError
-from glem_augment.tensors import evaluating
-
-__all__ = ["coverage", "feature_fid", "features_and_logits", "label_reliability", "memorisation_ratio", "nearest"]
-
 _CHUNK = 512  # rows of a distance matrix that are computed at a time
 
 
@@ -29,14 +24,15 @@ def features_and_logits(
         features [N, m] and logits [N, K], on the CPU.
     """
     device = next(network.parameters()).device
-    features, logits = [], []
-    with evaluating(network):
-        for part in x.split(batch_size):
-            part = part.to(device)
-            part = part.float() / 255 if part.dtype == torch.uint8 else part
-            pooled = network.forward_head(network.forward_features((part - mean) / std), pre_logits=True)
-            features.append(pooled.cpu())
-            logits.append(network.get_classifier()(pooled).cpu())
+    features, logits, training = [], [], network.training
+    network.eval()
+    for part in x.split(batch_size):
+        part = part.to(device)
+        part = part.float() / 255 if part.dtype == torch.uint8 else part
+        pooled = network.forward_head(network.forward_features((part - mean) / std), pre_logits=True)
+        features.append(pooled.cpu())
+        logits.append(network.get_classifier()(pooled).cpu())
+    network.train(training)
     return torch.cat(features), torch.cat(logits)
 
 
@@ -57,7 +53,7 @@ def feature_fid(real: Tensor, generated: Tensor) -> float:
         real, generated: features [N, m] and [M, m]; N, M >= 2.
 
     Raises:
-        ValueError: other shapes. DataError: too few rows, or values that are not finite.
+        ValueError: other shapes, too few rows, or values that are not finite.
     """
     real, generated = _check_features(real, generated, least=2)
     covariance, other = torch.cov(real.T).view(real.shape[1], -1), torch.cov(generated.T).view(real.shape[1], -1)
@@ -83,7 +79,7 @@ def coverage(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
         `coverage` in [0, 1] and `density` >= 0.
 
     Raises:
-        ValueError: other shapes. DataError: too few rows, or values that are not finite.
+        ValueError: other shapes, too few rows, or values that are not finite.
     """
     real, generated = _check_features(real, generated, least=k + 1)
     covered = inside = 0
@@ -148,8 +144,8 @@ def _check_features(first: Tensor, second: Tensor, least: int = 1) -> tuple[Tens
     pair = first.detach().to("cpu", torch.float64), second.detach().to("cpu", torch.float64)
     for features in pair:
         if len(features) < least:
-            raise DataError(f"{len(features)} images are too few: at least {least} are needed")
+            raise ValueError(f"{len(features)} images are too few: at least {least} are needed")
         if not bool(features.isfinite().all()):
-            raise DataError("features are not finite: check the images and the network")
+            raise ValueError("features are not finite: check the images and the network")
     centre = pair[0].mean(0)
     return pair[0] - centre, pair[1] - centre
