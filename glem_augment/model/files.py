@@ -248,8 +248,8 @@ def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], Mod
     with open_tensors(path) as weights:
         # A user's flow and an autoencoder have their weights already.
         load_weights(path, weights, model, partial(stored, config), _limits(config))
-    modes: Any = model.modes
-    fitted: Any = model.latent_classes.covariances
+    classes: Any = model.latent_classes
+    modes, fitted = classes.modes, classes.covariances
     if modes is not None:
         _check_directions(path, modes.directions, modes.scales)
         _check_directions(path, modes.shared_directions[None], modes.shared_scales[None])
