@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import TimeUpError, machine
+from benchmarks.common import TimeUpError
 from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
 from benchmarks.paper.codes import CODED_METHODS, ClassCodes, balance_by_rejection, code_agreement, coded_trainer
 from benchmarks.paper.continuum import continuum_correlation
 from benchmarks.paper.methods import METHODS, PAPER
 from benchmarks.paper.research import ResearchTrainer, most_likely, split_settings
 from benchmarks.paper.rfcm import ThinCovariances, fit_covariances
-from benchmarks.paper.scales import SCALES, DataSpec, Scale
+from benchmarks.paper.scales import DataSpec, Scale
 from benchmarks.paper.tables import Cell
 from glem_augment import GLEM, open_data
 from glem_augment.codec.pixel_range import UINT8
@@ -80,16 +80,17 @@ class Number:
     """A measured number.
 
     Attributes:
-        weights: SHA-256 of the flow's file. processor: on which it was measured.
+        weights: the first 16 digits of the SHA-256 of the flow's file.
         key: a name made from everything that the number depends on (settings of flow, data, samples and classifiers,
             seed). The lab finds earlier results by their keys.
+        run: of an earlier result, in runs.csv.
     """
 
     metric: str
     value: float
     weights: str
     key: str
-    processor: str
+    run: str = ""
 
 
 class Lab:
@@ -109,15 +110,10 @@ class Lab:
         until: float | None = None,
         known: Iterable[Number] = (),
     ) -> None:  # fmt: skip
-        self.scale, self.name, self.work = scale, name, work / name
+        self.scale, self.work = scale, work / name
         self.device, self.until = torch.device(device), until
         self.known: dict[str, dict[str, Number]] = {}
-        self._ledger = self.work / "numbers.json"
-        self._measured = json.loads(self._ledger.read_text()) if self._ledger.exists() else []
-        self.learn(Number(**entry) for entry in self._measured)
         self.learn(known)
-        about = machine()
-        self.processor: str = about["processor"] if self.device.type == "cpu" else about["accelerator"] or device
         self._data: dict[str, tuple[ImageData, ImageData]] = {}
         self._oracles: dict[str, Classifier] = {}
         self._real: dict[str, tuple[Tensor, Tensor]] = {}
@@ -159,7 +155,6 @@ class Lab:
                 images = train.tensor(), torch.from_numpy(train.targets)
                 net = train_classifier(lambda epoch: images, len(train.classes), recipe, self.device)
                 net.facts["test_accuracy"] = net.accuracy(test.tensor(), torch.from_numpy(test.targets))
-                net.facts["processor"] = self.processor
                 path.parent.mkdir(parents=True, exist_ok=True)
                 net.save(path)
             self._oracles[role] = Classifier.load(path, self.device)
@@ -169,8 +164,7 @@ class Lab:
         """The oracle's accuracy on the test images, in %."""
         key = version_of("oracle", asdict(self.scale.oracle), self._data_key(role))
         if key not in self.known:
-            facts = self.oracle(role).facts
-            self.learn([Number("accuracy", 100 * facts["test_accuracy"], "", key, facts["processor"])])
+            self.learn([Number("accuracy", 100 * self.oracle(role).facts["test_accuracy"], "", key)])
         return self.known[key]["accuracy"]
 
     def real(self, role: str) -> tuple[Tensor, Tensor]:
@@ -332,10 +326,7 @@ class Lab:
         if known is None or not set(known) >= set(wanted):
             fitted = self.flow(cell, seed)
             self.check_time()
-            found = [Number(name, value, fitted.weights, key, self.processor) for name, value in make(fitted).items()]
-            self.learn(found)
-            self._measured += [asdict(number) for number in found]
-            write_json(self._ledger, self._measured)
+            self.learn(Number(name, value, fitted.weights[:16], key) for name, value in make(fitted).items())
         return list(self.known[key].values())
 
     def key(self, cell: Cell, seed: int, about: str) -> str:
@@ -343,11 +334,10 @@ class Lab:
         return version_of(cell.method, self._settings(cell, seed), self._data_key(cell.data), about)
 
     def _data_key(self, role: str) -> tuple[Any, ...]:
-        """The data's key, without the path of the scale's data, which differs between machines."""
+        """The data's key, without its path, which differs between machines."""
         spec = asdict(self.spec(role))
-        path = spec.pop("spec")
-        own = getattr(SCALES[self.name], role).spec
-        return role, spec, "" if path == own else path
+        del spec["spec"]
+        return role, spec, ""
 
     def _about(self, group: str, cell: Cell) -> str:
         """Everything that a measurement depends on besides the flow."""

@@ -46,6 +46,11 @@ class Cell:
         parts += ["rfcm"] if self.source == "rfcm" else []
         return ", ".join(parts) or "default"
 
+    @property
+    def arm(self) -> str:
+        """The name in the store."""
+        return self.label + f" ({self.setting})" * (self.setting != "default")
+
 
 def _numbers(*values: float | None) -> dict[str, float]:
     return {name: value for name, value in zip(ALL, values, strict=True) if value is not None}
@@ -178,6 +183,33 @@ TITLES = {
     7: "Which Gaussian parameters are learned",
     8: "Related methods on one backbone",
 }
+ROLES = {"main": "Fashion-MNIST", "second": "CIFAR-10"}  # of the scale "cpu"
+
+
+def _claims() -> list[tuple[str, int, str, str, str, str]]:
+    """Claim, table, data, the arm that the claim puts first, the other arm, and the metric."""
+    rows = [
+        ("GLEM is above lambda = 0", 1, ROLES, "GLEM", "Baseline 2 (lambda = 0)", ("NF-A", "CNN-A")),
+        ("GLEM is above cross-entropy alone", 1, ROLES, "GLEM", "Baseline 1 (CE)", ("CNN-A",)),
+        ("GLEM is above class codes (CEGLEM)", 1, ROLES, "GLEM", "Baseline 3 (CEGLEM)", ("CNN-A",)),
+        ("lambda_0 = 10 is above 1", 3, ("main",), "lambda_0 = 10", "lambda_0 = 1", ("NF-A", "CNN-A")),
+        ("lambda_0 = 10 is above 20", 3, ("main",), "lambda_0 = 10", "lambda_0 = 20", ("NF-A", "CNN-A", "FID")),
+        ("8 times as many samples help", 4, ROLES, "GLEM (8x)", "GLEM", ("CNN-A",)),
+        ("tau = 0.9 is above tau = 1", 5, ("main",), "tau = 0.9", "tau = 1.0 (tau=1)", ("CNN-A", "L-R")),
+        ("RFCM helps", 5, ("main",), "RFCM (rfcm)", "tau = 0.9", ("CNN-A", "FID", "Cov")),
+        ("psi helps", 6, ("main",), "3: KLD 10 + psi", "2: KLD 10", ("NF-A", "CNN-A", "L-R")),
+        ("learning both is above means alone", 7, ("main",), "both", "only mu", ("CNN-A", "L-R")),
+        ("learning both is above variances alone", 7, ("main",), "both", "only Sigma", ("CNN-A", "L-R")),
+        ("KLD follows similarity more than in pixels", 3, ("main",), "lambda_0 = 10",
+         "identity flow (control)", ("rho-distance",)),
+        ("GLEM is above IB-INN", 8, ROLES, "GLEM", "IB-INN", ("NF-A", "CNN-A")),
+        ("GLEM is above FlowGMM", 8, ROLES, "GLEM", "FlowGMM", ("NF-A", "CNN-A")),
+    ]  # fmt: skip
+    each = ((row, role, metric) for row in rows for role in row[2] for metric in row[5])
+    return [(claim, number, role, arm, other, metric) for (claim, number, _, arm, other, _), role, metric in each]
+
+
+CLAIMS = _claims()
 _MAKERS = {1: _table1, 2: _table2, 3: _table3, 5: _table5, 6: _table6, 7: _table7, 8: _table8}
 
 

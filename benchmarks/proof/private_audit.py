@@ -50,14 +50,14 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import Rows, parser, processors, publish, usage
+from benchmarks.common import Rows, parser
 from glem_augment import open_data
 from glem_augment.classes import privacy as mechanism
 from glem_augment.classes import private as fitting
 from glem_augment.classes.privacy import Privacy, PrivateSums, Release, epsilon_of
 from glem_augment.errors import DataError
 
-NAME, CONFIDENCE, REAL = "private_audit", 0.95, "real image"
+CONFIDENCE, REAL = 0.95, "real image"
 DIM, IMAGES, CLASSES = 32, 100, 20
 FITS = (100, 1.0), (100, 10.0), (400, 1.0), (400, 3.0), (400, 10.0)  # images of a class, and epsilon
 LEAST = 50  # images of a class times mu from which every fit makes a model
@@ -280,41 +280,20 @@ def _gaussian_of(modes: Any) -> tuple[Tensor, Tensor]:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def bounds(scores: Scores, delta: float, claim: float | None) -> dict[str, Any]:
-    """The worst canary's bounds, of scores by canary."""
+def bounds(scores: Scores, delta: float, claim: float | None) -> dict[str, float]:
+    """The bounds of each canary, of scores by canary."""
     error = (1 - CONFIDENCE) / 4  # for four canaries
-    by_any = {name: bound_of_any(*pair, delta, error) for name, pair in scores.items()}
-    by_mu = {name: bound_of_mu(*pair, error) for name, pair in scores.items() if float(pair[0].std()) > 0}
-    normal = {name: epsilon_of(mu, delta) if mu else 0.0 for name, mu in by_mu.items()}
-    tightest = normal if claim and normal else by_any
-    worst = max(tightest.values())
-    return {
-        "trials": len(next(iter(scores.values()))[0]),
-        "at least, any mechanism": round(max(by_any.values()), 3),
-        "at least, Gaussian": round(max(normal.values()), 3) if claim else None,
-        "worst canary": max(tightest, key=tightest.__getitem__),
-        "at least, for a real image": round(tightest[REAL], 3) if REAL in tightest else None,
-        "caught": None if claim is None else max(worst, *by_any.values()) > claim,
-        "epsilons, any mechanism": [round(value, 3) for value in by_any.values()],
-        "epsilons, Gaussian": [round(value, 3) for value in normal.values()],
-    }
-
-
-def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The page of the rows."""
-    return {
-        "title": "What releases of class statistics tell about one image: lower bounds of epsilon, 95 %",
-        "command": usage(__doc__),
-        "measured on": processors(rows),
-        "delta": " and ".join(f"{delta:g}" for delta in dict.fromkeys(row["delta"] for row in rows)),
-        "dimension": DIM,
-        "rows": [{k: v for k, v in row.items() if k not in ("delta", "processor", "torch")} for row in rows],
-    }
+    found: dict[str, float] = {"trials": len(next(iter(scores.values()))[0])}
+    for name, pair in scores.items():
+        found[f"any mechanism: {name}"] = round(bound_of_any(*pair, delta, error), 3)
+        if claim is not None and float(pair[0].std()) > 0:
+            mu = bound_of_mu(*pair, error)
+            found[f"Gaussian: {name}"] = round(epsilon_of(mu, delta), 3) if mu else 0.0
+    return found
 
 
 def main() -> None:
     args = parser(__doc__)
-    args.set_defaults(threads=1)
     args.add_argument("--trials", type=int, default=10_000, help="with and without each canary (%(default)s)")
     args.add_argument("--bare-trials", type=int, default=2000, help="the same, without protection (%(default)s)")
     args.add_argument("--fit-trials", type=int, default=1000, help="the same, of whole fits (%(default)s)")
@@ -325,11 +304,11 @@ def main() -> None:
     clip = float(public.norm(dim=1).quantile(0.9))
     generator = torch.Generator().manual_seed(0)  # of the images of a class; the noise has no seed
     images = private[torch.randperm(len(private), generator=generator)[:IMAGES]]
-    marks, rows = canaries(images, clip), Rows(args.out / f"{NAME}.json")
+    marks, rows = canaries(images, clip), Rows("private", args.out)
 
     def measure(kind: str, count: int, attacker: str, claim: float | None, scores: Callable[[], Scores]) -> None:
-        key = {"release": kind, "images": count, "attacker knows": attacker, "claimed epsilon": claim}
-        rows.row(key | {"delta": args.delta}, lambda: bounds(scores(), args.delta, claim))
+        setting = f"images={count}" + (f" epsilon={claim:g} delta={args.delta:g}" if claim else "")
+        rows.once(setting, f"{kind} | {attacker}", "", "audit", lambda: bounds(scores(), args.delta, claim))
 
     for halved, epsilon in itertools.product((False, True), EPSILONS):
         tried = {"far": marks["far"]} if halved else marks  # the worst of them, to save time
@@ -351,7 +330,6 @@ def main() -> None:
             "no protection", count, "similar images", None,
             lambda: {k: bare_scores(pool, count, mark, args.bare_trials, draws) for k, mark in marks.items()},  # noqa: B023
         )  # fmt: skip
-    publish(args.out, NAME, report(rows.all()), rows.all())
 
 
 if __name__ == "__main__":

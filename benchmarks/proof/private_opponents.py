@@ -24,6 +24,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import ROOT, Rows, over_seeds, parser, processors, publish, usage
+from benchmarks.common import ROOT, Rows, parser
 from benchmarks.proof.merf import private_images
 from benchmarks.proof.private import PER_CLASS, Images, encoded
 from glem_augment.classes.privacy import Privacy
 
-NAME = "private_opponents"
 # Learning rate, epochs, and images of a step; gradients are clipped to the norm 0.1 (Tramèr & Boneh 2021) or 1 (probe).
 TRIALS = {
     "dp-sgd": [(2.0, 5, 2048), (2.0, 10, 2048), (4.0, 10, 2048)],
@@ -129,23 +129,8 @@ class Task:
         return 100 * float((classes(judged) == judged_y).float().mean())
 
 
-def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The page of the rows: mean and 95 % interval over seeds, and the best trial."""
-    keys = ("data", "method", "epsilon", "delta")
-    lines = over_seeds([row for row in rows if row["judged"] == "test"], *keys)
-    for line in lines:
-        own = [row for row in rows if all(row[name] == line[name] for name in keys)]
-        line["trials"] = sum(row["judged"] == "validation" for row in own)
-        best = next(row["trial"] for row in own if row["judged"] == "test")
-        line |= dict(zip(("learning rate", "epochs", "batch"), best, strict=True))
-    lines.sort(key=lambda line: tuple(line[name] for name in keys))
-    title = "Other methods with the same promise: classifiers of the real images, or of DP-MERF's images (merf)"
-    return {"title": title, "command": usage(__doc__), "measured on": processors(rows), "rows": lines}
-
-
 def main() -> None:
     args = parser(__doc__)
-    args.set_defaults(threads=1)
     args.add_argument("--data", nargs="+", default=["fashion-mnist", "cifar10"], help="of ten classes (%(default)s)")
     args.add_argument("--method", nargs="+", default=["dp-sgd", "probe"], choices=tuple(TRIALS))
     args.add_argument("--epsilon", nargs="+", type=float, default=[0.2, 1, 10])
@@ -154,22 +139,20 @@ def main() -> None:
     args.add_argument("--work", type=Path, default=ROOT / "runs" / "private", help="folder for latents (%(default)s)")
     args = args.parse_args()
     torch.set_num_threads(args.threads)
-    rows = Rows(args.out / f"{NAME}.json")
+    rows = Rows("private", args.out)
     for data, method in itertools.product(args.data, args.method):
         task = Task(data, method, args.work)
         for epsilon in args.epsilon:
 
-            def measured(trial: Any, judged: str, seed: int, task: Task = task, epsilon: float = epsilon) -> float:
-                known = {"data": task.images.name, "method": task.method, "epsilon": epsilon, "delta": args.delta}
-                known |= {"judged": judged, "seed": seed, "trial": list(trial)}
-                promise, validation = (epsilon, args.delta), judged == "validation"
-                row = rows.row(known, lambda: {"accuracy": task.accuracy(trial, promise, seed, validation)})
-                return float(row["accuracy"])
+            def measured(trial: Any, split: str, seed: int, task: Task = task, epsilon: float = epsilon) -> float:
+                setting = f"{task.images.name} epsilon={epsilon:g} delta={args.delta:g}"
+                arm, validation = f"{task.method}({','.join(f'{v:g}' for v in trial)})", split == "validation"
+                measure = partial(task.accuracy, trial, (epsilon, args.delta), seed, validation)
+                return rows.once(setting, arm, seed, split, lambda: {"accuracy": measure()})["accuracy"]
 
             best = max(TRIALS[method], key=lambda trial: measured(trial, "validation", 100))  # noqa: B023
             for seed in args.seeds:
                 measured(best, "test", seed)
-    publish(args.out, NAME, report(rows.all()), rows.all())
 
 
 if __name__ == "__main__":

@@ -33,10 +33,9 @@ options:
 
 from __future__ import annotations
 
-import json
-import statistics
+import itertools
 import sys
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +45,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import ROOT, find_images, interval, machine, parser, processors, publish, usage
+from benchmarks.common import ROOT, Rows, find_images, parser
 from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
 from glem_augment import GLEM, SyntheticDataset, open_data
 from glem_augment.evaluation import coverage, feature_fid, label_reliability, memorisation_ratio
 from glem_augment.evaluation.metrics import spread
 from glem_augment.images.dataset import ImageData, images_for
-from glem_augment.io import atomic_write, write_json
 
 NAME = "samples_alone"
 PER_CLASS, EPOCHS = 2000, 8
@@ -178,7 +176,7 @@ class Images:
             x, y = self.samples(method, setting.strip(), seed)
         found = self.classifier(x, y, seed, int(epochs or EPOCHS))
         accuracy = found.accuracy(*labelled(judged))
-        result = {"validation CNN-A" if search else "CNN-A": 100 * accuracy}
+        result = {"CNN-A": 100 * accuracy}
         if search or method == "real" or seed or epochs or setting == "reconstructions":
             return result
         rows = torch.from_numpy(spread(len(x), MEASURED))
@@ -208,112 +206,24 @@ def rows_of(y: Tensor) -> list[Tensor]:
     return [(y == k).nonzero()[:, 0] for k in range(10)]
 
 
-def as_long(setting: str) -> str:
-    """The setting of "real" with as many epochs."""
-    return "".join(setting.partition("epochs=")[1:])
-
-
 def subset(setting: str) -> int:
     """How many real images a setting has, 0 for all of them."""
-    return int(setting.removesuffix(as_long(setting)).partition("images=")[2] or 0)
+    return int(setting.partition("epochs=")[0].partition("images=")[2] or 0)
 
 
-def subsets(table: list[dict[str, Any]], data: str, epochs: str) -> dict[int, dict[str, Any]]:
-    """The lines of real subsets with this `epochs=`, smallest first."""
-    own = [line for line in table if (line["data"], line["method"]) == (data, "real")]
-    lines = {subset(line["setting"]): line for line in own if as_long(line["setting"]) == epochs}
-    return {count: lines[count] for count in sorted(lines) if count}
-
-
-def worth(table: list[dict[str, Any]], data: str, accuracy: float, epochs: str = "") -> str:
-    """How many real images teach as much, from measured subsets, between which accuracy is linear in log(images)."""
-    points = [(count, line["CNN-A"]) for count, line in subsets(table, data, epochs).items()]
-    if not points or accuracy > points[-1][1]:
-        return f"over {points[-1][0]:,}" if points else ""
-    if accuracy < points[0][1]:
-        return f"under {points[0][0]:,}"
-    (n, low), (m, high) = next(pair for pair in pairwise(points) if pair[1][1] >= accuracy)
-    images = n * (m / n) ** ((accuracy - low) / (high - low))
-    return f"{round(images, 2 - len(str(int(images)))):,.0f}"  # two digits: the subsets are few
-
-
-def best_settings(rows: list[dict[str, Any]], data: str) -> list[tuple[str, str]]:
+def best_settings(rows: Rows, data: str) -> list[tuple[str, str]]:
     """The best setting on the validation images, for every method and source."""
-    found: dict[tuple[str, ...], dict[str, Any]] = {}
-    for row in rows:
-        if row["data"] == data and row["metric"] == "validation CNN-A":
-            key = (row["method"], *(word for word in row["setting"].split() if not word.startswith("T=")))
-            found[key] = max(found.get(key, row), row, key=lambda r: r["value"])
-    return [(row["method"], row["setting"]) for row in found.values()]
-
-
-def summary(rows: list[dict[str, Any]], validation: bool) -> list[dict[str, Any]]:
-    """One line for every setting: mean and 95 % interval over seeds, and the share of the accuracy on "real"."""
-    metric = "validation CNN-A" if validation else "CNN-A"
-    table = []
-    for data in dict.fromkeys(row["data"] for row in rows):
-        own = [row for row in rows if row["data"] == data]
-        values: dict[tuple[str, str], list[float]] = {}
-        for row in own:
-            if row["metric"] == metric:
-                values.setdefault((row["method"], row["setting"]), []).append(row["value"])
-        for (method, setting), found in values.items():
-            real = statistics.mean(values.get(("real", as_long(setting)), [float("nan")]))
-            line = {"data": data, "method": method, "setting": setting, "seeds": len(found)}
-            line |= {metric: statistics.mean(found), "+/-": interval(found).half if len(found) > 1 else None}
-            line |= {"share of real": statistics.mean(found) / real}
-            if not validation:
-                more = {r["metric"]: r["value"] for r in own if (r["method"], r["setting"]) == (method, setting)}
-                names = ("FID", "Coverage", "Label reliability", "Memorisation ratio")
-                line |= {name: more.get(name) for name in names}
-            table.append(line)
-    return table
-
-
-def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The page of the rows."""
-    return {
-        "title": "Classifiers trained on samples alone",
-        "command": usage(__doc__),
-        "measured on": processors(rows),
-        "rows": summary(rows, False),
-        "Settings, on held-out training images": summary(rows, True),
-    }
-
-
-def draw(table: list[dict[str, Any]], path: Path) -> None:
-    """Accuracies on the test images over the number of real images, and the best samples as lines, for both lengths."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    names = [data for data in dict.fromkeys(line["data"] for line in table) if subsets(table, data, "")]
-    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, data in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for colour, longer in (("C0", ""), ("C1", "epochs=30")):
-            own = [line for line in table if line["data"] == data and as_long(line["setting"]) == longer]
-            real = [line for line in own if line["method"] == "real"]
-            label = f"{longer.removeprefix('epochs=') or EPOCHS} epochs"
-            if found := subsets(table, data, longer):
-                accuracies, halves = ([line[key] or 0 for line in found.values()] for key in ("CNN-A", "+/-"))
-                axis.errorbar([*found], accuracies, halves, color=colour, marker="o", label=f"{label}: real images")
-            drawn = [line["CNN-A"] for line in own if line["method"] == FLOW and " x=" not in line["setting"]]
-            everything = [line["CNN-A"] for line in real if line["setting"] == longer]
-            for style, heights, what in ((":", everything, "all real"), ("--", drawn, "20,000 samples")):
-                if heights:
-                    text = f"{label}: {what}, {max(heights):.1f} %"
-                    axis.axhline(max(heights), color=colour, linestyle=style, label=text)
-        axis.set(title=data, xlabel="real images", ylabel="test accuracy in %", xscale="log")
-        axis.minorticks_off()
-        axis.set_xticks(ticks := [500, 1000, 2000, 5000, 10_000], [f"{count:,}" for count in ticks])
-        axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    found: dict[tuple[str, ...], tuple[float, str, str]] = {}
+    for arm, split, _, values in rows.arms(data):
+        if split == "validation":
+            method, _, setting = arm.partition(" ")
+            key = (method, *(word for word in setting.split() if not word.startswith("T=")))
+            found[key] = max(found.get(key, (0.0, "", "")), (max(values.values()), method, setting))
+    return [(method, setting) for _, method, setting in found.values()]
 
 
 def main() -> None:
     args = parser(__doc__)
-    args.set_defaults(threads=1)
     args.add_argument("stage", choices=("search", "final"))
     args.add_argument("--data", nargs="+", default=["fashion-mnist", "cifar10"], help="of ten classes (%(default)s)")
     args.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of `final` (0 1 2)")
@@ -322,32 +232,16 @@ def main() -> None:
     args.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder for samples (%(default)s)")
     args = args.parse_args()
     torch.set_num_threads(args.threads)
-    path, search = args.out / f"{NAME}.json", args.stage == "search"
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    rows, search = Rows("samples", args.out), args.stage == "search"
     for data in args.data:
         images = Images(data, args.work, args.flow.format(data=data))
         named = [cell.partition(":") for cell in args.cells or ()]
         cells = [(method.strip(), setting.strip()) for method, _, setting in named] or (
             SEARCH if search else best_settings(rows, data)
         )
-        for seed in [SEARCH_SEED] if search else args.seeds:
-            for method, setting in cells:
-                known = {
-                    "data": data,
-                    "size": images.train.image_shape[1],
-                    "method": method,
-                    "setting": setting,
-                    "seed": seed,
-                }
-                metric = "validation CNN-A" if search else "CNN-A"
-                if any(known.items() | {("metric", metric)} <= row.items() for row in rows):
-                    continue
-                for name, value in images.measure(method, setting, seed, search).items():
-                    rows.append(known | {"metric": name, "value": value, "processor": machine()["processor"]})
-                    print(*rows[-1].values(), flush=True)
-                write_json(path, rows)
-    publish(args.out, NAME, report(rows), rows)
-    draw(summary(rows, False), args.out / f"{NAME}.png")
+        for seed, (method, setting) in itertools.product([SEARCH_SEED] if search else args.seeds, cells):
+            measure = partial(images.measure, method, setting, seed, search)
+            rows.once(data, f"{method} {setting}".strip(), seed, "validation" if search else "test", measure)
 
 
 if __name__ == "__main__":

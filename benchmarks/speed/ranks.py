@@ -3,9 +3,9 @@
     python benchmarks/speed/ranks.py [--ranks 2] [--rounds 5] [--preset glow_fast] [--seconds 20]
 
 Each rank has one thread and is bound to one core; every rank needs an idle core. One rank and several ranks take turns,
-each time as processes of torchrun, whose start is not measured. A ratio compares two neighbouring runs, and the table
-has the medians. Both sides train on the same batches, and write the same images. Communication includes waiting for
-slower ranks.
+each time as processes of torchrun, whose start is not measured. A ratio compares two neighbouring runs; the other rows
+have medians. Both sides train on the same batches, and write the same images. Communication includes waiting for slower
+ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import parser, write_results
+from benchmarks.common import Rows, parser
 from glem_augment import GLEM, SyntheticDataset, distributed, open_data
 from glem_augment.synthetic.export import export_set
 from glem_augment.training import TrainConfig, Trainer
@@ -124,20 +124,16 @@ def main() -> None:
     if args.work:
         work(args)
         return
-    rows = []
+    rows, many = Rows("speed", args.out), f"{args.ranks} ranks"
     for job in JOBS:
-        pairs = []
+        found: dict[int, list[tuple[float, float]]] = {1: [], args.ranks: []}
         for number in range(args.rounds):
-            turns = (1, args.ranks) if number % 2 == 0 else (args.ranks, 1)
-            found = {ranks: measure(job, ranks) for ranks in turns}
-            pairs.append((found[1], found[args.ranks]))
-        ratios = [many[0] / one[0] for one, many in pairs]
-        row = {"job": job, "images/s, 1 rank": statistics.median(one[0] for one, _ in pairs)}
-        row[f"images/s, {args.ranks} ranks"] = statistics.median(many[0] for _, many in pairs)
-        row["ratio"] = statistics.median(ratios)
-        row["share of communication"] = statistics.median(many[1] for _, many in pairs)
-        rows.append({**row, "ratios": ratios})
-    write_results(args.out, "ranks", "Several ranks of one thread against one", rows, batch_size=args.batch_size)
+            for ranks in (1, args.ranks) if number % 2 == 0 else (args.ranks, 1):
+                found[ranks].append(measure(job, ranks))
+            rows.add(job, f"{many} over 1", number, "ranks", {"ratio": found[args.ranks][-1][0] / found[1][-1][0]})
+        rate, share = (statistics.median(values) for values in zip(*found[args.ranks], strict=True))
+        rows.add(job, "1 rank", "", "ranks", {"images/s": statistics.median(one for one, _ in found[1])})
+        rows.add(job, many, "", "ranks", {"images/s": rate, "share of communication": share})
 
 
 if __name__ == "__main__":

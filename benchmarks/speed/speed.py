@@ -14,7 +14,6 @@ code adds fewer terms of exp(S) for a smaller S, and S is small here, as at the 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import importlib.util
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import balanced_orders, parser, seconds, write_results
+from benchmarks.common import Rows, balanced_orders, parser, seconds
 from benchmarks.speed.opponents import LIBRARIES, published
 from glem_augment.flows import create_flow, resolve_preset
 from glem_augment.flows.coupling import Coupling
@@ -203,70 +202,49 @@ def floor_of(times: Times, operation: str) -> tuple[str, str]:
     return found
 
 
-def rows_of(case: str, times: Times) -> list[dict[str, Any]]:
-    """One row per flow: median ms, and overhead above the fastest floor as a share."""
-    rows = []
-    for side in dict.fromkeys(side for side, _ in times if not side.startswith("floor")):
-        row: dict[str, Any] = {"case": case, "side": side}
-        for operation in OPERATIONS:
-            key = (side, operation)
-            row[f"{operation} ms"] = row[f"{operation} overhead"] = None
-            if key in times:
-                row[f"{operation} ms"] = 1e3 * statistics.median(times[key])
-                row[f"{operation} overhead"] = ratio(times, key, floor_of(times, operation))[0] - 1
-        rows.append({**row, "rounds": len(times[side, "train"])})
-    return rows
-
-
-def verdicts(case: str, times: Times) -> list[dict[str, Any]]:
-    """Time ratios with their limits and noise; a difference within the noise is a tie, and counts as met.
+def measured(times: Times) -> dict[str, dict[str, float]]:
+    """By flow: ms, and overhead above the fastest floor as a share. By comparison: ratio of times, and its noise.
 
     The limits: `mef_tiny` trains at most 40 % and decodes at most 25 % above its networks; no operation takes longer
-    than the fastest other library's, nor more than 1 / 1.1 of the published flow's time.
+    than the fastest other library's, nor more than 1 / 1.1 of the published flow's time. A difference within the noise
+    is a tie, and counts as met.
     """
-    pairs = [(op, floor_of(times, op)) for op in ("train", "decode") if case == "mef_tiny"]
+    found: dict[str, dict[str, float]] = {}
+    for side in dict.fromkeys(side for side, _ in times if not side.startswith("floor")):
+        own = found.setdefault(side, {"rounds": len(times[side, "train"])})
+        for op in OPERATIONS:
+            own[f"{op} ms"] = 1e3 * statistics.median(times[side, op])
+            own[f"{op} overhead"] = ratio(times, (side, op), floor_of(times, op))[0] - 1
     for op in OPERATIONS:
         other = fastest(times, op, lambda side: not side.startswith((OURS, "floor")))
-        pairs += [(op, other)] if other else []
-    result = []
-    for op, other in pairs:
-        value, noise = ratio(times, (OURS, op), other)
-        what = f"{op} / {'its networks' if other[0].startswith('floor') else other[0]}"
-        result.append(judged({"case": case, "what": what, "ratio": value, "noise": noise}))
-    return result
+        for what, key in (("its networks", floor_of(times, op)), (other[0] if other else "", other)):
+            if key:
+                value, noise = ratio(times, (OURS, op), key)
+                found[f"{op} / {what}"] = {"ratio": value, "noise": noise}
+    return found
 
 
-def judged(row: dict[str, Any]) -> dict[str, Any]:
-    """A measured ratio with its limit and verdict."""
-    op, other = row["what"].split(" / ")
-    limit = {"train": 1.4, "decode": 1.25}[op] if other == "its networks" else 1 / 1.1 if other == PUBLISHED else 1.0
-    return {**row, "limit": limit, "met": row["ratio"] - row["noise"] <= limit}
-
-
-def run_case(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    flow, x = make_flow(CASES[name])
-    tasks = floor_tasks(flow, x) | tasks_of(OURS, flow, x) | opponents(CASES[name], flow, x, args.mef)
-    times = measure(tasks, args.rounds, args.seconds)
-    return rows_of(name, times), verdicts(name, times)
+def limit_of(what: str) -> float:
+    """The limit of a ratio, such as "train / its networks"."""
+    operation, other = what.split(" / ")
+    own = {"train": 1.4, "decode": 1.25}
+    return own[operation] if other == "its networks" else 1 / 1.1 if other == PUBLISHED else 1.0
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.set_defaults(threads=1)
     arguments.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     arguments.add_argument("--rounds", type=int, default=200, help="of a case, at most (%(default)s)")
     arguments.add_argument("--seconds", type=float, default=60, help="of timed rounds in a case; 3 rounds at least")
     arguments.add_argument("--mef", type=Path, help="folder with a copy of github.com/changyi7231/MEF")
     args = arguments.parse_args()
     torch.set_num_threads(args.threads)
-    rows: list[dict[str, Any]] = []
-    found: list[dict[str, Any]] = []
-    for case in args.cases:
-        more = run_case(case, args)
-        rows, found = rows + more[0], found + more[1]
-        # After every case, so that an interrupted run keeps its rows.
-        show = case == args.cases[-1]
-        write_results(args.out, "speed", "Time above the subnets alone", rows, {"verdicts": found}, show=show, seed=0)
+    rows = Rows("speed", args.out)
+    for name in args.cases:
+        flow, x = make_flow(CASES[name])
+        tasks = floor_tasks(flow, x) | tasks_of(OURS, flow, x) | opponents(CASES[name], flow, x, args.mef)
+        for arm, found in measured(measure(tasks, args.rounds, args.seconds)).items():
+            rows.add(name, arm, "", "flow", found)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-PROTOCOL = 1  # rows of another number are ignored: their measurement was different
-FINAL_SEEDS = (0, 1, 2, 3, 4)
-# Every trial is measured with the first seed. The best trials are measured with all seeds, and their means decide.
-TUNING_SEEDS = (1000, 1001, 1002)
-TUNING_SEED, FINALISTS = TUNING_SEEDS[0], 2
+FINAL_SEEDS = (0, 1, 2, 3, 4)  # validation rows have the seeds 1000 to 1002
 FM_FIVE, CIFAR_FIVE = (0, 2, 4, 6, 8), (0, 1, 2, 3, 4)  # training classes of the flows of "other classes"
 # English springer and garbage truck are similar to classes of CIFAR-10 (dog, truck).
 IMAGENETTE_APART = (0, 2, 3, 4, 5, 7, 8, 9)
@@ -206,13 +205,56 @@ METHODS: dict[str, Method] = {
         "ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", basis="shared", p=0.5), flow=True
     ),
 }
-OPPONENTS = tuple(name for name, method in METHODS.items() if method.side == "opponent")
 # The moves along the pixels' modes that the pages advise: the least strengths that were tried.
 RECIPES = {name: {**METHODS[name].trials[0], "flow": "identity"} for name in ("adversarial", "noise")}
-# The moves that are measured through a pretrained flow, with nothing chosen.
-MOVES = {"adversarial": METHODS["adversarial"].trials[0], "mode-mixup": METHODS["mode-mixup"].trials[1]}
-# Methods that are tried by default (--methods).
-DEFAULT_OURS = ("adversarial", "noise", "mode-mixup", "synthetic", "mode-mixup-any", "noise-shared")
 # An augmented image is used this many times on average, with another crop and flip each time, because on a CPU the flow
 # costs more than a small classifier. This holds for every policy and for the control.
 REUSE = 4
+
+
+# ---- names of arms in the store --------------------------------------------------------------------------------------
+
+
+def _constant(method: str) -> dict[str, Any]:
+    """Parameters that all trials of a method share; a name leaves them out."""
+    trials = METHODS[method].trials
+    return {k: v for k, v in trials[0].items() if len(trials) > 1 and all(trial.get(k) == v for trial in trials)}
+
+
+def name_of(stack: Iterable[tuple[str, dict[str, Any]]]) -> str:
+    """The name of a stack of methods with parameters, such as "cropflip + jitter(strength=0.2)"."""
+    names = []
+    for method, params in stack:
+        same = {**_constant(method), "flow": params.get("flow")}
+        own = ",".join(f"{k}={v}" for k, v in params.items() if same.get(k) != v)
+        names.append(method + f"({own})" * bool(own) + (f"@{params['flow']}" if "flow" in params else ""))
+    return " + ".join(names)
+
+
+def stack_of(arm: str) -> list[tuple[str, dict[str, Any]]]:
+    """The methods and parameters of a name; `name_of` gives the name again.
+
+    Raises:
+        SystemExit: there is no such method.
+    """
+    stack = []
+    for text in arm.split(" + "):
+        found = re.fullmatch(r"([\w-]+)(?:\((.*)\))?(?:@(\S+))?", text)
+        if found is None or found[1] not in METHODS:
+            raise SystemExit(f"augmentation: no operation {text!r}; there are {', '.join(METHODS)}")
+        pairs = (pair.split("=") for pair in (found[2] or "").split(",") if pair)
+        own = {key: json.loads(value) if re.match(r"[-.\d]", value) else value for key, value in pairs}
+        stack.append((found[1], {**_constant(found[1]), **own, **({"flow": found[3]} if found[3] else {})}))
+    return stack
+
+
+def split_arm(arm: str) -> tuple[str, str, str]:
+    """The name below the last operation ("" if there is none), and method and flow ("") of that operation."""
+    base, _, last = arm.rpartition(" + ")
+    operation, _, flow = last.partition("@")
+    return base, operation.partition("(")[0], flow
+
+
+def fixed_move(method: str) -> str:
+    """The name of the advised move of a method."""
+    return name_of([(method, RECIPES[method])])
