@@ -30,14 +30,9 @@ from glem_augment.io import atomic_write
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-EXIT_TIME_UP = 75  # in sysexits.h EX_TEMPFAIL: the same command goes on
 COLUMNS = ("setting", "arm", "seed", "split", "metric", "value", "run")
 KEY = COLUMNS[:5]  # unique in a study
 RUN = ("command", "code", "processor", "versions", "date")  # code: the commit that has it, if this tree has not
-
-
-class TimeUpError(Exception):
-    """The minutes of a benchmark are over; the same command goes on."""
 
 
 def machine() -> dict[str, str]:

@@ -172,15 +172,10 @@ def _() -> Lines:
             yield [SETS[data], SHOWN[arm], mean(values), f"{share:.2f}"]
 
 
-def naturally(name: str) -> list[str]:
-    """A key that puts 5 before 10."""
-    return [part.zfill(3) for part in re.split(r"\b", name)]
-
-
 @cache
 def tasks() -> list[Task]:
     names = [name for name in rows("augmentation").settings() if name.endswith(("/cnn", "/resnet"))]
-    found = (Task(name, rows("augmentation")) for name in sorted(names, key=naturally))
+    found = (Task(name, rows("augmentation")) for name in names)
     return [task for task in found if task.base]
 
 
@@ -257,13 +252,10 @@ def _() -> Lines:
             yield [f"`{task.setting.name}`", short(arm), *sides, gained(gain), gain.verdict]
 
 
-PROBES = [name for name in rows("augmentation").settings() if name.endswith("/linear probe")]
-
-
 @table("augmentation/pretrained", "A pretrained EfficientNet-Lite0 as linear probe, CIFAR-10 at 128x128: accuracy in %",
        "images of each class | image | flip | ordinary views | pixels' modes | TAEF2's modes | flow")  # fmt: skip
 def _() -> Lines:
-    for name in PROBES:
+    for name in (name for name in rows("augmentation").settings() if name.endswith("/linear probe")):
         values = [mean(values, factor=100) for *_, values in rows("augmentation").arms(name)]
         yield [name.removeprefix("cifar10-").partition("/")[0], *values]
 
@@ -306,16 +298,6 @@ def _() -> Lines:
             arms = (f"{codec}, {policy}" for policy in ("mixup", "noise", "adversarial"))
             cells = [cell("speed", size, arm, "% of the step", "step") for arm in arms]
             yield from [[f"{codec}, {size}", *cells]] * any(cells)
-
-
-TIMES = [(size, what) for size in SIZES for what in ("ms", "of ColorJitter")]
-
-
-@table("speed/images", "CPU time per image in a worker, and over ColorJitter(0.4, 0.4, 0.4) in the same round",
-       " | ".join(["augmentation", *(f"{size}: {what}" for size, what in TIMES)]))  # fmt: skip
-def _() -> Lines:
-    for arm in dict.fromkeys(arm for size in SIZES for arm, split, *_ in rows("speed").arms(size) if split == "worker"):
-        yield [arm, *(cell("speed", size, arm, what, "worker", 2) for size, what in TIMES)]
 
 
 def of_paper(number: int, role: str, arm: str, metric: str) -> dict[str, float]:

@@ -19,8 +19,7 @@ the releases are made from them as `GLEM.fit(..., privacy=...)` makes them. Stor
 
 Epsilon 0 stands for no privacy: the classes of `glem fit --autoencoder taef2 --rank 512`. Of the real images,
 samples_alone.py has the accuracy. With --images, so many training images of each class, drawn by the seed, are the
-private (or real) ones; only latents and real have it. `--validation` judges every tenth training image, which then is
-no private image, and was used for choices.
+private (or real) ones; only latents and real have it.
 """
 
 from __future__ import annotations
@@ -67,14 +66,12 @@ def encoded(model: GLEM, images: ImageData) -> Tensor:
 class Images:
     """The images of one data set and their latents, which stay in `work`."""
 
-    def __init__(self, data: str, method: str, work: Path, validation: bool) -> None:
+    def __init__(self, data: str, method: str, work: Path) -> None:
         self.name, self.method = data, method
         self.per_class, self.epochs = (LONG_PER_CLASS, LONG_EPOCHS) if method == "long" else (PER_CLASS, EPOCHS)
         folder = find_images(NAME, data, data)
-        train, test = (open_data(folder, split) for split in ("train", "test"))
-        held = np.arange(len(train)) % 10 == 9
-        self.train = train.subset(np.flatnonzero(~held)) if validation else train
-        self.judged = train.subset(np.flatnonzero(held)) if validation else test
+        train, self.judged = open_data(folder, "train"), open_data(folder, "test")
+        self.train = train
         self.autoencoder = None if method == "pixels" else "taef2"
         self.base = GLEM.create(
             "stationary", train.image_shape, train.classes, train.class_ids, autoencoder=self.autoencoder
@@ -87,7 +84,7 @@ class Images:
             x = F.interpolate(tiles.float(), train.image_shape[1:], mode="bilinear", antialias=True)
             public = ImageData.from_tensors(x.round().to(torch.uint8), torch.zeros(len(x)).long(), ["image"])
         self.prior, self.clip = set_coordinates(self.base, public)
-        self.work = work / f"{data} {self.autoencoder or method}{' validation' * validation}"
+        self.work = work / f"{data} {self.autoencoder or method}"
         self.work.mkdir(parents=True, exist_ok=True)
 
     def latents(self, count: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -198,7 +195,6 @@ def main() -> None:
     args.add_argument("--cells", type=int, help="Gaussians per class (default: as many as the noise allows)")
     args.add_argument("--images", nargs="+", type=int, default=[None], help="private images of each class (all)")
     args.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    args.add_argument("--validation", action="store_true", help="judge held-out training images")
     args.add_argument("--picture", type=Path, help="draw README's picture, and do no more")
     args.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder for latents (%(default)s)")
     args = args.parse_args()
@@ -208,9 +204,8 @@ def main() -> None:
         raise SystemExit("private: --images goes with --method latents or real")
     torch.set_num_threads(args.threads)
     rows, sections = Rows(NAME, args.out), list[Section]()
-    split = "validation" if args.validation else "test"
     for data, method in itertools.product(args.data, args.method):
-        images = Images(data, method, args.work, args.validation)
+        images = Images(data, method, args.work)
         if args.picture is not None:
             sections.append(draw(images, args.epsilon, args.delta))
             continue
@@ -225,7 +220,7 @@ def main() -> None:
 
             promise = "" if method == "real" else f" epsilon={epsilon:g} delta={args.delta:g}"
             setting = data + promise + (f" images={count}" if count else "")
-            rows.once(setting, method + (f" cells={args.cells}" if args.cells else ""), seed, split, measure)
+            rows.once(setting, method + (f" cells={args.cells}" if args.cells else ""), seed, "test", measure)
     if args.picture is not None:
         save_png(compose("", sections), args.picture)
 

@@ -25,7 +25,7 @@ from glem_augment.classes.gaussians import ClassSampler
 from glem_augment.precision import full_precision
 from glem_augment.tensors import send, weights_key
 
-# How far a class's covariance is shrunk to the pooled one (benchmarks/results/covariances.md; 0.9 is a tie).
+# How far a class's covariance is shrunk to the pooled one (docs/what_was_tried.md; 0.9 is a tie).
 SHRUNK = 0.8
 
 

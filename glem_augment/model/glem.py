@@ -50,7 +50,7 @@ from glem_augment.model.private_fit import check_arguments, fit_private
 from glem_augment.names import DEFAULT_MODES, MAX_PARTS, Preset
 
 STANDARDISED_BY = 64  # images that standardise an autoencoder's latents, each at many positions
-# Least images per dimension of full covariances. At 4 plain variances do as well (benchmarks/results/covariances.md).
+# Least images per dimension of full covariances. At 4 plain variances do as well (docs/what_was_tried.md).
 _IMAGES_PER_DIMENSION = 8
 # The least variance of images that are not 8-bit, as a share of their mean variance. The noise of 8-bit levels gives
 # constant pixels about as much; floats and 16-bit levels would give them none.

@@ -1,9 +1,9 @@
 """Does augmentation through a flow help a classifier? Arms of augmentations, trained alike with few labels.
 
-    python benchmarks/proof/augmentation/run.py --settings imagenette32-50 --seconds 3600
+    python benchmarks/proof/augmentation/run.py --settings imagenette32-50
     python benchmarks/proof/augmentation/run.py --settings fashion-10 --part "test: drawn" \\
         --arms "cropflip + synthetic(temperature=0.75)@fashion-unlabelled" "cropflip"
-    python benchmarks/proof/augmentation/run.py --train-flow cifar10 --seconds 600  # a flow, in pieces
+    python benchmarks/proof/augmentation/run.py --train-flow cifar10  # a flow; resumes
 
 A row is one classifier, trained with one arm: a stack of operations by names, such as "cropflip + jitter(strength=0.2)
 + adversarial(strength=0.25)@identity". After @ stands the flow; "identity" has the modes of the pixels. Operations and
@@ -25,7 +25,6 @@ Data is read from $GLEM_DATA (fashion-mnist, cifar10, imagenette128, mnist), and
 from __future__ import annotations
 
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,6 @@ def options() -> Any:
     add("--seeds", type=int, nargs="+", default=list(FINAL_SEEDS), help="(%(default)s)")
     add("--part", default="test: final", help="the rows' column `split`: test: ... or validation: ... (%(default)s)")
     add("--arms", nargs="+", help="(default: the stored arms of the part)")
-    add("--seconds", type=float, help="start no training after so long")
     add("--precision", choices=["bf16", "fp32"], default="bf16", help="of the classifier (%(default)s)")
     add("--flows", type=Path, default=Path("runs"), help="folder of trained flows (%(default)s)")
     add("--train-flow", metavar="NAME", help=f"make a flow: {', '.join(FLOWS)}")
@@ -102,9 +100,10 @@ def main() -> None:
         arguments.error(f"unknown settings {unknown}; there are {', '.join(SETTINGS)}")
     if not args.part.startswith(("test", "validation")):
         arguments.error(f"--part begins with test or validation, got {args.part!r}")
-    study, rows, began = Study(args.flows, args.precision == "bf16"), Rows(STUDY, args.out), time.monotonic()
+    study, rows = Study(args.flows, args.precision == "bf16"), Rows(STUDY, args.out)
     if args.train_flow:
-        raise SystemExit(0 if study.flows.train(args.train_flow, args.seconds) else 75)
+        study.flows.train(args.train_flow)
+        return
     for setting, classifier in ((known[name], classifier) for name in args.settings for classifier in args.classifiers):
         name, test = f"{setting.name}/{classifier}", args.part.startswith("test")
         stored = dict.fromkeys(arm for arm, split, *_ in rows.arms(name) if split == args.part)
@@ -114,8 +113,6 @@ def main() -> None:
                 if why:
                     print(f"augmentation: {name}: without {arm}: {why}", file=sys.stderr)
                     continue
-                if args.seconds is not None and time.monotonic() - began > args.seconds:
-                    raise SystemExit("augmentation: stopped after --seconds; run again to go on")
 
                 measure = partial(study.accuracy, setting, classifier, arm, seed, test)
                 rows.once(name, arm, seed, args.part, lambda: {"accuracy": measure()})  # noqa: B023
