@@ -86,7 +86,7 @@ def every_arm(study: str) -> Iterable[Iterable[str]]:
 
 def study_page(study: str) -> str:
     """All tables of a study, the commands that measured its rows, and every arm."""
-    parts = [f"# {STUDIES[study]}", f"{BESIDE} The rows are in [{study}.csv]({study}.csv)."]
+    parts = [f"# {STUDIES[study]}", f"{BESIDE} The rows are in `{study}.csv`."]
     for name, (title, *_) in tables.TABLES.items():
         if name.startswith(f"{study}/"):
             parts += [f"## {title}", made(name)]

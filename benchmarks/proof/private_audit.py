@@ -81,9 +81,6 @@ def canaries(images: Tensor, clip: float) -> dict[str, Tensor]:
     return {"far": far, "zeros": torch.zeros_like(far), "class mean": images.mean(0), REAL: images[0].clone()}
 
 
-# ---- bounds ----------------------------------------------------------------------------------------------------------
-
-
 def bound_of_any(without: Tensor, having: Tensor, delta: float, error: float) -> float:
     """A lower bound of epsilon from scores without and with the canary, wrong with probability `error`."""
     tuning, counting = (without[::2], having[::2]), (without[1::2], having[1::2])
@@ -111,9 +108,6 @@ def bound_of_mu(without: Tensor, having: Tensor, error: float) -> float:
     n = min(len(without), len(having))
     distance = float((having.mean() - without.mean()) / ((without.var() + having.var()) / 2).sqrt())
     return max(0.0, distance + float(stats.norm.ppf(error)) * math.sqrt(2 / n + distance**2 / (4 * n)))
-
-
-# ---- attackers -------------------------------------------------------------------------------------------------------
 
 
 def log_ratios(release: Release, others: Sequence[Tensor], c: Tensor) -> Tensor:
@@ -254,9 +248,6 @@ def _gaussian_of(modes: Any) -> tuple[Tensor, Tensor]:
     within = modes.directions[0].double() * modes.scales[0].double()[:, None]
     between = (cells - mean) * (weight / weight.sum()).sqrt()[:, None]
     return mean, within.T @ within + between.T @ between + modes.rest[0].double().diag()
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 def bounds(scores: Scores, delta: float, claim: float | None) -> dict[str, float]:
