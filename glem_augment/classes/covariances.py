@@ -124,8 +124,8 @@ class ClassCovariances(ClassSampler):
         return rest * u + (u @ directions.T * (self.variances[y] ** power - rest)) @ directions
 
     @torch.no_grad()
-    def leading(self, y: int, rank: int) -> tuple[Tensor, Tensor]:
-        """The leading directions of W_y [rank, d], orthonormal, and the standard deviations [rank] along them.
+    def leading(self, y: int | None, rank: int) -> tuple[Tensor, Tensor]:
+        """The leading directions of W_y, or of W for None, [rank, d], orthonormal, and the deviations along them [rank].
 
         By subspace iteration (Halko, Martinsson & Tropp 2011), and exact where there are about d directions.
         """
@@ -139,12 +139,12 @@ class ClassCovariances(ClassSampler):
         positive = directions.amax(1, keepdim=True) >= -directions.amin(1, keepdim=True)
         return directions * torch.where(positive, 1, -1), values.flip(0)[:rank].clamp_min(0).sqrt().to(found)
 
-    def _covariance_times(self, z: Tensor, y: int) -> Tensor:
-        """W_y z for rows z [m, d]. G is linear, so its transpose is its gradient."""
+    def _covariance_times(self, z: Tensor, y: int | None) -> Tensor:
+        """W_y z, or W z, for rows z [m, d]. G is linear, so its transpose is its gradient."""
         u = torch.zeros_like(z)
         with torch.enable_grad():
             (u,) = torch.autograd.grad(self.coordinates.inverse(u.requires_grad_()), u, z)
-        return self.coordinates.inverse(self._scaled(u, y, 1.0))
+        return self.coordinates.inverse(u if y is None else self._scaled(u, y, 1.0))
 
     @torch.no_grad()
     def diagonals(self) -> Tensor:

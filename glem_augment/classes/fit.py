@@ -46,14 +46,14 @@ LEAST_SHARE = 1e-5
 REST_FLOOR = 1e-8
 # config.json holds numbers of psi up to 1e6; a flow can't invert latents of that size anyway.
 _LARGEST_VARIANCE = 1e5
-_MOST_NUMBERS = 2**22  # in the directions of all classes
+_MOST_NUMBERS, _MOST_MODES = 2**22, 2**26  # in the directions of all classes, and in their modes
 
 Psi = tuple[float, float, float] | None
 
 
 def directions_of_class(num_classes: int, dim: int) -> int:
     """How many directions of its covariance a class keeps at most, so that all classes fit in memory and in a file."""
-    return min(dim, max(16, _MOST_NUMBERS // (num_classes * dim)))
+    return min(dim, _MOST_NUMBERS // (num_classes * dim))
 
 
 @torch.no_grad()
@@ -69,7 +69,8 @@ def fit_classes(
     Args:
         statistics: of latents in public coordinates, where there are any.
         shape: (C, H, W) of the numbers that the latents were made of.
-        rank: the leading directions of each class to keep for moves; at most d.
+        rank: the leading directions of each class to keep for moves; at most d. Where the directions of all classes
+            would be more than `_MOST_MODES` numbers, all classes share the directions of W.
         psi: of the model's Gaussians; the new ones get a wider psi where this one can't hold their variances.
 
     Raises:
@@ -77,11 +78,12 @@ def fit_classes(
     """
     covariances = estimate(statistics, shape, public)
     classes, rank = len(statistics.classes), min(rank, statistics.dim)
-    modes = ClassModes(classes, rank, statistics.dim)
+    common = classes * rank * statistics.dim > _MOST_MODES
+    modes = ClassModes(classes, rank, statistics.dim, common=common)
     modes.mean.copy_(covariances.mean)
     modes.counts.copy_(statistics.counts())
-    for y in range(classes):
-        modes.directions[y], modes.scales[y] = covariances.leading(y, rank)
+    for row in range(len(modes.directions)):
+        modes.directions[row], modes.scales[row] = covariances.leading(None if common else row, rank)
     variance = covariances.diagonals()
     gaussians = ClassGaussians(classes, statistics.dim, psi=psi_that_holds(variance, psi))
     gaussians.mu.copy_(covariances.mean)

@@ -25,7 +25,7 @@ from glem_augment.classes.gaussians import ClassSampler
 from glem_augment.precision import full_precision
 from glem_augment.tensors import send, weights_key
 
-# How far a class's covariance is shrunk to the pooled one (benchmarks/results/covariances.md; 0.9 is a tie).
+# How far a class's covariance is shrunk to the pooled one (docs/what_was_tried.md; 0.9 is a tie).
 SHRUNK = 0.8
 
 
@@ -81,9 +81,10 @@ class ClassModes(ClassSampler):
 
     Buffers, with P parts for each of K classes; row y P + j is part j of class y:
         mean: [K P, d].
-        directions: [K P, k, d], orthonormal rows; zero rows where a part has fewer than k modes. [K, k, d] if tied.
-        scales: [K P, k], the standard deviation along each mode, descending. [K, k] if tied.
-        rest: [K P, d], the variance per dimension outside the modes. [K, d] if tied.
+        directions: [K P, k, d], orthonormal rows; zero rows where a part has fewer than k modes. [K, k, d] if tied,
+            [1, k, d] if all classes share the modes.
+        scales: [K P, k], the standard deviation along each mode, descending. [K, k] if tied, [1, k] if shared.
+        rest: [K P, d], the variance per dimension outside the modes. [K, d] if tied, [1, d] if shared.
         counts: int64 [K P], images seen; 0 for a part that is not there.
         shared_directions, shared_scales: [j, d] and [j], the modes of the pooled within-class covariance.
 
@@ -99,11 +100,19 @@ class ClassModes(ClassSampler):
     shared_scales: Tensor
 
     def __init__(
-        self, num_classes: int, rank: int, dim: int, parts: int = 1, shared_rank: int | None = None, tied: bool = False
+        self,
+        num_classes: int,
+        rank: int,
+        dim: int,
+        parts: int = 1,
+        shared_rank: int | None = None,
+        tied: bool = False,
+        common: bool = False,
     ) -> None:
         super().__init__()
         rows, shared = num_classes * parts, shared_rank or rank
-        covariances = num_classes if tied else rows
+        covariances = 1 if common else num_classes if tied else rows
+        self.common = common  # to all classes
         self.register_buffer("mean", torch.zeros(rows, dim))
         self.register_buffer("directions", torch.zeros(covariances, rank, dim))
         self.register_buffer("scales", torch.zeros(covariances, rank))
@@ -119,16 +128,20 @@ class ClassModes(ClassSampler):
     def fewest_and_most(self) -> tuple[int, int]:
         """The smallest and the largest number of modes (of any length) that a class has."""
         present = (self.scales > 0).sum(1)
-        if bool(self.counts.any()) and not self.tied:
+        if bool(self.counts.any()) and not self.tied and not self.common:
             present = present[self.counts > 0]
         return int(present.min()), int(present.max())
 
     def covariance_rows(self, rows: Tensor) -> Tensor:
         """The rows of `directions`, `scales` and `rest` for rows of `mean`, int64 of any shape."""
+        if self.common:
+            return torch.zeros_like(rows)
         return rows // self.parts if self.tied else rows
 
     def on_host(self, y: Tensor, at: Tensor) -> Tensor:
         """The rows `at` of `directions`, as the classes y themselves where these tell: y may be on the CPU."""
+        if self.common:
+            return torch.zeros_like(y)
         return y if self.parts == 1 or self.tied else at
 
     def rows_of(self, y: Tensor, z: Tensor) -> Tensor:

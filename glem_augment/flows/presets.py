@@ -21,13 +21,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The GLEM authors' later configuration: 42.8 M parameters.
     "mef_glem": dict(coupling="matexp", depth=[8, 8, 8], blocks=[8, 4, 2], width=[128, 128, 128], bound=1.0),
     "glow_tiny": dict(coupling="affine", depth=[8, 8], blocks=[1, 1], width=[48, 64], bound=2.0, actnorm="channel"),
-    # The best per CPU second in benchmarks/results/backbones.md.
+    # The best per CPU second of eleven (docs/what_was_tried.md).
     "glow_fast": dict(
         coupling="affine", depth=[8, 8], blocks=[1, 1], width=[64, 96], bound=2.0, subnet="bottleneck",
         activation="relu",
     ),
     # For latents of an autoencoder, which are small already: two levels, the first without a squeeze. The best for its
-    # steps on average over the shapes in benchmarks/results/latent_flows.md.
+    # steps on average over the shapes in benchmarks/results/models.md.
     "latent": dict(
         coupling="affine", depth=[3, 3], blocks=[1, 1], width=[128, 128], bound=2.0, subnet="bottleneck",
         activation="relu", patch=1, whiten=None,
@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Public coordinates of private sets.
     "stationary": dict(coupling="stationary"),
 }  # fmt: skip
-# `whiten=None` whitens up to so many numbers. Beyond, two levels do better without (latent_flows.md).
+# `whiten=None` whitens up to so many numbers. Beyond, two levels do better without (benchmarks/results/models.md).
 _WHITEN_UP_TO = 512
 
 

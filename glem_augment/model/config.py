@@ -42,6 +42,7 @@ class GLEMConfig:
         modes_rank: k, the number of modes stored for every class, or None where no modes are stored.
         posterior_temperature: T >= 1 of the posterior, softmax of log p(x|y) / T; left out of the file where it is 1.
         modes_parts: parts of each class; every part has modes, or all parts of a class have the same (`modes_tied`).
+        modes_common: all classes have the same modes.
         covariance: "diagonal" (the class densities are the Gaussians'), or "full" (`ClassModes.log_prob`).
         covariances: of classes that `classes.fit` estimated, `covariance_facts`; None for any other.
         autoencoder: for a flow in an autoencoder's latents, `name`, `sha256` (see `open_autoencoder`; "custom" and ""
@@ -64,6 +65,7 @@ class GLEMConfig:
     posterior_temperature: float = 1.0
     modes_parts: int = 1
     modes_tied: bool = False
+    modes_common: bool = False
     covariance: str = "diagonal"
     covariances: dict[str, Any] | None = None
     autoencoder: dict[str, Any] | None = None
@@ -93,6 +95,7 @@ class GLEMConfig:
             ("posterior_temperature", _are_numbers([t] * 3, 1, hot), f"from 1 to {hot:g}"),
             ("modes_parts", is_whole(self.modes_parts, 1, MAX_PARTS), f"from 1 to {MAX_PARTS}"),
             ("modes_tied", type(self.modes_tied) is bool, "true or false"),
+            ("modes_common", type(self.modes_common) is bool, "true or false"),
             ("covariance", self.covariance in ("diagonal", "full"), "'diagonal' or 'full'"),
             ("covariances", self.covariances is None or self._are_covariances(), "null, or as `glem fit` writes them"),
             ("autoencoder", found is None or _is_autoencoder(found), "null, or have name, sha256 and image_shape"),

@@ -96,8 +96,9 @@ class GLEM(LatentModel):
             if config.modes_rank is not None:
                 shared = self.dim if full else None
                 modes = ClassModes(
-                    self.num_classes, config.modes_rank, self.dim, config.modes_parts, shared, config.modes_tied
-                )
+                    self.num_classes, config.modes_rank, self.dim, config.modes_parts, shared, config.modes_tied,
+                    config.modes_common,
+                )  # fmt: skip
             covariances = None
             if found := config.covariances:
                 coordinates = SharedCoordinates(config.flow_shape, found["shared_rank"], found["target"] == PUBLIC)
@@ -269,6 +270,7 @@ class GLEM(LatentModel):
             "modes_rank": None if modes is None else modes.rank,
             "modes_parts": 1 if modes is None else modes.parts,
             "modes_tied": modes is not None and modes.tied,
+            "modes_common": modes is not None and modes.common,
             "covariance": "full" if classes.full else "diagonal",
             "covariances": None if classes.covariances is None else covariance_facts(classes.covariances),
             "posterior_temperature": classes.temperature,

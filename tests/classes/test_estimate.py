@@ -114,11 +114,16 @@ def test_public_coordinates_are_exact_and_suit_any_grid() -> None:
     torch.testing.assert_close(torch.linalg.slogdet(jacobian.double())[1].float(), logdet[0], rtol=1e-4, atol=1e-3)
 
 
-def test_few_classes_many_classes_and_a_class_of_one_image() -> None:
+def test_few_classes_many_classes_and_a_class_of_one_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(0)
     y = torch.arange(300).repeat_interleave(2)[:-1]
     x = (torch.randint(0, 60, (len(y), 1, 4, 4), generator=g) + (y % 150)[:, None, None, None]).to(torch.uint8)
+    monkeypatch.setattr("glem_augment.classes.fit._MOST_MODES", 10_000)
     many = GLEM.fit((x, y), rank=4)
+    assert many.modes is not None and many.modes.directions.shape == (1, 4, 16)  # shared by all classes
+    assert torch.equal(GLEMAugment(many, Noise(), p=1.0, seed=0)(x[:9], y[:9])[1], y[:9])
+    many.save(tmp_path)
+    assert torch.equal(GLEM.from_pretrained(tmp_path).predict(x), many.predict(x))
     assert float((many.predict(x) == y).float().mean()) > 0.2 and many.log_prob(x, y).isfinite().all()
     assert many.sample(torch.tensor([299]), source="rfcm").isfinite().all()
     one = GLEM.fit((x[:20], torch.zeros(20, dtype=torch.int64)), rank=4)
