@@ -31,6 +31,7 @@ STUDIES = {
     "augmentation": "Moves of training images beside other augmentations",
     "samples": "Classifiers trained on samples alone",
     "private": "Private sets",
+    "fit": "Classes estimated from few images and from many",
     "models": "Accuracy, likelihood and calibration of models",
     "speed": "Time of flows and moves",
     "paper": "The tables of the paper",

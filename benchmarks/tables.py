@@ -79,6 +79,17 @@ def _() -> Lines:
             yield [images, f"`{arm}`" if ":" in arm else arm, *values, error]
 
 
+# ---- classes from few images -----------------------------------------------------------------------------------------
+
+FEW = (5, 20, 50, 100, 300, 1000)
+
+
+@table("fit/few", "Accuracy by images of each class", "test images | " + " | ".join(f"{n:,} per class" for n in FEW))
+def _() -> Lines:
+    for setting in rows("fit").settings():
+        yield [setting, *(cell("fit", setting, f"{n:,} per class", "accuracy") for n in FEW)]
+
+
 # ---- private sets ----------------------------------------------------------------------------------------------------
 
 SETS = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "imagenette128": "Imagenette, 64 pixels"}

@@ -166,7 +166,7 @@ METHODS: dict[str, Method] = {
     "erasing": Method("opponent", _each("p", 0.25, 0.5, 0.75)),
     "pixel-adversarial": Method("opponent", _each("epsilon", 2, 4, 8, p=0.5)),
     "latent-noise": Method("opponent", _each("strength", 0.1, 0.2, 0.4, p=0.5), flow=True),
-    # Ours: GLEMAugment's policies, before crop + flip, and SyntheticDataset. The basis "shared" is a model of one class.
+    # Ours: GLEMAugment's policies, before crop + flip, and SyntheticDataset. The basis "shared" has one class.
     "adversarial": Method("ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", p=0.5), flow=True),
     "noise": Method("ours", _each("strength", 0.5, 1.0, 2.0, policy="noise", p=0.5), flow=True),
     "mode-mixup": Method("ours", _each("alpha", 0.3, 1.0, 4.0, policy="mixup", p=0.5), flow=True),
