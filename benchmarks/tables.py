@@ -201,8 +201,8 @@ def _() -> Lines:
         sure = [p < 0.05 and g.mean > 0 for p, g in zip(holm([g.chance for g in found]), found, strict=True)]
         counts = len(found), sum(g.mean > 0 for g in found), sum(g.clear for g in found), sum(sure)
         over_all = interval(family_means(gains).values())
-        text = over_all.text(2, sign=True).replace("one seed", "one family")
-        yield [name, *map(str, counts), text, over_all.verdict.replace("one seed", "one family")]
+        if over_all.seeds > 1:  # families: one alone tells nothing of others
+            yield [name, *map(str, counts), over_all.text(2, sign=True), over_all.verdict]
 
 
 THREE = list(dict.fromkeys(FAMILIES.values()))
