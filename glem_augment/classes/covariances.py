@@ -125,7 +125,7 @@ class ClassCovariances(ClassSampler):
 
     @torch.no_grad()
     def leading(self, y: int | None, rank: int) -> tuple[Tensor, Tensor]:
-        """The leading directions of W_y, or of W for None, [rank, d], orthonormal, and the deviations along them [rank].
+        """The leading directions of W_y, or of W for None, and the deviations along them: [rank, d], [rank].
 
         By subspace iteration (Halko, Martinsson & Tropp 2011), and exact where there are about d directions.
         """
