@@ -5,9 +5,9 @@
     python benchmarks/results.py --accept   # writes benchmarks/results/manifest.json, whose diff a reviewer reads
 
 A page includes a table between `<!-- table: STUDY/NAME -->` and `<!-- /table -->`, each alone on a line. `tables.py`
-has the tables. The manifest has the digests of stored rows, runs and pictures, and of the text of pages: README.md, and
-each page in docs/ that includes a table, links to benchmarks/results, or is in `WATCHED`. Only --accept writes it, so
-that a missing or changed row, a picture or a sentence is found even after the tables were written again.
+has the tables. The manifest has the digests of stored rows, runs and pictures, and of the text of README.md and of the
+pages in docs/. Only --accept writes it, so that a missing or changed row, a picture or a sentence is found even after
+the tables were written again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ STUDIES = {
     "speed": "Time of flows and moves",
     "paper": "The tables of the paper",
 }
-WATCHED = ("evidence.md", "what_was_tried.md")
 MANIFEST = RESULTS / "manifest.json"
 TABLE = re.compile(r"^<!-- table: (\S+) -->\n.*?^<!-- /table -->$", re.M | re.S)
 BESIDE = "± is half the 95 % interval of the mean (Student's t) over seeds."
@@ -160,8 +159,7 @@ def present() -> dict[str, Any]:
     for page in pages():
         text, name = page.read_text(encoding="utf-8"), page.relative_to(ROOT).as_posix()
         names = [found[1] for found in TABLE.finditer(text)]
-        if names or page.name in ("README.md", *WATCHED) or "benchmarks/results" in text:
-            texts[name] = {"tables": names, "text": sections(text)}
+        texts[name] = {"tables": names, "text": sections(text)}
     return {
         "studies": studies,
         "runs": {run["run"]: run["command"] for run in read_csv(RESULTS / "runs.csv")},
