@@ -4,8 +4,9 @@ In the coordinates u = G z, a fixed linear map, the covariance W that all classe
 
     z  ~  N(m_y, W_y),        G W_y G^T  =  r_y (I - E_y^T E_y) + E_y^T diag(v_y) E_y,
 
-with orthonormal rows E_y [k, d]. Densities and samples cost O(r d) for all classes, with r directions in G, and O(k d)
-for each class. No d x d matrix is made. `classes.fit` estimates the numbers.
+with orthonormal rows E_y [k, d]. Samples and moves have other v_y and r_y than densities, with more of the class's own
+variation. Densities and samples cost O(r d) for all classes, with r directions in G, and O(k d) for each class. No d x d
+matrix is made. `classes.fit` estimates the numbers.
 """
 
 from __future__ import annotations
@@ -77,12 +78,15 @@ class ClassCovariances(ClassSampler):
         directions: [K, k, d], E; zero rows where a class has fewer.
         variances: [K, k], v along E; r where a class has fewer.
         rest: [K], r.
+        drawn_variances, drawn_rest: v and r of samples and moves.
     """
 
     mean: Tensor
     directions: Tensor
     variances: Tensor
     rest: Tensor
+    drawn_variances: Tensor
+    drawn_rest: Tensor
 
     def __init__(self, num_classes: int, rank: int, coordinates: SharedCoordinates) -> None:
         super().__init__()
@@ -92,6 +96,8 @@ class ClassCovariances(ClassSampler):
         self.register_buffer("directions", torch.zeros(num_classes, rank, self.dim))
         self.register_buffer("variances", torch.ones(num_classes, rank))
         self.register_buffer("rest", torch.ones(num_classes))
+        self.register_buffer("drawn_variances", torch.ones(num_classes, rank))
+        self.register_buffer("drawn_rest", torch.ones(num_classes))
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log N(z; m_y, W_y) of latents z [B, d] under every class, [B, K] nats."""
@@ -119,13 +125,13 @@ class ClassCovariances(ClassSampler):
         return self.mean[send(y, noise.device)] + temperature * self.coordinates.inverse(u)
 
     def _scaled(self, u: Tensor, y: int, power: float) -> Tensor:
-        """(G W_y G^T)^power u for rows u [m, d]."""
-        directions, rest = self.directions[y], self.rest[y] ** power
-        return rest * u + (u @ directions.T * (self.variances[y] ** power - rest)) @ directions
+        """(G W_y G^T)^power u for rows u [m, d], with the W_y of samples."""
+        directions, rest = self.directions[y], self.drawn_rest[y] ** power
+        return rest * u + (u @ directions.T * (self.drawn_variances[y] ** power - rest)) @ directions
 
     @torch.no_grad()
     def leading(self, y: int | None, rank: int) -> tuple[Tensor, Tensor]:
-        """The leading directions of W_y, or of W for None, and the deviations along them: [rank, d], [rank].
+        """The leading directions of samples' W_y, or of W for None, and the deviations along them: [rank, d], [rank].
 
         By subspace iteration (Halko, Martinsson & Tropp 2011), and exact where there are about d directions.
         """
@@ -148,8 +154,8 @@ class ClassCovariances(ClassSampler):
 
     @torch.no_grad()
     def diagonals(self) -> Tensor:
-        """The variances of every class in every dimension, the diagonals of W_y: [K, d]."""
-        found = self.rest[:, None] * self.coordinates.variances()
-        for k, (directions, v, rest) in enumerate(zip(self.directions, self.variances, self.rest, strict=True)):
-            found[k] += (v - rest) @ self.coordinates.inverse(directions).square()
+        """The variances of samples of every class in every dimension: [K, d]."""
+        found = self.drawn_rest[:, None] * self.coordinates.variances()
+        for k, (directions, v) in enumerate(zip(self.directions, self.drawn_variances, strict=True)):
+            found[k] += (v - self.drawn_rest[k]) @ self.coordinates.inverse(directions).square()
         return found

@@ -6,6 +6,9 @@ the pooled within-class covariance S of all classes and the covariance S_y of th
     W    =  (nu0 s T + N S) / (nu0 + N),              nu0 = 3 d,
     W_y  =  (nu1 W + (n_y - 1) S_y) / (nu1 + n_y - 1),      nu1 = 2 d + 4 n_y.
 
+Samples and moves have nu1 = 2 d in place of this nu1: a class of many images keeps nearly all of S_y there, as a
+likelihood prefers, while a classifier gains by more shrinkage (Friedman, Regularized Discriminant Analysis, 1989).
+
 The target T is public where the latents have public coordinates (`flows.public`), with the scale s of the images;
 else it is the diagonal of S. So a class of few images has nearly the covariance W of all classes, a class of many keeps
 up to a fifth of S_y, and where all classes are small W is nearly T.
@@ -138,24 +141,29 @@ def estimate(
     for y, each in enumerate(statistics.classes):
         _add_class(found, y, each)
     used = int((found.directions.square().sum(2) > 0.5).sum(1).max())
-    found.directions, found.variances = found.directions[:, :used].clone(), found.variances[:, :used].clone()
+    for name in ("directions", "variances", "drawn_variances"):
+        setattr(found, name, getattr(found, name)[:, :used].clone())
     found.rank = used
     return found
 
 
 def _add_class(found: ClassCovariances, y: int, each: Moments) -> None:
     """Set the covariance W_y of class y from its moments."""
-    nu1 = NU1 * found.dim + NU1_IMAGES * each.count
-    total = nu1 + each.count - 1
     whiten = found.coordinates.whiten
     rows = whiten(each.rows().float())
     hidden = float(((each.squares - each.rows().square().sum(0)) * whiten.scale.double().square()).sum())
     directions, lengths = orthonormal(leading_rows(rows, found.rank))
     left = float(rows.double().square().sum() - lengths.square().sum()) + max(hidden, 0.0)
-    rest = (nu1 + max(left, 0.0) / max(1, found.dim - len(lengths))) / total
-    found.rest[y], found.variances[y] = rest, rest
-    found.variances[y, : len(lengths)] = (nu1 + lengths.square()).float() / total
+    left = max(left, 0.0) / max(1, found.dim - len(lengths))
     found.directions[y, : len(lengths)] = directions.float()
+    drawn = NU1 * found.dim
+    for nu1, variances, rest in (
+        (drawn + NU1_IMAGES * each.count, found.variances, found.rest),
+        (drawn, found.drawn_variances, found.drawn_rest),
+    ):
+        total = nu1 + each.count - 1
+        rest[y] = variances[y] = (nu1 + left) / total
+        variances[y, : len(lengths)] = (nu1 + lengths.square()).float() / total
 
 
 def shrunk_means(means: Tensor, counts: Tensor, between: Tensor) -> Tensor:

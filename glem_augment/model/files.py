@@ -289,7 +289,14 @@ def _limits(config: GLEMConfig) -> dict[str, Limits]:
     limits["modes.counts"] = 0.0, 2.0**40
     limits["autoencoder.std"] = SCALES
     coordinates = "covariances.coordinates.whiten"
-    for name in ("covariances.variances", "covariances.rest", f"{coordinates}.scale", f"{coordinates}.gain"):
+    of_samples = ("covariances.drawn_variances", "covariances.drawn_rest")
+    for name in (
+        "covariances.variances",
+        "covariances.rest",
+        *of_samples,
+        f"{coordinates}.scale",
+        f"{coordinates}.gain",
+    ):
         limits[name] = SCALES
     if config.psi is None:
         limits["gaussians.s"] = LOWEST_VARIANCE, math.inf
