@@ -5,8 +5,8 @@ In the coordinates u = G z, a fixed linear map, the covariance W that all classe
     z  ~  N(m_y, W_y),        G W_y G^T  =  r_y (I - E_y^T E_y) + E_y^T diag(v_y) E_y,
 
 with orthonormal rows E_y [k, d]. Samples and moves have other v_y and r_y than densities, with more of the class's own
-variation. Densities and samples cost O(r d) for all classes, with r directions in G, and O(k d) for each class. No d x d
-matrix is made. `classes.fit` estimates the numbers.
+variation. Densities and samples cost O(r d) for all classes, with r directions in G, and O(k d) for each class. No
+d x d matrix is made. `classes.fit` estimates the numbers.
 """
 
 from __future__ import annotations
