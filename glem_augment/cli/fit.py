@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
         "split": args.split,
         "classes": model.classes,
         "modes_per_class": model.modes.fewest_and_most if model.modes else (0, 0),
+        "covariances": model.config.covariances,
         "posterior_temperature": model.latent_classes.temperature,
         "seconds": round(time.monotonic() - began, 3),
     }
