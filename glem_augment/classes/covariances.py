@@ -1,4 +1,4 @@
-"""Covariances of classes: one that all share, and what each class adds to it.
+"""The covariance that all classes share, with the directions in which a class differs.
 
 In the coordinates u = G z, a fixed linear map, the covariance W that all classes share is the identity. Class y has
 

@@ -188,7 +188,7 @@ def shrunk_means(means: Tensor, counts: Tensor, between: Tensor) -> Tensor:
 def fit_modes(statistics: ClassStatistics, rank: int, full: bool = False) -> ClassModes:
     """Means, principal modes and remaining variances of each class alone, on the CPU (RFCM).
 
-    A class keeps min(rank, n - 1, d) modes of its own unbiased covariance, fewer where its latents span fewer
+    A class keeps min(rank, n - 1, d) modes of the unbiased covariance of its images, fewer where its latents span fewer
     directions. A class of one image gets the pooled modes.
     """
     dim, pooled = statistics.dim, statistics.pooled

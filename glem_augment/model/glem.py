@@ -434,7 +434,7 @@ class GLEM(LatentModel):
     ) -> ClassModes:
         """Estimate each class's mean and principal modes from the latents of `data` (RFCM); saved with the model.
 
-        Gaussians that were learned with the flow stay, and the modes are those of each class alone, as in the paper.
+        Gaussians that were learned with the flow stay, and the modes are fitted to each class alone, as in the paper.
         Classes that `fit` took from images are fitted again.
 
         Args:

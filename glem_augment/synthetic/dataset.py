@@ -94,7 +94,7 @@ class SyntheticDataset(Dataset):
         self.source, self.seed, self.temperature = self.draws.source, self.draws.seed, self.draws.temperature
         self.image_shape: tuple[int, int, int] = self.model.image_shape
         self.pixel_range = self.model.pixel_range
-        # Labels are those of exports: the real data's, then of further classes of the model.
+        # As in exports, the real data's classes come first, then further classes of the model.
         numbered = [*order, *(cls for cls in range(self.model.num_classes) if cls not in order)]
         self.classes = [self.model.classes[cls] for cls in numbered]
         self.class_ids = [self.model.class_ids[cls] for cls in numbered]
