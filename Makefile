@@ -39,9 +39,9 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-# The numbers of README.md and docs/, from the stored results in benchmarks/results.
+# The tables of README.md, docs/ and benchmarks/results, from the stored rows.
 numbers: $(STAMP)
-	$(BIN)/python benchmarks/write_numbers.py
+	$(BIN)/python benchmarks/results.py
 
 # Wheel and sdist, tried in a fresh environment: the wheel outside of this folder, and the tests of the sdist.
 dist: $(STAMP)

@@ -1,9 +1,11 @@
-"""Shared by all benchmarks: the record of machine and versions, timing, and the writing of results."""
+"""Shared by all benchmarks: the store of rows, intervals, the record of machine and versions, and timing."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import csv
+import hashlib
+import io
 import math
 import os
 import platform
@@ -24,41 +26,144 @@ from scipy import stats
 from torch import Tensor, nn
 
 from glem_augment import __version__
-from glem_augment.io import atomic_write, write_json
+from glem_augment.io import atomic_write
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-EXIT_TIME_UP = 75  # in sysexits.h EX_TEMPFAIL: the same command goes on
+COLUMNS = ("setting", "arm", "seed", "split", "metric", "value", "run")
+KEY = COLUMNS[:5]  # unique in a study
+RUN = ("command", "code", "processor", "versions", "date")  # code: the commit that has it, if this tree has not
 
 
-class TimeUpError(Exception):
-    """The minutes of a benchmark are over; the same command goes on."""
-
-
-def machine() -> dict[str, Any]:
-    """Processor, threads, accelerator and versions of the measured packages."""
+def machine() -> dict[str, str]:
+    """Accelerator or processor, with threads, and versions of the measured packages."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         processor = names[0] if names else processor
-    packages = ("torch", "torchvision", "timm", "numpy")
+    if torch.cuda.is_available():
+        processor = torch.cuda.get_device_name()
+    packages = {"glem-augment": __version__} | {name: version(name) for name in ("torch", "torchvision", "timm")}
+    threads = torch.get_num_threads()
     return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "versions": {"glem-augment": __version__, **{name: version(name) for name in packages}},
+        "processor": processor + f", {threads} threads" * (threads > 1),
+        "versions": ", ".join(f"{name} {number}" for name, number in packages.items()),
     }
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+# ---- the store -------------------------------------------------------------------------------------------------------
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table; none if there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write_csv(path: Path, columns: Iterable[str], rows: Iterable[dict[str, str]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "w") as file:
+        file.write(text.getvalue())
+
+
+def run_id(facts: dict[str, str]) -> str:
+    """The name of a run in runs.csv: six hex digits of its facts."""
+    return hashlib.sha256("\n".join(facts[name] for name in RUN).encode()).hexdigest()[:6]
+
+
+def this_run() -> dict[str, str]:
+    """Facts of this process for runs.csv, without folders of this machine."""
+    script = Path(sys.argv[0]).resolve()
+    shown = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
+    folders = ("--out", "--work", "--flows")
+    words = [
+        word for last, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False) if not {last, word} & {*folders}
+    ]
+    command = "python " + shlex.join([shown, *words])
+    return {"command": command, "code": "", **machine(), "date": time.strftime("%Y-%m-%d")}
+
+
+class Rows:
+    """The stored rows of a study, `folder/STUDY.csv`, in their order; `runs.csv` beside it has commands and machines.
+
+    A row is unique for its setting, arm, seed, split and metric. Other processes may add rows meanwhile.
+    """
+
+    def __init__(self, study: str, folder: Path = RESULTS) -> None:
+        self.study, self.path, self.runs = study, folder / f"{study}.csv", folder / "runs.csv"
+        self.read()
+
+    def read(self) -> None:
+        self.all = read_csv(self.path)
+        self._by_seed: dict[tuple[str, ...], dict[str, float]] = {}
+        for row in self.all:
+            values = self._by_seed.setdefault((row["setting"], row["arm"], row["split"], row["metric"]), {})
+            if row["seed"] in values:
+                raise ValueError(f"{self.path.name}: two rows have {[row[name] for name in KEY]}: remove one of them")
+            values[row["seed"]] = float(row["value"])
+
+    def values(self, setting: str, arm: str, metric: str = "accuracy", split: str = "test") -> dict[str, float]:
+        """Values by seed; empty if nothing was measured."""
+        return self._by_seed.get((setting, arm, split, metric), {})
+
+    def arms(self, setting: str | None = None) -> Iterator[tuple[str, str, str, dict[str, float]]]:
+        """Arm, split, metric and values by seed, in the order of the rows; the setting in place of None comes first."""
+        for (where, *rest), values in self._by_seed.items():
+            if where == setting:
+                yield (*rest, values)  # type: ignore[misc]
+
+    def settings(self) -> list[str]:
+        return list(dict.fromkeys(row["setting"] for row in self.all))
+
+    def add(
+        self, setting: str, arm: str, seed: int | str, split: str, found: dict[str, float], **more: str
+    ) -> dict[str, float]:
+        """Append a row for each metric, and this run; rows of the same key are replaced. Returns `found`.
+
+        more: further columns of the rows.
+        """
+        facts = this_run()
+        runs = read_csv(self.runs)
+        if all(row["run"] != run_id(facts) for row in runs):
+            _write_csv(self.runs, ("run", *RUN), [*runs, {"run": run_id(facts), **facts}])
+        key = dict(zip(KEY, (setting, arm, str(seed), split), strict=False))
+        new = [{**key, "metric": m, "value": repr(v), "run": run_id(facts), **more} for m, v in found.items()]
+        self.read()
+        replaced = {tuple(row[name] for name in KEY) for row in new}
+        kept = [row for row in self.all if tuple(row[name] for name in KEY) not in replaced]
+        columns = dict.fromkeys((*COLUMNS, *(name for row in [*kept, *new] for name in row)))
+        _write_csv(self.path, columns, [*kept, *new])
+        self.read()
+        print(
+            setting, arm, seed, split, *(f"{name} {value:.4g}" for name, value in found.items()), sep=" | ", flush=True
+        )
+        return found
+
+    def once(
+        self, setting: str, arm: str, seed: int | str, split: str, measure: Callable[[], dict[str, float]]
+    ) -> dict[str, float]:
+        """The stored metrics of this key, measured and added if there are none."""
+        self.read()
+        known = {m: v[str(seed)] for a, s, m, v in self.arms(setting) if (a, s) == (arm, split) and str(seed) in v}
+        return known or self.add(setting, arm, seed, split, measure())
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options that all benchmarks have."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and the table (%(default)s)")
-    result.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
+    result.add_argument("--out", type=Path, default=RESULTS, help="folder of the stored rows (%(default)s)")
+    result.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     return result
+
+
+# ---- intervals -------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -81,6 +186,14 @@ class Interval:
         return self.mean - self.half > 0
 
     @property
+    def verdict(self) -> str:
+        """The interval of a difference in words."""
+        if self.seeds == 1:
+            return "one seed: no verdict"
+        below = self.mean + self.half < 0
+        return "clearly better" if self.clear else "clearly worse" if below else "no difference found"
+
+    @property
     def chance(self) -> float:
         """Two-sided p value of the t-test against zero."""
         t = self.mean / self.half * student(self.seeds - 1)
@@ -90,9 +203,6 @@ class Interval:
         """Text such as "84.0 ± 0.9", with a note for a single seed."""
         mean = f"{self.mean:{'+' if sign else ''}.{digits}f}"
         return f"{mean} ± {self.half:.{digits}f}" if self.seeds > 1 else f"{mean} (one seed)"
-
-    def __str__(self) -> str:
-        return self.text(2)
 
 
 def interval(values: Iterable[float]) -> Interval:
@@ -113,6 +223,15 @@ def holm(chances: list[float]) -> list[float]:
         largest = max(largest, (len(chances) - rank) * chances[index])
         result[index] = min(1.0, largest)
     return result
+
+
+def paired(ours: dict[str, float], other: dict[str, float]) -> Interval | None:
+    """Difference of two arms over their common seeds; None without one."""
+    seeds = [seed for seed in ours if seed in other]
+    return interval(ours[seed] - other[seed] for seed in seeds) if seeds else None
+
+
+# ---- images, timing and training -------------------------------------------------------------------------------------
 
 
 def find_images(script: str, name: str, folder: str | None, otherwise: str | None = None) -> str:
@@ -177,155 +296,3 @@ def balanced_orders(n: int) -> Iterator[list[int]]:
             yield order
             if n % 2:
                 yield order[::-1]
-
-
-def write_results(
-    folder: Path,
-    name: str,
-    title: str,
-    rows: list[dict[str, Any]],
-    tables: dict[str, list[dict[str, Any]]] | None = None,
-    show: bool = True,
-    record: Any = None,
-    **facts: Any,
-) -> None:
-    """Write `name.json` and `name.md` (columns in the first row's order), and print the table.
-
-    Args:
-        folder: of the files.
-        name: of the files, and of the script.
-        title: heading.
-        rows: the results.
-        tables: further tables, by heading; in the JSON under the same headings.
-        show: print the table too.
-        record: the whole content of the JSON, in place of the default.
-        facts: further entries of the JSON.
-    """
-    script = Path(sys.argv[0]).resolve()
-    shown = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
-    whole = {"title": title, "command": "python " + shlex.join([shown, *sys.argv[1:]]), "machine": machine()}
-    publish(folder, name, {**whole, **facts, "rows": rows, **(tables or {})}, record, show)
-
-
-def usage(description: str) -> str:
-    """The commands in a script's docstring, one a line."""
-    lines = [line.strip().removeprefix("GLEM_DATA=... ") for line in description.splitlines()]
-    return "\n".join(line for line in lines if line.startswith("python "))
-
-
-class Rows:
-    """The rows of a result. A stored row is not measured again, and other processes may add rows meanwhile.
-
-    Args:
-        path: of the JSON. part: where the rows stand in it; "" for a list of rows.
-    """
-
-    def __init__(self, path: Path, part: str = "") -> None:
-        self.path, self.part = path, part
-
-    def all(self) -> list[dict[str, Any]]:
-        found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {self.part: []}
-        return found[self.part] if isinstance(found, dict) else found
-
-    def row(self, known: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The row with the columns `known`, measured and stored unless it is there."""
-        for row in self.all():
-            if known.items() <= row.items():
-                return row
-        row = known | measure() | {"processor": machine()["processor"], "torch": torch.__version__}
-        rows = [*self.all(), row]
-        write_json(self.path, {self.part: rows} if self.part else rows)
-        print(*row.values(), flush=True)
-        return row
-
-
-def over_seeds(rows: list[dict[str, Any]], *columns: str, value: str = "accuracy") -> list[dict[str, Any]]:
-    """A line for every combination of these columns: the number of seeds, and mean and half interval of `value`."""
-    found: dict[tuple[Any, ...], list[float]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[name] for name in columns), []).append(row[value])
-    lines = []
-    for key, values in found.items():
-        mean = interval(values)
-        half = mean.half if mean.seeds > 1 else None
-        lines.append(dict(zip(columns, key, strict=True)) | {"seeds": mean.seeds, value: mean.mean, "+/-": half})
-    return lines
-
-
-def processors(rows: list[dict[str, Any]]) -> str:
-    """The processors, and versions of torch, that measured these rows, as far as they are stored."""
-    names = (
-        row.get("processor", "a processor that is not stored") + (f" (torch {row['torch']})" if "torch" in row else "")
-        for row in rows
-    )
-    return " and ".join(dict.fromkeys(names))
-
-
-def publish(folder: Path, name: str, whole: dict[str, Any], record: Any = None, show: bool = True) -> None:
-    """Write `record` (`whole` by default) to `name.json`, and `markdown(whole)` to `name.md`; print the latter."""
-    write_json(folder / f"{name}.json", whole if record is None else record)
-    with atomic_write(folder / f"{name}.md", "w") as file:
-        file.write(markdown(whole))
-    if show:
-        print(markdown(whole))
-
-
-def markdown(whole: dict[str, Any]) -> str:
-    """A page of results: `title`, `command` (one a line), `machine` if known, facts, `rows`, and further tables."""
-    known = ("title", "command", "machine")
-    names = list(whole)
-    facts, tables = (names[: names.index("rows")], names[names.index("rows") + 1 :])
-    lines = [f"# {whole['title']}"]
-    for line in whole["command"].splitlines():
-        lines += ["", f"`{line}`"]
-    lines += ["", *_table(whole["rows"]), ""]
-    if info := whole.get("machine"):
-        versions = ", ".join(f"{key} {value}" for key, value in info["versions"].items())
-        lines.append(f"{info['processor']}, {info['cores']} cores, {info['threads']} threads; {versions}.")
-    lines += [f"{name}: {whole[name]}" for name in facts if name not in known]
-    for name in tables:
-        lines += ["", f"## {name}", "", *_table(whole[name])]
-    return "\n".join(lines) + "\n"
-
-
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    if not rows:
-        return ["nothing"]
-    columns = [name for name, value in rows[0].items() if not isinstance(value, list)]  # no curves
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return lines + ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-# ---- numbers of the documentation ------------------------------------------------------------------------------------
-
-Named = Iterator[tuple[str, str]]  # name and text
-
-
-def table(head: str, rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table; `head` has the columns, with | between them."""
-    columns = head.count("|") + 1
-    lines = [f"| {head} |", "|" + "---|" * columns, *("| " + " | ".join(row) + " |" for row in rows)]
-    return "\n\n" + "\n".join(lines) + "\n\n"
-
-
-def by_seed(rows: list[dict[str, Any]], *names: str) -> dict[tuple[str, ...], dict[int, Any]]:
-    """Values by seed, for every combination of the values of these columns.
-
-    Raises:
-        ValueError: two rows have one combination and seed.
-    """
-    found: dict[tuple[str, ...], dict[int, Any]] = {}
-    for row in rows:
-        values = found.setdefault(key := tuple(row[name] for name in names), {})
-        if row["seed"] in values:
-            raise ValueError(f"two rows have {', '.join(map(str, key))} and seed {row['seed']}: remove one of them")
-        values[row["seed"]] = row.get("value", row.get("accuracy"))
-    return found

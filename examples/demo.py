@@ -58,7 +58,7 @@ def flow_and_mixup(size: Size) -> str:
     """Images of each class, and three moves of each."""
     x, y = fashion("train", 10 * size.partners, IMAGES)
     model = GLEM.from_pretrained(MODEL)
-    aug = GLEMAugment(model, Mixup(), p=1.0, seed=0)
+    aug = GLEMAugment(model, Mixup(), p=1.0, classes=open_data(IMAGES).classes, seed=0)
     moved = [aug(x, y)[0] for _ in range(3)]
     found = f"Of {aug.stats['selected']} moves {aug.stats['rejected']} were rejected: then the image stays as it is."
     return section(
@@ -71,9 +71,9 @@ Hugging Face Hub by name. Below are a real image of each class and three moves o
 from torch.utils.data import DataLoader
 from glem_augment import GLEMAugment, Mixup, open_data
 
-loader = DataLoader(open_data("{IMAGES}"), 64, shuffle=True)
-aug = GLEMAugment("{MODEL}", Mixup(), p=0.5)
-for x, y in loader:
+data = open_data("{IMAGES}")
+aug = GLEMAugment("{MODEL}", Mixup(), p=0.5, classes=data.classes)
+for x, y in DataLoader(data, 64, shuffle=True):
     x, y = aug(x, y)  # then your training step""",
         pictures(
             {

@@ -75,6 +75,11 @@ def moves(kind: str) -> Iterator[Stack]:
         yield Stack(f"{kind}: {words}", kind, policy=policy)
 
 
+def augmentation(model: GLEM, policy: Policy, p: float = 1.0, seed: int = 0) -> GLEMAugment:
+    """The transform for images with the labels to which the model was fitted."""
+    return GLEMAugment(model, policy, p, class_map=range(model.num_classes), seed=seed)
+
+
 class Trainings:
     """Trainings of one network with one stack after another."""
 
@@ -115,12 +120,12 @@ class Trainings:
 
     def adversary(self, stack: Stack, train: Images, seed: int, network: nn.Module) -> GLEMAugment:
         """Moves half of the images against the network in training."""
-        aug = GLEMAugment(self.model(stack.kind, train), stack.policy, p=0.5, seed=seed)
+        aug = augmentation(self.model(stack.kind, train), stack.policy, 0.5, seed)
         return aug.attach(nn.Sequential(v2.Normalize([MEAN], [STD]), network))
 
     def _copies(self, kind: str, policy: Policy, train: Images) -> Tensor:
         """Moved copies of all images, uint8 [COPIES, N, C, H, W]."""
-        (x, y), aug = train, GLEMAugment(self.model(kind, train), policy, p=1.0, seed=0)
+        (x, y), aug = train, augmentation(self.model(kind, train), policy)
         out = torch.empty(COPIES, *x.shape, dtype=torch.uint8)
         for view in out:
             for rows in torch.randperm(len(x)).split(BATCH):  # partners vary
@@ -168,7 +173,7 @@ def plan(run: Trainings, stacks: Sequence[Stack], kinds: Sequence[str], fitting:
     plain, slow, against = speed
     few, copying = tuple(part[:8] for part in train), 0.0
     for kind in kinds:
-        aug, began = GLEMAugment(run.model(kind, fitting), USUAL.policy, p=1.0, seed=0), time.perf_counter()
+        aug, began = augmentation(run.model(kind, fitting), USUAL.policy), time.perf_counter()
         aug(*few)
         each = (time.perf_counter() - began) / len(few[0])
         copying += each * COPIES * (3 * len(fitting[0]) + len(train[0]))

@@ -88,7 +88,9 @@ class Explorer:
         y = torch.tensor([own if cls < 0 else cls])
         policies: dict[str, Policy] = {"mixup": Mixup(), "noise": Noise(strength), "sliders": Sliders(sliders)}
         modes = len(sliders) if how == "sliders" else None
-        aug = GLEMAugment(self.model, policies[how], p=1.0, modes=modes, seed=int(seed))
+        aug = GLEMAugment(
+            self.model, policies[how], 1.0, modes, class_map=range(self.model.num_classes), seed=int(seed)
+        )
         moved = aug(image[None], y)[0][0]
         both, names = torch.stack([image, moved]), self.model.classes
         change = moved.float() - image.float()

@@ -243,7 +243,7 @@ def run(args: argparse.Namespace, root: Path) -> None:
     augment = {**args.augment, "mean": config["mean"], "std": config["std"], "seed": args.seed}
     # The classifier may have more classes than the data, for example 1000 for a few classes of ImageNet.
     class_map += [-1] * (net.num_classes - len(class_map))
-    aug = GLEMAugment.from_config({**augment, "class_map": class_map}, flow)
+    aug = GLEMAugment(flow, class_map=class_map, **augment)
     train_loader = aug.wrap(train_loader, off_epoch=args.off_epoch)
     soft = aug.target(torch.zeros(1, dtype=torch.int64)).ndim == 2
     if primary:

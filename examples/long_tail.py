@@ -4,7 +4,7 @@
 
 The bundled images, or with --imbalance above 1 the images of --data, are made long-tailed first. The bundled model was
 trained on all 60,000 training images of Fashion-MNIST, so its gain here proves nothing. With a flow of the long-tailed
-images alone, repetition was better (benchmarks/proof/long_tails.py, docs/evidence.md).
+images alone, repetition was better (docs/what_was_tried.md).
 """
 
 from __future__ import annotations

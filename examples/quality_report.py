@@ -18,21 +18,19 @@ from typing import Any
 
 import torch
 from _common import MEAN, STD, fit, new_network, normalised
-from torch import Tensor, nn
-from torchvision.transforms.v2.functional import resize
-
-from glem_augment import GLEM, GLEMError, open_data
-from glem_augment.evaluation import (
-    Section,
-    compose,
+from _quality import (
     coverage,
     feature_fid,
     features_and_logits,
     label_reliability,
     memorisation_ratio,
     nearest,
-    spread,
 )
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import resize
+
+from glem_augment import GLEM, GLEMError, open_data
+from glem_augment.evaluation import Section, compose, spread
 from glem_augment.images import match_classes
 
 NETWORK, STEPS, BATCH = "test_byobnet", 1500, 64  # the judge: a small network of timm, and its training

@@ -19,7 +19,7 @@ def main() -> None:
     bits = model.bits_per_dim(x, y).mean()
     print(f"{model}\ngenerative classifier: {100 * accuracy:.1f} % of {len(y)} test images, {bits:.2f} bits/dim")
 
-    aug = GLEMAugment(model, Noise(strength=0.5), seed=0)
+    aug = GLEMAugment(model, Noise(strength=0.5), classes=data.classes, seed=0)
     moved, labels = aug(x[:64], y[:64])
     changed = (moved != x[:64]).flatten(1).any(1).sum()
     print(f"{aug}\nmoved {changed} of 64 images; labels are unchanged: {torch.equal(labels, y[:64])}")

@@ -116,7 +116,8 @@ def run(args: argparse.Namespace, root: Path, device: torch.device) -> None:
                 int((net(x.to(device)).argmax(1) == y.to(device)).sum()) for x, y in DataLoader(val, args.batch_size)
             )
         print(f"epoch {epoch}: loss {loss.item():.3f}, accuracy {100 * right / len(val):.1f} %", flush=True)
-    print(f"augmented: {aug.stats}")
+    if args.where != "collate":  # workers count their own images
+        print(f"augmented: {aug.stats}")
 
 
 if __name__ == "__main__":

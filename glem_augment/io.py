@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -120,33 +119,7 @@ def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
         image.save(file, format="PNG")
 
 
-# ---- folders ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock a folder, which is made if missing, against other processes and threads. BlockingIOError: it is locked.
-
-    The system releases the lock of a killed process. A folder that is empty at the end is removed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    lock = FileLock(path, timeout=0, is_singleton=True)
-    nested = lock.is_locked  # this thread holds the lock already
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BlockingIOError(
-            f"another process is at work in {folder}: wait for it, or choose another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        if not nested:
-            with suppress(OSError):
-                path.unlink()
-                folder.rmdir()  # succeeds only if the folder is empty
-        lock.release()
+# ---- paths ---------------------------------------------------------------------------------------------------------
 
 
 def expand(path: str | os.PathLike[str]) -> Path:

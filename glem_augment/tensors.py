@@ -17,6 +17,17 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+def usable(device: torch.device | str) -> torch.device:
+    """A device on which tensors can be made, with the number that "cuda" stands for. ValueError: it can't be used."""
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        if reason.startswith("Expected one of"):
+            reason = "there is no such device"
+        raise ValueError(f"device {str(device)!r} can't be used here ({reason}): give cpu, cuda or cuda:N") from None
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode inside the `with` block; afterwards each sub-module has its earlier mode.

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from glem_augment.privacy import mechanism
 from glem_augment.images.dataset import ImageData, open_data
+from glem_augment.privacy import mechanism
 
 # Small tensors gain nothing from a second thread, and beside other busy processes two threads wait for each other. The
 # processes that tests start inherit this.

@@ -183,9 +183,9 @@ def moves(host: GLEM, data: ImageData, device: torch.device, policies: list[dict
 def waits_once(host: GLEM, data: ImageData, device: torch.device) -> None:
     """An ordinary call waits for the device once, to have the labels on the CPU."""
     x, y = data.tensor()[:12].to(device), torch.from_numpy(data.targets[:12]).to(device)
-    parts = host.adapt(data, rank=4, parts=2)
+    fitted = host.adapt(data, rank=4)
     soft = torch.nn.functional.one_hot(y, host.num_classes).float()
-    for model, policy in product((host, parts), (Mixup(partner="any"), Mixup(labels="mix"), Noise(0.1))):
+    for model, policy in product((host, fitted), (Mixup(partner="any"), Mixup(labels="mix"), Noise(0.1))):
         for labels in (y, soft):
             aug = GLEMAugment(copy.deepcopy(model).to(device), policy, p=1.0, seed=0, mean=0.0, std=1.0)
             normalised = x.float() / 255
@@ -196,9 +196,8 @@ def waits_once(host: GLEM, data: ImageData, device: torch.device) -> None:
             assert waits == {"copy to the host": 1}, (policy, waits)
 
 
-def moves_of_parts(host: GLEM, data: ImageData, device: torch.device) -> None:
-    """Several Gaussians per class."""
-    moves(host.adapt(data, rank=4, parts=2), data, device)
+def moves_of_fitted_classes(host: GLEM, data: ImageData, device: torch.device) -> None:
+    moves(host.adapt(data, rank=4), data, device)
 
 
 def behind_an_autoencoder(_: GLEM, data: ImageData, device: torch.device) -> None:
@@ -247,7 +246,7 @@ def training(_: GLEM, data: ImageData, device: torch.device) -> None:
 
 PARTS = {
     "moves": moves,
-    "parts": moves_of_parts,
+    "parts": moves_of_fitted_classes,
     "waits": waits_once,
     "autoencoder": behind_an_autoencoder,
     "synthetic": synthetic_sets,

@@ -1,15 +1,10 @@
-"""The single files at the top of the package: locks, random states, devices, checks, and the public names."""
+"""The single files at the top of the package: random states, devices, checks, and the public names."""
 
 from __future__ import annotations
 
 import copy
 import math
-import multiprocessing
-import subprocess
 import sys
-import time
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,46 +13,7 @@ from torch import nn
 
 from glem_augment import distributed
 from glem_augment.checks import check_choice, check_number, check_whole
-from glem_augment.io import lock_folder
 from glem_augment.tensors import weights_key
-
-HOLD = """
-import os, sys, time
-from pathlib import Path
-from glem_augment.io import lock_folder
-with lock_folder(Path(sys.argv[1])):
-    if sys.argv[2:] and not os.fork():
-        time.sleep(5)
-        sys.exit()
-    print("locked", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_folder_is_locked_by_one_process_at_a_time_and_free_after_a_kill(tmp_path: Path) -> None:
-    """Also where workers, forked while the process held the lock, outlive it."""
-    run, fork = tmp_path / "run", "fork" in multiprocessing.get_all_start_methods()
-    command = [sys.executable, "-c", HOLD, str(run), *["and fork"] * fork]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "locked\n"
-    with pytest.raises(BlockingIOError, match="another process is at work in .*run"), lock_folder(run):
-        pass
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 4
-    while time.monotonic() < deadline:
-        with suppress(BlockingIOError), lock_folder(run):
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("the lock is still held")
-    with lock_folder(run), lock_folder(run):
-        pass
-    assert not run.exists()  # nothing came of it
-    with pytest.raises(ZeroDivisionError), lock_folder(run):
-        (run / "result").write_text("")
-        1 / 0  # noqa: B018
-    assert [path.name for path in run.iterdir()] == ["result"]
 
 
 def test_a_key_of_weights_notices_writes_and_replacements() -> None:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from benchmarks.common import descend
+from examples._quality import features_and_logits, label_reliability
 from glem_augment.errors import TrainingError
-from glem_augment.evaluation import features_and_logits, label_reliability
 from glem_augment.io import atomic_write
 from glem_augment.training.augmentation import augment_batch
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,18 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import TimeUpError, machine
 from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
-from benchmarks.paper.codes import CODED_METHODS, ClassCodes, balance_by_rejection, code_agreement, coded_trainer
 from benchmarks.paper.continuum import continuum_correlation
-from benchmarks.paper.methods import METHODS, PAPER
+from benchmarks.paper.methods import CODED, METHODS, PAPER
 from benchmarks.paper.research import ResearchTrainer, most_likely, split_settings
 from benchmarks.paper.rfcm import ThinCovariances, fit_covariances
-from benchmarks.paper.scales import SCALES, DataSpec, Scale
+from benchmarks.paper.scales import DataSpec, Scale
 from benchmarks.paper.tables import Cell
+from examples._quality import coverage, feature_fid, label_reliability
 from glem_augment import GLEM, open_data
 from glem_augment.codec.pixel_range import UINT8
-from glem_augment.evaluation import coverage, evaluate, feature_fid, label_reliability
+from glem_augment.evaluation import evaluate
 from glem_augment.evaluation.metrics import spread
 from glem_augment.images.dataset import ImageData
 from glem_augment.io import atomic_write, write_json
@@ -53,7 +51,7 @@ _KEEP_BYTES = 4 * 2**30
 _GROUPS = {
     metrics[0]: metrics
     for metrics in (
-        ("NF-A", "BPD", "ECE"), ("FID", "Cov", "L-R"), ("CNN-A",), ("ViT-A",), ("Agree",),
+        ("NF-A", "BPD", "ECE"), ("FID", "Cov", "L-R"), ("CNN-A",), ("ViT-A",),
         ("rho-distance", "rho-confusion"),
     )
 }  # fmt: skip
@@ -70,7 +68,6 @@ class Fitted:
     """A trained flow. `weights` is the SHA-256 of its file in `folder`."""
 
     model: GLEM
-    codes: ClassCodes | None
     weights: str
     folder: Path
 
@@ -80,44 +77,31 @@ class Number:
     """A measured number.
 
     Attributes:
-        weights: SHA-256 of the flow's file. processor: on which it was measured.
+        weights: the first 16 digits of the SHA-256 of the flow's file.
         key: a name made from everything that the number depends on (settings of flow, data, samples and classifiers,
             seed). The lab finds earlier results by their keys.
+        run: of an earlier result, in runs.csv.
     """
 
     metric: str
     value: float
     weights: str
     key: str
-    processor: str
+    run: str = ""
 
 
 class Lab:
     """Makes data, oracles, flows, samples and classifiers, and keeps them in the work folder.
 
     Args:
-        name: of the scale. work: the folder. until: a time of `time.monotonic`; afterwards nothing new starts, and
-            training stops with a checkpoint. known: numbers of earlier runs, which are not measured again.
+        name: of the scale. work: the folder. known: numbers of earlier runs, which are not measured again.
     """
 
-    def __init__(
-        self,
-        scale: Scale,
-        name: str,
-        work: Path,
-        device: str,
-        until: float | None = None,
-        known: Iterable[Number] = (),
-    ) -> None:  # fmt: skip
-        self.scale, self.name, self.work = scale, name, work / name
-        self.device, self.until = torch.device(device), until
+    def __init__(self, scale: Scale, name: str, work: Path, device: str, known: Iterable[Number] = ()) -> None:
+        self.scale, self.work = scale, work / name
+        self.device = torch.device(device)
         self.known: dict[str, dict[str, Number]] = {}
-        self._ledger = self.work / "numbers.json"
-        self._measured = json.loads(self._ledger.read_text()) if self._ledger.exists() else []
-        self.learn(Number(**entry) for entry in self._measured)
         self.learn(known)
-        about = machine()
-        self.processor: str = about["processor"] if self.device.type == "cpu" else about["accelerator"] or device
         self._data: dict[str, tuple[ImageData, ImageData]] = {}
         self._oracles: dict[str, Classifier] = {}
         self._real: dict[str, tuple[Tensor, Tensor]] = {}
@@ -129,11 +113,6 @@ class Lab:
         """Add these numbers; they replace earlier numbers of the same key."""
         for number in numbers:
             self.known.setdefault(number.key, {})[number.metric] = number
-
-    def check_time(self) -> None:
-        """Raises TimeUpError when the time is over."""
-        if self.until is not None and time.monotonic() >= self.until:
-            raise TimeUpError("the minutes are over; the same command goes on from here")
 
     # ---- data and oracles ----------------------------------------------------------------------------------------
 
@@ -154,12 +133,10 @@ class Lab:
             recipe, spec = self.scale.oracle, self.spec(role)
             path = self.work / "oracles" / f"{role}-{version_of(asdict(recipe), asdict(spec))}.safetensors"
             if not path.exists():
-                self.check_time()
                 train, test = self.data(role)
                 images = train.tensor(), torch.from_numpy(train.targets)
                 net = train_classifier(lambda epoch: images, len(train.classes), recipe, self.device)
                 net.facts["test_accuracy"] = net.accuracy(test.tensor(), torch.from_numpy(test.targets))
-                net.facts["processor"] = self.processor
                 path.parent.mkdir(parents=True, exist_ok=True)
                 net.save(path)
             self._oracles[role] = Classifier.load(path, self.device)
@@ -169,8 +146,7 @@ class Lab:
         """The oracle's accuracy on the test images, in %."""
         key = version_of("oracle", asdict(self.scale.oracle), self._data_key(role))
         if key not in self.known:
-            facts = self.oracle(role).facts
-            self.learn([Number("accuracy", 100 * facts["test_accuracy"], "", key, facts["processor"])])
+            self.learn([Number("accuracy", 100 * self.oracle(role).facts["test_accuracy"], "", key)])
         return self.known[key]["accuracy"]
 
     def real(self, role: str) -> tuple[Tensor, Tensor]:
@@ -201,19 +177,13 @@ class Lab:
         config = TrainConfig(**own)
         if cell.method == "pixels":
             return self._control(train, config, folder)
-        codes = ClassCodes.for_flow(train, config) if cell.method in CODED_METHODS else None
         if not (folder / "finished.json").exists():
-            self.check_time()
-            seconds = None if self.until is None else max(1.0, self.until - time.monotonic())
-            resume = has_checkpoint(folder)
-            if codes is None:
-                trainer = ResearchTrainer(train, config, folder, resume, device=self.device, research=research)
-            else:
-                coded = codes.dataset(train, seed, monomodal=cell.method == "ce")
-                trainer = coded_trainer(codes, coded, config, folder, resume, self.device, research)
-            trainer.fit_for(seconds)
+            trainer = ResearchTrainer(
+                train, config, folder, has_checkpoint(folder), device=self.device, research=research
+            )
+            trainer.fit()
             write_json(folder / "finished.json", {"steps": trainer.total_steps})
-        return self._fitted(GLEM.from_pretrained(folder, self.device), codes, folder)
+        return self._fitted(GLEM.from_pretrained(folder, self.device), folder)
 
     def _control(self, train: ImageData, config: TrainConfig, folder: Path) -> Fitted:
         """The most likely Gaussians of the pixels.
@@ -239,36 +209,24 @@ class Lab:
         floor = min(FLOORS, key=lambda value: fit(most, value))
         fit(statistics(np.arange(len(train))), floor)
         model.save(folder)
-        return self._fitted(model, None, folder)
+        return self._fitted(model, folder)
 
     @staticmethod
-    def _fitted(model: GLEM, codes: ClassCodes | None, folder: Path) -> Fitted:
-        return Fitted(model, codes, hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(), folder)
+    def _fitted(model: GLEM, folder: Path) -> Fitted:
+        return Fitted(model, hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(), folder)
 
     # ---- samples -------------------------------------------------------------------------------------------------
 
-    def samples(self, fitted: Fitted, cell: Cell, per_class: int, seed: int) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """`per_class` images of each class, uint8 [N,C,H,W] without codes, and labels int64 [N].
-
-        The third result is the rejection of a monomodal flow, in %: the share that is `kept`, and the `rarest class`.
-        """
-        model, codes = fitted.model, fitted.codes
-        g = torch.Generator().manual_seed(seed)
-        if codes is not None and model.num_classes == 1:
-
-            def draw(n: int) -> Tensor:
-                return UINT8.clamp(model.sample(torch.zeros(n, dtype=torch.int64), cell.tau, g))
-
-            x, y, facts = balance_by_rejection(draw, codes, per_class, _CHUNK)
-            return x, y, {"kept": 100 * facts["acceptance"], "rarest class": 100 * facts["rarest"]}
+    def samples(self, fitted: Fitted, cell: Cell, per_class: int, seed: int) -> tuple[Tensor, Tensor]:
+        """`per_class` images of each class, uint8 [N,C,H,W], and labels int64 [N]."""
+        model, g = fitted.model, torch.Generator().manual_seed(seed)
         y = torch.arange(model.num_classes).repeat_interleave(per_class)
         rfcm = self._rfcm(fitted, cell) if cell.source == "rfcm" else None
         parts = []
         for part in y.split(_CHUNK):
             x = model.sample(part, cell.tau, g) if rfcm is None else model.decode(rfcm.sample(part, cell.tau, g))
-            x = UINT8.clamp(x).cpu()
-            parts.append(((codes.split(x)[0] if codes is not None else x) * 255).round().to(torch.uint8))
-        return torch.cat(parts), y, {}
+            parts.append((UINT8.clamp(x).cpu() * 255).round().to(torch.uint8))
+        return torch.cat(parts), y
 
     def _rfcm(self, fitted: Fitted, cell: Cell) -> ThinCovariances:
         """The exact covariances of the latents of all training images, kept beside the model."""
@@ -295,7 +253,7 @@ class Lab:
             index = epoch % cell.size
             if index in kept:
                 return kept[index]
-            x, y, _ = self.samples(fitted, cell, len(train) // classes, _seed(seed, 1, index))
+            x, y = self.samples(fitted, cell, len(train) // classes, _seed(seed, 1, index))
             if (len(kept) + 1) * x.numel() <= _KEEP_BYTES:
                 kept[index] = x, y
             return x, y
@@ -310,7 +268,7 @@ class Lab:
         for group, wanted in _groups(cell):
             make = partial(self._measure, group, cell=cell, seed=seed)
             found = self.numbers(cell, seed, self._about(group, cell), make, wanted)
-            names = {*wanted, *(f"{name} p" for name in wanted), "kept", "rarest class"}
+            names = {*wanted, *(f"{name} p" for name in wanted)}
             result += [number for number in found if number.metric in names]
         return result
 
@@ -331,11 +289,7 @@ class Lab:
         known = self.known.get(key)
         if known is None or not set(known) >= set(wanted):
             fitted = self.flow(cell, seed)
-            self.check_time()
-            found = [Number(name, value, fitted.weights, key, self.processor) for name, value in make(fitted).items()]
-            self.learn(found)
-            self._measured += [asdict(number) for number in found]
-            write_json(self._ledger, self._measured)
+            self.learn(Number(name, value, fitted.weights[:16], key) for name, value in make(fitted).items())
         return list(self.known[key].values())
 
     def key(self, cell: Cell, seed: int, about: str) -> str:
@@ -343,11 +297,10 @@ class Lab:
         return version_of(cell.method, self._settings(cell, seed), self._data_key(cell.data), about)
 
     def _data_key(self, role: str) -> tuple[Any, ...]:
-        """The data's key, without the path of the scale's data, which differs between machines."""
+        """The data's key, without its path, which differs between machines."""
         spec = asdict(self.spec(role))
-        path = spec.pop("spec")
-        own = getattr(SCALES[self.name], role).spec
-        return role, spec, "" if path == own else path
+        del spec["spec"]
+        return role, spec, ""
 
     def _about(self, group: str, cell: Cell) -> str:
         """Everything that a measurement depends on besides the flow."""
@@ -357,7 +310,6 @@ class Lab:
             "FID": (sampling, scale.measured, scale.neighbours, asdict(scale.oracle)),
             "CNN-A": (sampling, cell.size, asdict(scale.cnn)),
             "ViT-A": (sampling, cell.size, asdict(scale.vit)),
-            "Agree": (sampling, scale.measured),
             "rho-distance": (scale.measured, asdict(scale.oracle)),
         }
         return f"{group} {version_of(about[group])}"
@@ -372,20 +324,16 @@ class Lab:
         if group == "NF-A":
             return self._flow_metrics(fitted, cell, test)
         if group == "FID":
-            x, labels, rejection = self.samples(fitted, cell, per_class, _seed(seed, 2))
+            x, labels = self.samples(fitted, cell, per_class, _seed(seed, 2))
             features, logits = self.oracle(cell.data).run(x)
             real = self.real(cell.data)[0]
             cover = coverage(real, features, self.scale.neighbours)
             reliability = 100 * label_reliability(logits, labels)
-            found = {"FID": feature_fid(real, features), "Cov": 100 * cover["coverage"], "L-R": reliability}
-            return {**found, **rejection}
+            return {"FID": feature_fid(real, features), "Cov": 100 * cover["coverage"], "L-R": reliability}
         if group in ("CNN-A", "ViT-A"):
             recipe = replace(self.scale.cnn if group == "CNN-A" else self.scale.vit, seed=seed)
             net = self.trained_on_samples(fitted, cell, recipe, seed)
             return {group: 100 * net.accuracy(test.tensor(), y)}
-        if group == "Agree":
-            assert fitted.codes is not None
-            return {"Agree": 100 * code_agreement(fitted.model, fitted.codes, per_class, cell.tau, seed)}
         features, logits = self.real(cell.data)
         rows = self._real_rows(cell.data)
         return continuum_correlation(fitted.model.gaussians.kld_matrix(), logits, features, y[rows])
@@ -393,12 +341,8 @@ class Lab:
     def _flow_metrics(self, fitted: Fitted, cell: Cell, test: ImageData) -> dict[str, float]:
         """NF accuracy, bits/dim (at the flow's bits) and calibration on the test images.
 
-        With class codes, the test images get random codes, as in the paper's Table 1. With RFCM, the accuracy is the
-        accuracy of the re-estimated Gaussians with full covariances.
+        With RFCM, the accuracy is the accuracy of the re-estimated Gaussians with full covariances.
         """
-        if fitted.codes is not None:
-            coded = fitted.codes.append_random(test.tensor(), torch.Generator().manual_seed(0))
-            test = ImageData.from_tensors(coded, test.targets, test.classes, test.class_ids, test.name)
         fitted.model.latent_classes.temperature = 1.0  # methods are compared by the posteriors that they give
         found = evaluate(fitted.model, test, round_trip=0)
         accuracy = found["accuracy"]
@@ -411,8 +355,8 @@ class Lab:
 
 
 def method_settings(name: str) -> dict[str, Any]:
-    """Settings of a method of the library, a baseline with class codes, the control, or the hybrid with M-steps."""
-    return {**METHODS, "pixels": PIXELS, "hybrid": HYBRID, **CODED_METHODS}[name]
+    """Settings of a method of the library, the control, or the hybrid with M-steps."""
+    return {**METHODS, "pixels": PIXELS, "hybrid": HYBRID, **CODED}[name]
 
 
 def _groups(cell: Cell) -> list[tuple[str, list[str]]]:
@@ -423,8 +367,3 @@ def _groups(cell: Cell) -> list[tuple[str, list[str]]]:
 
 def _seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-def describe(numbers: Iterable[Number]) -> str:
-    """One line for the log."""
-    return ", ".join(f"{number.metric} {number.value:.4g}" for number in numbers)

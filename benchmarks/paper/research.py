@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,7 +23,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import TimeUpError
 from benchmarks.paper.methods import HYBRID_JOINT, METHODS, PAPER
 from glem_augment import GLEM, open_data
 from glem_augment.classes.gaussians import ClassGaussians
@@ -38,7 +36,6 @@ from glem_augment.training.objective import Objective, Progress, Repulsion, enco
 from glem_augment.training.steps import latent_pass
 
 REFIT_STEPS, REFIT_LR = 200, 3e-3
-SATURATION = 0.05  # of the bounded repulsion, nats per dimension
 NOISE_STD = 0.5  # levels; the dequantisation of IB-INN
 BY_OBJECTIVE: Any = "by objective"
 
@@ -51,7 +48,6 @@ class Research:
     weight, plus the cross-entropy of a hybrid, and with a repulsion:
 
     - "glem" is `training.objective.Repulsion`.
-    - "saturating" replaces each pair's KLD by `t (1 - exp(-KLD / t))`, t = 0.05 d nats, and is bounded for any weight.
     - "mle" (the paper's Baseline 2), "hybrid" and "ib" have no repulsion. After their M-steps, a refit ends the run. It
       fits the Gaussians to latents of the training images under the averaged flow.
 
@@ -59,7 +55,7 @@ class Research:
     dequantisation.
 
     Attributes:
-        kld_weight: of "glem" and "saturating", at the start.
+        kld_weight: of "glem", at the start.
         beta, label_smoothing: of the cross-entropy of "hybrid" and "ib". ce_scale: factor of its class scores.
         joint: the E-step's loss teaches the Gaussians on all images, in place of M-steps. By default so for "hybrid".
         random_init: standard deviations of the means and of the variances' parameters of a random start; None: start at
@@ -93,8 +89,8 @@ class Research:
     refit_beta: float | None = None
 
     def __post_init__(self) -> None:
-        if self.objective not in ("glem", "saturating", "mle", "hybrid", "ib"):
-            raise ValueError(f"no objective {self.objective!r}: use glem, saturating, mle, hybrid or ib")
+        if self.objective not in ("glem", "mle", "hybrid", "ib"):
+            raise ValueError(f"no objective {self.objective!r}: use glem, mle, hybrid or ib")
         hybrid = self.objective in ("hybrid", "ib")
         others = PAPER | (dict(beta=0.3, ce_scale=0.2) if hybrid else dict(beta=0.0, ce_scale=1.0))
         joint = self.objective == "hybrid" and self.joint is not False
@@ -172,7 +168,7 @@ class ResearchObjective(Objective):
     @property
     def repels(self) -> bool:
         """Whether M-steps push the classes apart."""
-        return self.research.objective in ("glem", "saturating")
+        return self.research.objective == "glem"
 
     @property
     def crossed(self) -> bool:
@@ -243,21 +239,10 @@ class ResearchObjective(Objective):
     def m_loss(self, gaussians: ClassGaussians, statistics: LatentStatistics, progress: Progress) -> Tensor:
         if self.research.objective == "glem":
             return Repulsion(self.research.kld_weight).m_loss(gaussians, statistics, progress)
-        dim = gaussians.dim
-        loss = statistics.balanced_nll(gaussians) / dim
-        weight = falling(self.research.kld_weight, progress)
-        if self.research.objective == "saturating" and weight > 0 and gaussians.num_classes > 1:
-            loss = loss - weight * saturating_kld(gaussians, SATURATION * dim) / dim
+        loss = statistics.balanced_nll(gaussians) / gaussians.dim
         if isinstance(statistics, KeptLatents):
             loss = loss + self.annealed(progress) * statistics.cross_entropy(gaussians, self.research)
         return loss
-
-
-def saturating_kld(gaussians: ClassGaussians, scale: float) -> Tensor:
-    """Mean over pairs of `scale * (1 - exp(-KLD / scale))` in nats: the KLD if it is small, `scale` if large."""
-    k = gaussians.num_classes
-    kld = gaussians.kld_matrix()
-    return (scale * -torch.expm1(-kld / scale)).sum() / max(1, k * (k - 1))
 
 
 @torch.no_grad()
@@ -284,21 +269,6 @@ class ResearchTrainer(Trainer):
         super().__init__(data, config, *args, objective=self.own_objective, **options)
         if self.e_step.ema is not None and research.averaging == "none":
             self.e_step.ema.decay = 0.0
-
-    def fit_for(self, seconds: float | None) -> GLEM:
-        """`fit`, stopped after so many seconds with a checkpoint. TimeUpError: they are over."""
-        if seconds is None:
-            return self.fit()
-        timer = threading.Timer(seconds, setattr, (self, "stop_requested", True))
-        timer.start()
-        try:
-            return self.fit()
-        except KeyboardInterrupt as stop:
-            if timer.is_alive():
-                raise
-            raise TimeUpError(str(stop)) from None
-        finally:
-            timer.cancel()
 
     def count_steps(self) -> int:
         if not self.research.equal_steps:

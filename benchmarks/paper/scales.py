@@ -85,15 +85,6 @@ SCALES = {
         sizes=(1, 2, 4, 8),
         seeds=3,
     ),
-    # A table takes an hour or two on one data-centre GPU, in pieces of any length.
-    "gpu": Scale(
-        **_CIFAR,
-        flow=dict(**_PUBLISHED, preset="mef_small", epochs=40, batch_size=256, m_rounds=2),
-        oracle=Recipe(epochs=60, bf16=True),
-        cnn=Recipe(epochs=30, bf16=True),
-        vit=Recipe.transformer(epochs=60, bf16=True),
-        sizes=(1, 2, 5, 10, 20),
-    ),
     # The published setting.
     "paper": Scale(
         **_CIFAR,

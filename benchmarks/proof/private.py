@@ -1,12 +1,10 @@
 """The accuracy on real images of classifiers that are trained on samples of private models alone.
 
     GLEM_DATA=... python benchmarks/proof/private.py --method taef2 latents
-    GLEM_DATA=... python benchmarks/proof/private.py --method latents --data fashion-mnist --delta 1.5e-6
     GLEM_DATA=... python benchmarks/proof/private.py --method latents --data cifar10 --delta 1.8e-6
     GLEM_DATA=... python benchmarks/proof/private.py --method latents --cells 1 --epsilon 1 10
-    GLEM_DATA=... python benchmarks/proof/private.py --method pixels --data fashion-mnist --epsilon 1 10 --seeds 0 1 2
-    GLEM_DATA=... python benchmarks/proof/private.py --method long --epsilon 1 10 --seeds 0
-    GLEM_DATA=... python benchmarks/proof/private.py --method real --epsilon 0 --seeds 0 1 2
+    GLEM_DATA=... python benchmarks/proof/private.py --method latents --images 300 2000 --epsilon 1 3 10 --seeds 0 1 2
+    GLEM_DATA=... python benchmarks/proof/private.py --method real --images 300 2000 --epsilon 0 --seeds 0 1 2
     GLEM_DATA=... python benchmarks/proof/private.py --data fashion-mnist --epsilon 0 --cells 32 --seeds 0 1 2
 
 A row is one release with new noise (which has no seed), 20,000 new samples, and a new classifier, the small ResNet of
@@ -16,19 +14,18 @@ the releases are made from them as `GLEM.fit(..., privacy=...)` makes them. Stor
     taef2       latents of TAEF2 in the bundled coordinates: `glem fit --autoencoder taef2 --epsilon E`
     pixels      the same releases of the pixels, with the bundled photographs as public images: the control
     latents     the same releases as taef2, but a perceptron on latents in place of decoded images and the ResNet
-    real        the same perceptron on latents of as many real images, for comparison: with --epsilon 0
+    real        the same perceptron on latents of the real images, for as many steps: with --epsilon 0
     long        the same releases as taef2, but 60,000 samples for 30 epochs in place of 20,000 for 8
 
 Epsilon 0 stands for no privacy: the classes of `glem fit --autoencoder taef2 --rank 512`. Of the real images,
-samples_alone.py has the accuracy. `--validation` judges every tenth training image, which then is no private image, and
-was used for choices.
+samples_alone.py has the accuracy. With --images, so many training images of each class, drawn by the seed, are the
+private (or real) ones; only latents and real have it.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -41,15 +38,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import ROOT, Rows, descend, find_images, over_seeds, parser, processors, publish, usage
-from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
-from glem_augment import GLEM, GLEMAugment, Mixup, SyntheticDataset, open_data
 from glem_augment.classes.privacy import Privacy
 from glem_augment.classes.private import private_classes
+from glem_augment.model.private_fit import latents_alone, set_coordinates
+
+from benchmarks.common import ROOT, Rows, descend, find_images, parser
+from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
+from glem_augment import GLEM, GLEMAugment, Mixup, SyntheticDataset, open_data
+from glem_augment.errors import DataError
 from glem_augment.evaluation.pictures import Section, compose
 from glem_augment.images.dataset import ImageData
 from glem_augment.io import save_png
-from glem_augment.model.private_fit import latents_alone, set_coordinates
 
 NAME = "private"
 AUGMENT: dict[str, tuple[str, ...]] = {"fashion-mnist": ("crop",)}  # all shoes point the same way
@@ -68,14 +67,12 @@ def encoded(model: GLEM, images: ImageData) -> Tensor:
 class Images:
     """The images of one data set and their latents, which stay in `work`."""
 
-    def __init__(self, data: str, method: str, work: Path, validation: bool) -> None:
+    def __init__(self, data: str, method: str, work: Path) -> None:
         self.name, self.method = data, method
         self.per_class, self.epochs = (LONG_PER_CLASS, LONG_EPOCHS) if method == "long" else (PER_CLASS, EPOCHS)
         folder = find_images(NAME, data, data)
-        train, test = (open_data(folder, split) for split in ("train", "test"))
-        held = np.arange(len(train)) % 10 == 9
-        self.train = train.subset(np.flatnonzero(~held)) if validation else train
-        self.judged = train.subset(np.flatnonzero(held)) if validation else test
+        train, self.judged = open_data(folder, "train"), open_data(folder, "test")
+        self.train = train
         self.autoencoder = None if method == "pixels" else "taef2"
         self.base = GLEM.create(
             "stationary", train.image_shape, train.classes, train.class_ids, autoencoder=self.autoencoder
@@ -88,53 +85,62 @@ class Images:
             x = F.interpolate(tiles.float(), train.image_shape[1:], mode="bilinear", antialias=True)
             public = ImageData.from_tensors(x.round().to(torch.uint8), torch.zeros(len(x)).long(), ["image"])
         self.prior, self.clip = set_coordinates(self.base, public)
-        self.work = work / f"{data} {self.autoencoder or method}{' validation' * validation}"
+        self.work = work / f"{data} {self.autoencoder or method}"
         self.work.mkdir(parents=True, exist_ok=True)
 
-    def latents(self) -> tuple[Tensor, Tensor]:
-        """Latents [N, d] and labels [N] of the private images, in public coordinates."""
+    def latents(self, count: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Latents [N, d] and labels [N] of the private images, in public coordinates; `count`: so many of each class,
+        drawn by the seed."""
         path = self.work / "latents.npz"
         if not path.is_file():
             z, y = latents_alone(self.base, self.train)
             with path.open("wb") as file:
                 np.savez(file, z=z.numpy(), y=y.numpy())
         with np.load(path) as file:
-            return torch.from_numpy(file["z"]), torch.from_numpy(file["y"])
+            z, y = torch.from_numpy(file["z"]), torch.from_numpy(file["y"])
+        if count is None:
+            return z, y
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+        rows = torch.cat([order[y[order] == k][:count] for k in range(10)])
+        return z[rows], y[rows]
 
-    def model(self, epsilon: float, delta: float, cells: int | None) -> tuple[GLEM, dict[str, Any]]:
-        """A new private model, and facts of its release."""
+    def model(
+        self, epsilon: float, delta: float, cells: int | None, count: int | None = None, seed: int = 0
+    ) -> tuple[GLEM, dict[str, float]]:
+        """A new private model of all images, or of `count` of each class, and facts of its release.
+
+        Raises:
+            DataError: the fit refuses, since everything would be noise.
+        """
         if self.method == "real":
             return self.base, {}
         if not epsilon:
             if cells not in self.unprotected:
-                found = GLEM.fit(self.train, self.autoencoder, rank=10**4, parts=cells)
+                found = GLEM.fit(self.train, self.autoencoder, rank=10**4)
                 self.unprotected[cells] = found
             return self.unprotected[cells], {}
-        z, y = self.latents()
-        privacy, began = Privacy(epsilon, delta, images=len(y)), time.process_time()
-        found = private_classes(z, y, 10, self.prior, self.clip, privacy, cells)
+        z, y = self.latents(count, seed)
+        found = private_classes(z, y, 10, self.prior, self.clip, Privacy(epsilon, delta, images=len(y)), cells)
         self.base.latent_classes = found.classes
-        modes = self.base.modes
-        assert modes is not None
-        facts = {"cells": modes.parts, "modes": f"{int(found.modes.min())} to {int(found.modes.max())}"}
-        return self.base, {**facts, "pooled modes": found.pooled_modes, "CPU s": time.process_time() - began}
+        assert self.base.modes is not None
+        return self.base, {"cells": self.base.modes.parts}
 
-    def accuracy(self, model: GLEM, seed: int, temperature: float) -> float:
+    def accuracy(self, model: GLEM, seed: int, count: int | None = None) -> float:
         """Percent of real images that a classifier of samples recognises."""
         if self.method in ("latents", "real"):
-            return self.perceptron(model, seed, temperature)
-        data = SyntheticDataset(model, self.per_class, seed=seed, temperature=temperature, source="rfcm")
+            return self.perceptron(model, seed, count)
+        data = SyntheticDataset(model, self.per_class, seed=seed, source="rfcm")
         found = self.classifier(data.images(range(len(data))), torch.tensor(data.targets), seed)
         return 100 * found.accuracy(self.judged.tensor(), torch.from_numpy(self.judged.targets))
 
-    def perceptron(self, model: GLEM, seed: int, temperature: float) -> float:
+    def perceptron(self, model: GLEM, seed: int, count: int | None) -> float:
         """Percent of real images that a perceptron of latents recognises: of samples, or of the real images."""
         torch.manual_seed(seed)
         y = torch.arange(10).repeat(PER_CLASS)
         if self.method == "real":
-            z, y = self.latents()
+            z, y = self.latents(count, seed)
         else:
-            z = model.sample_latents(y, temperature, torch.Generator().manual_seed(seed), "rfcm")
+            z = model.sample_latents(y, 1.0, torch.Generator().manual_seed(seed), "rfcm")
         found = perceptron(z, y)(encoded(model, self.judged)).argmax(1)
         return 100 * float((found == torch.from_numpy(self.judged.targets)).double().mean())
 
@@ -146,11 +152,16 @@ class Images:
 
 
 def perceptron(z: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """Scores of latents by a perceptron that is trained on latents z [n, d] with labels y of all classes."""
+    """Scores of latents by a perceptron that is trained on latents z [n, d] with labels y of all classes.
+
+    Few latents are shown several times, so that every perceptron has the same steps.
+    """
     classes, scale = int(y.max()) + 1, z.std(0).clamp_min(1e-6)
     net = nn.Sequential(nn.Linear(z.shape[1], 512), nn.ReLU(), nn.Linear(512, classes))
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    rows = (own for _ in range(EPOCHS) for own in torch.randperm(len(z))[: classes * PER_CLASS].split(128))
+    total = classes * PER_CLASS
+    passes = (torch.cat([torch.randperm(len(z)) for _ in range(-(-total // len(z)))]) for _ in range(EPOCHS))
+    rows = (own for order in passes for own in order[:total].split(128))
     descend(net, ((z[own] / scale, y[own]) for own in rows), optimizer)
     return lambda z: net(z / scale)
 
@@ -176,60 +187,43 @@ def draw(images: Images, epsilons: list[float], delta: float) -> Section:
     return Section("Fashion-MNIST" if images.name == "fashion-mnist" else "CIFAR-10", cells, rows=list(rows))
 
 
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each data set, method and promise. More cells come later."""
-    columns = ("data", "method", "judged", "epsilon", "delta", "temperature", "cells asked")
-    lines = over_seeds(rows, *columns)
-    for line in lines:
-        own = [row for row in rows if all(row[name] == line[name] for name in columns)]
-        line["cells"] = " or ".join(str(n) for n in sorted({row["cells"] for row in own if "cells" in row}))
-        line |= {name: own[0].get(name) for name in ("modes", "pooled modes")}
-    keys = ("data", "method", "judged", "epsilon")
-    return sorted(lines, key=lambda line: (*(line[name] for name in keys), line["cells asked"] or 0))
-
-
-def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The page of the rows."""
-    title = "Classifiers trained on samples of private models"
-    return {"title": title, "command": usage(__doc__), "measured on": processors(rows), "rows": summary(rows)}
-
-
 def main() -> None:
     args = parser(__doc__)
-    args.set_defaults(threads=1)
     args.add_argument("--data", nargs="+", default=["fashion-mnist", "cifar10"], help="of ten classes (%(default)s)")
     args.add_argument("--method", nargs="+", default=["taef2"], choices=METHODS)
     args.add_argument("--epsilon", nargs="+", type=float, default=[0.2, 1, 3, 10], help="0: no privacy (%(default)s)")
     args.add_argument("--delta", type=float, default=1e-5)
     args.add_argument("--cells", type=int, help="Gaussians per class (default: as many as the noise allows)")
+    args.add_argument("--images", nargs="+", type=int, default=[None], help="private images of each class (all)")
     args.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    args.add_argument("--temperature", type=float, default=1.0)
-    args.add_argument("--validation", action="store_true", help="judge held-out training images")
     args.add_argument("--picture", type=Path, help="draw README's picture, and do no more")
     args.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder for latents (%(default)s)")
     args = args.parse_args()
     if "real" in args.method and any(args.epsilon):
         raise SystemExit("private: real images keep no promise: give --epsilon 0 with --method real")
+    if args.images != [None] and not {"latents", "real"} >= set(args.method):
+        raise SystemExit("private: --images goes with --method latents or real")
     torch.set_num_threads(args.threads)
-    rows, sections = Rows(args.out / f"{NAME}.json"), list[Section]()
-    asked = {"judged": "validation" if args.validation else "test", "delta": args.delta}
-    asked |= {"cells asked": args.cells, "temperature": args.temperature}
+    rows, sections = Rows(NAME, args.out), list[Section]()
     for data, method in itertools.product(args.data, args.method):
-        images = Images(data, method, args.work, args.validation)
+        images = Images(data, method, args.work)
         if args.picture is not None:
             sections.append(draw(images, args.epsilon, args.delta))
             continue
-        for seed, epsilon in itertools.product(args.seeds, args.epsilon):
+        for count, seed, epsilon in itertools.product(args.images, args.seeds, args.epsilon):
 
-            def measure(images: Images = images, seed: int = seed, epsilon: float = epsilon) -> dict[str, Any]:
-                model, facts = images.model(epsilon, args.delta, args.cells)
-                return {"accuracy": images.accuracy(model, seed, args.temperature), **facts}
+            def measure(images: Images = images, count: Any = count, seed: int = seed, epsilon: float = epsilon) -> Any:
+                try:
+                    model, facts = images.model(epsilon, args.delta, args.cells, count, seed)
+                except DataError:
+                    return {"refused": 1}
+                return {"accuracy": images.accuracy(model, seed, count), **facts}
 
-            rows.row({"data": data, "method": method, "epsilon": epsilon, "seed": seed} | asked, measure)
+            promise = "" if method == "real" else f" epsilon={epsilon:g} delta={args.delta:g}"
+            setting = data + promise + (f" images={count}" if count else "")
+            rows.once(setting, method + (f" cells={args.cells}" if args.cells else ""), seed, "test", measure)
     if args.picture is not None:
         save_png(compose("", sections), args.picture)
-        return
-    publish(args.out, NAME, report(rows.all()), rows.all())
 
 
 if __name__ == "__main__":

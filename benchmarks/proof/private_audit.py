@@ -13,12 +13,10 @@ that is there. The score is the logarithm of the likelihood ratio. Three kinds o
 - "all others, of a fit": the same, and sees every release that `private_classes` makes of two classes: counts, sums of
   the leading coordinates, energies, second moments, and cells where there are some. A model is computed from these.
 - "all others, of a model": the same, but sees only the mean and covariance of a class in the model.
-- "similar images": knows what releases of other images with and without the canary look like. The images of a class are
-  drawn anew for each release.
 
-Of the last two kinds, half of the releases train the attack, and the other half count. The number of images times mu
+Of the last kind, half of the releases train the attack, and the other half count. The number of images times mu
 decides the branch of a fit: FITS has classes of each branch, and the smallest classes that a fit takes. Stored rows are
-not measured again.
+not measured again. Rows without protection were measured by the code of commit 309e287.
 
 Two lower bounds of epsilon hold for the worst canary with 95 % confidence (Bonferroni over the canaries):
 
@@ -28,7 +26,7 @@ Two lower bounds of epsilon hold for the worst canary with 95 % confidence (Bonf
   bounds mu (Nasr et al. 2023 bound mu too), and mu gives epsilon. It is tighter.
 
 A correct mechanism stays below its claim in both. The rows "noise halved" are a deliberate mistake that the audit must
-catch. "No protection" releases the exact count, mean and covariance.
+catch.
 """
 
 from __future__ import annotations
@@ -50,19 +48,20 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import Rows, parser, processors, publish, usage
+from glem_augment.classes.privacy import Privacy, PrivateSums, Release, epsilon_of
+
+from benchmarks.common import Rows, parser
 from glem_augment import open_data
 from glem_augment.classes import privacy as mechanism
 from glem_augment.classes import private as fitting
-from glem_augment.classes.privacy import Privacy, PrivateSums, Release, epsilon_of
 from glem_augment.errors import DataError
 
-NAME, CONFIDENCE, REAL = "private_audit", 0.95, "real image"
+CONFIDENCE, REAL = 0.95, "real image"
 DIM, IMAGES, CLASSES = 32, 100, 20
 FITS = (100, 1.0), (100, 10.0), (400, 1.0), (400, 3.0), (400, 10.0)  # images of a class, and epsilon
 LEAST = 50  # images of a class times mu from which every fit makes a model
 Scores = dict[str, tuple[Tensor, Tensor]]  # by canary: without, and with it
-EPSILONS, SIZES = (0.2, 1.0, 3.0, 10.0), (20, 50, 100, 200, 500)
+EPSILONS = 0.2, 1.0, 3.0, 10.0
 
 
 def latents() -> tuple[Tensor, Tensor]:
@@ -81,9 +80,6 @@ def canaries(images: Tensor, clip: float) -> dict[str, Tensor]:
     far = torch.zeros(DIM, dtype=torch.float64)
     far[0] = 100 * clip  # along a coordinate that every release has
     return {"far": far, "zeros": torch.zeros_like(far), "class mean": images.mean(0), REAL: images[0].clone()}
-
-
-# ---- bounds ----------------------------------------------------------------------------------------------------------
 
 
 def bound_of_any(without: Tensor, having: Tensor, delta: float, error: float) -> float:
@@ -113,9 +109,6 @@ def bound_of_mu(without: Tensor, having: Tensor, error: float) -> float:
     n = min(len(without), len(having))
     distance = float((having.mean() - without.mean()) / ((without.var() + having.var()) / 2).sqrt())
     return max(0.0, distance + float(stats.norm.ppf(error)) * math.sqrt(2 / n + distance**2 / (4 * n)))
-
-
-# ---- attackers -------------------------------------------------------------------------------------------------------
 
 
 def log_ratios(release: Release, others: Sequence[Tensor], c: Tensor) -> Tensor:
@@ -192,25 +185,6 @@ def trained_attack(without: Tensor, having: Tensor) -> tuple[Tensor, Tensor]:
     return without[rest:] @ direction, having[rest:] @ direction
 
 
-def bare_scores(
-    pool: Tensor, count: int, mark: Tensor, trials: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Scores of "similar images" on exact means and covariances of `count` images, without and with the canary.
-
-    A class with the canary has count - 1 other images, so that the count tells nothing.
-    """
-    attack = Leaning(pool, mark)
-
-    def features(has: bool) -> Tensor:
-        rows = pool[torch.randperm(len(pool), generator=generator)[:count]]
-        if has:
-            rows = torch.cat([rows[1:], mark[None]])
-        return attack.features(rows.mean(0), rows.T.cov())
-
-    without, having = (torch.stack([features(has) for _ in range(2 * trials)]) for has in (False, True))
-    return trained_attack(without, having)
-
-
 class Watched(PrivateSums):
     """Sums without the canaries, which are the last rows, except the one that is `present`.
 
@@ -277,46 +251,21 @@ def _gaussian_of(modes: Any) -> tuple[Tensor, Tensor]:
     return mean, within.T @ within + between.T @ between + modes.rest[0].double().diag()
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------
-
-
-def bounds(scores: Scores, delta: float, claim: float | None) -> dict[str, Any]:
-    """The worst canary's bounds, of scores by canary."""
+def bounds(scores: Scores, delta: float, claim: float | None) -> dict[str, float]:
+    """The bounds of each canary, of scores by canary."""
     error = (1 - CONFIDENCE) / 4  # for four canaries
-    by_any = {name: bound_of_any(*pair, delta, error) for name, pair in scores.items()}
-    by_mu = {name: bound_of_mu(*pair, error) for name, pair in scores.items() if float(pair[0].std()) > 0}
-    normal = {name: epsilon_of(mu, delta) if mu else 0.0 for name, mu in by_mu.items()}
-    tightest = normal if claim and normal else by_any
-    worst = max(tightest.values())
-    return {
-        "trials": len(next(iter(scores.values()))[0]),
-        "at least, any mechanism": round(max(by_any.values()), 3),
-        "at least, Gaussian": round(max(normal.values()), 3) if claim else None,
-        "worst canary": max(tightest, key=tightest.__getitem__),
-        "at least, for a real image": round(tightest[REAL], 3) if REAL in tightest else None,
-        "caught": None if claim is None else max(worst, *by_any.values()) > claim,
-        "epsilons, any mechanism": [round(value, 3) for value in by_any.values()],
-        "epsilons, Gaussian": [round(value, 3) for value in normal.values()],
-    }
-
-
-def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The page of the rows."""
-    return {
-        "title": "What releases of class statistics tell about one image: lower bounds of epsilon, 95 %",
-        "command": usage(__doc__),
-        "measured on": processors(rows),
-        "delta": " and ".join(f"{delta:g}" for delta in dict.fromkeys(row["delta"] for row in rows)),
-        "dimension": DIM,
-        "rows": [{k: v for k, v in row.items() if k not in ("delta", "processor", "torch")} for row in rows],
-    }
+    found: dict[str, float] = {"trials": len(next(iter(scores.values()))[0])}
+    for name, pair in scores.items():
+        found[f"any mechanism: {name}"] = round(bound_of_any(*pair, delta, error), 3)
+        if claim is not None and float(pair[0].std()) > 0:
+            mu = bound_of_mu(*pair, error)
+            found[f"Gaussian: {name}"] = round(epsilon_of(mu, delta), 3) if mu else 0.0
+    return found
 
 
 def main() -> None:
     args = parser(__doc__)
-    args.set_defaults(threads=1)
     args.add_argument("--trials", type=int, default=10_000, help="with and without each canary (%(default)s)")
-    args.add_argument("--bare-trials", type=int, default=2000, help="the same, without protection (%(default)s)")
     args.add_argument("--fit-trials", type=int, default=1000, help="the same, of whole fits (%(default)s)")
     args.add_argument("--delta", type=float, default=1e-6)
     args = args.parse_args()
@@ -325,11 +274,11 @@ def main() -> None:
     clip = float(public.norm(dim=1).quantile(0.9))
     generator = torch.Generator().manual_seed(0)  # of the images of a class; the noise has no seed
     images = private[torch.randperm(len(private), generator=generator)[:IMAGES]]
-    marks, rows = canaries(images, clip), Rows(args.out / f"{NAME}.json")
+    marks, rows = canaries(images, clip), Rows("private", args.out)
 
     def measure(kind: str, count: int, attacker: str, claim: float | None, scores: Callable[[], Scores]) -> None:
-        key = {"release": kind, "images": count, "attacker knows": attacker, "claimed epsilon": claim}
-        rows.row(key | {"delta": args.delta}, lambda: bounds(scores(), args.delta, claim))
+        setting = f"images={count}" + (f" epsilon={claim:g} delta={args.delta:g}" if claim else "")
+        rows.once(setting, f"{kind} | {attacker}", "", "audit", lambda: bounds(scores(), args.delta, claim))
 
     for halved, epsilon in itertools.product((False, True), EPSILONS):
         tried = {"far": marks["far"]} if halved else marks  # the worst of them, to save time
@@ -341,17 +290,6 @@ def main() -> None:
         measure("ours, a fit", count, "all others, of a fit", epsilon, lambda: fits()[0])  # noqa: B023
         if count * Privacy(epsilon, args.delta).mu > LEAST:
             measure("ours, a model", count, "all others, of a model", epsilon, lambda: fits()[1])  # noqa: B023
-    # The exact statistics of known images differ in every release with the canary, at any size.
-    certain = torch.zeros(args.bare_trials).double(), torch.ones(args.bare_trials).double()
-    measure("no protection", IMAGES, "all others", None, lambda: {"any": certain})
-    pool = private[(private != marks[REAL]).any(1)]
-    for count in SIZES:
-        draws = torch.Generator().manual_seed(count)
-        measure(
-            "no protection", count, "similar images", None,
-            lambda: {k: bare_scores(pool, count, mark, args.bare_trials, draws) for k, mark in marks.items()},  # noqa: B023
-        )  # fmt: skip
-    publish(args.out, NAME, report(rows.all()), rows.all())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""The control of `bundled:cifar10`: four Gaussians for each class of CIFAR-10, in TAEF2's latents, without a flow.
+"""The control of `bundled:cifar10`: a Gaussian for each class of CIFAR-10, in TAEF2's latents, without a flow.
 
     python benchmarks/recipes/cifar10_gaussians.py CIFAR10 --out runs/cifar10-gaussians   # CIFAR10/train/<class>/*
 
 The Gaussians are fitted to the latents of the 50,000 training images and of their mirror images; nothing is trained.
-Modes are stored in half precision.
 """
 
 from __future__ import annotations
@@ -25,10 +24,7 @@ def main() -> None:
     data = open_data(args.data, "train")
     x, y = data.tensor(), torch.from_numpy(data.targets)
     both = ImageData.from_tensors(torch.cat([x, x.flip(3)]), torch.cat([y, y]), data.classes, data.class_ids, "cifar10")
-    model = GLEM.create("identity", data.image_shape, data.classes, autoencoder="taef2").adapt(both, rank=128, parts=4)
-    assert model.modes is not None
-    for name in ("directions", "shared_directions"):
-        setattr(model.modes, name, getattr(model.modes, name).half())
+    model = GLEM.create("identity", data.image_shape, data.classes, autoencoder="taef2").adapt(both)
     model.save(args.out)
 
 

@@ -13,6 +13,13 @@ import argparse
 import torch
 
 from glem_augment import GLEM, open_data
+from glem_augment.classes.classes import Classes
+from glem_augment.classes.fit import fit_modes
+from glem_augment.classes.gaussians import ClassGaussians
+from glem_augment.classes.statistics import ClassStatistics, class_statistics
+from glem_augment.model.glem import STANDARDISED_BY
+
+RANK = 128
 
 
 def main() -> None:
@@ -22,11 +29,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = open_data(args.data, "train", image_size=128, channels=3)
-    model = GLEM.fit(data, "taef2", rank=128, pooled=True)
-    assert model.modes is not None
-    for name in ("directions", "shared_directions"):
-        setattr(model.modes, name, getattr(model.modes, name).half())
-    model.config.training["data"] = "imagenette128"
+    model = GLEM.create("identity", data.image_shape, ["image"], autoencoder="taef2")
+    model.codec.fit(data.some(STANDARDISED_BY))
+    latents = model.latents_of_classes(data, data.rows_of_classes(), seed=0)
+    pooled = class_statistics(latents, data.classes, model.dim, RANK, hold_out=False).pooled
+    modes = fit_modes(ClassStatistics([pooled], pooled, whole=False), RANK)
+    modes.directions = modes.directions.half()
+    variance = (pooled.squares / pooled.count)[None]
+    gaussians = ClassGaussians(1, model.dim, psi=None, initial_variance=float(variance.min()))
+    gaussians.mu.data.copy_(pooled.mean[None])
+    gaussians.set_variance(variance)
+    model.latent_classes = Classes(gaussians, modes)
+    model.config.psi = None
+    model.config.training = {"data": "imagenette128", "images": len(data)}
     model.save(args.out)
 
 

@@ -3,9 +3,9 @@
     python benchmarks/recipes/public_prior.py TINY_IMAGENET/train
 
 `flows.public` says what it is. Within-class and between-class covariances are measured on the latents of 32 and 64
-pixels, of colour images and of their grey versions. `privacy.coordinates` says what else
-it is for. The images are under ImageNet's research terms and are not in the
-package; the file holds statistics of them alone. It takes about twenty minutes of one thread.
+pixels, of colour images and of their grey versions. `privacy.coordinates` says for what else. The images are under
+ImageNet's research terms and are not in the package; the file holds statistics of them alone. It takes about twenty
+minutes of one thread.
 """
 
 from __future__ import annotations

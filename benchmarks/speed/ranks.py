@@ -1,17 +1,16 @@
-"""The gain of a second rank: images per second of training and of generation, and the share of communication.
+"""The gain of a second rank: images per second of training and of generation.
 
     python benchmarks/speed/ranks.py [--ranks 2] [--rounds 5] [--preset glow_fast] [--seconds 20]
 
 Each rank has one thread and is bound to one core; every rank needs an idle core. One rank and several ranks take turns,
-each time as processes of torchrun, whose start is not measured. A ratio compares two neighbouring runs, and the table
-has the medians. Both sides train on the same batches, and write the same images. Communication includes waiting for
-slower ranks.
+each time as processes of torchrun, whose start is not measured. A ratio compares two neighbouring runs; the other rows
+have medians. Both sides train on the same batches, and write the same images. The stored shares of communication were
+measured by the code of commit 309e287.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -26,36 +25,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import parser, write_results
+from benchmarks.common import Rows, parser
 from glem_augment import GLEM, SyntheticDataset, distributed, open_data
 from glem_augment.synthetic.export import export_set
 from glem_augment.training import TrainConfig, Trainer
 
-SPENT = [0.0]  # seconds of this process in the collectives of torch.distributed
 
-
-def count_communication(name: str) -> None:
-    call = getattr(torch.distributed, name)
-
-    def timed(*args: Any, **options: Any) -> Any:
-        began = time.perf_counter()
-        try:
-            return call(*args, **options)
-        finally:
-            SPENT[0] += time.perf_counter() - began
-
-    setattr(torch.distributed, name, timed)
-
-
-def train(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
-    """Images per second, and the share of communication, between the first and the last row of steps in the log."""
+def train(args: argparse.Namespace, folder: Path) -> float:
+    """Images per second between the first and the last row of steps in the log."""
     data = open_data("bundled:fashion-mnist")
     data = data.subset(np.tile(np.arange(len(data)), 8))  # so that the time between epochs weighs little
-    marks: list[tuple[int, float, float]] = []
+    marks: list[tuple[int, float]] = []
 
     def mark(row: dict[str, Any]) -> None:
         if row["kind"] == "step":
-            marks.append((row["step"], time.perf_counter(), SPENT[0]))
+            marks.append((row["step"], time.perf_counter()))
             trainer.stop_requested = len(marks) > 1 and marks[-1][1] - marks[0][1] > args.seconds
 
     config = TrainConfig(preset=args.preset, batch_size=args.batch_size, epochs=1000, modes_rank=0, sample_every=0)
@@ -65,24 +49,23 @@ def train(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
     except KeyboardInterrupt:
         pass
     if not marks:  # the rows of a run's log are the first rank's
-        return 0.0, 0.0
-    steps, seconds, communication = (last - first for first, last in zip(marks[0], marks[-1], strict=True))
-    return steps * args.batch_size / seconds, communication / seconds
+        return 0.0
+    steps, seconds = (last - first for first, last in zip(marks[0], marks[-1], strict=True))
+    return steps * args.batch_size / seconds
 
 
-def generate(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
-    """Images per second, and the share of communication, of an export to an ImageFolder."""
+def generate(args: argparse.Namespace, folder: Path) -> float:
+    """Images per second of an export to an ImageFolder."""
     model = GLEM.create(args.preset, (1, 28, 28), [str(i) for i in range(10)])
     model.initialise(next(iter(open_data("bundled:fashion-mnist").batches(range(256), 256)))[0])
     count = args.generate // 10
     SyntheticDataset(model, per_class=1).images(range(10))  # warms up
     data = SyntheticDataset(model, per_class=count)
     distributed.wait()
-    began, before = time.perf_counter(), SPENT[0]
+    began = time.perf_counter()
     export_set(data.draws, folder, "imagefolder", shared=True)
     distributed.wait()
-    seconds = time.perf_counter() - began
-    return 10 * count / seconds, (SPENT[0] - before) / seconds
+    return 10 * count / (time.perf_counter() - began)
 
 
 JOBS = {"train": train, "generate": generate}
@@ -94,21 +77,18 @@ def work(args: argparse.Namespace) -> None:
     distributed.start("cpu")
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[distributed.rank() % len(cores)]})
-    for name in ("all_reduce", "all_gather_object"):
-        count_communication(name)
     found = JOBS[args.work](args, args.out)
     if distributed.is_primary():
-        print(json.dumps(found))
+        print(found)
 
 
-def measure(job: str, ranks: int) -> tuple[float, float]:
+def measure(job: str, ranks: int) -> float:
     """One measurement with the options of this command."""
     with tempfile.TemporaryDirectory() as folder:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         command = [*torchrun, *sys.argv, "--work", job, "--out", str(Path(folder) / "out")]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    rate, share = json.loads(done.stdout.splitlines()[-1])
-    return rate, share
+    return float(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -124,20 +104,15 @@ def main() -> None:
     if args.work:
         work(args)
         return
-    rows = []
+    rows, many = Rows("speed", args.out), f"{args.ranks} ranks"
     for job in JOBS:
-        pairs = []
+        found: dict[int, list[float]] = {1: [], args.ranks: []}
         for number in range(args.rounds):
-            turns = (1, args.ranks) if number % 2 == 0 else (args.ranks, 1)
-            found = {ranks: measure(job, ranks) for ranks in turns}
-            pairs.append((found[1], found[args.ranks]))
-        ratios = [many[0] / one[0] for one, many in pairs]
-        row = {"job": job, "images/s, 1 rank": statistics.median(one[0] for one, _ in pairs)}
-        row[f"images/s, {args.ranks} ranks"] = statistics.median(many[0] for _, many in pairs)
-        row["ratio"] = statistics.median(ratios)
-        row["share of communication"] = statistics.median(many[1] for _, many in pairs)
-        rows.append({**row, "ratios": ratios})
-    write_results(args.out, "ranks", "Several ranks of one thread against one", rows, batch_size=args.batch_size)
+            for ranks in (1, args.ranks) if number % 2 == 0 else (args.ranks, 1):
+                found[ranks].append(measure(job, ranks))
+            rows.add(job, f"{many} over 1", number, "ranks", {"ratio": found[args.ranks][-1] / found[1][-1]})
+        for arm, rates in (("1 rank", found[1]), (many, found[args.ranks])):
+            rows.add(job, arm, "", "ranks", {"images/s": statistics.median(rates)})
 
 
 if __name__ == "__main__":

@@ -1,23 +1,20 @@
-"""The time of a flow above the networks inside its couplings: training, encoding and decoding, beside other libraries.
+"""The time of a flow above the networks inside its couplings: training, encoding and decoding.
 
-    python benchmarks/speed/speed.py [--cases CASE ...] [--rounds N] [--seconds S] [--mef FOLDER]
+    python benchmarks/speed/speed.py [--cases CASE ...] [--rounds N] [--seconds S]
 
 The floor is the time of the subnets alone, on tensors of the same shapes as in the flow. Of the default memory format
-and channels last, the faster counts. *Overhead* is the median over rounds of (side / floor) - 1. All sides of a case
+and channels last, the faster counts. *Overhead* is the median over rounds of (flow / floor) - 1. Both sides of a case
 have copies of the same subnets, and run once per round in balanced order on one thread, with the same float32 batch.
 Times are CPU time. Training is forward, `|z|^2 / 2 - log|det|` and backward. Encoding and decoding run on a frozen
-copy. Opponents (`opponents.py`) run each operation in its fastest memory format.
+copy.
 
-`--mef` also times the published code of the matrix-exponential flow, from a copy of github.com/changyi7231/MEF. That
-code adds fewer terms of exp(S) for a smaller S, and S is small here, as at the start of training.
+The stored rows of other libraries (FrEIA, normflows, nflows) and of the published code of the matrix-exponential flow
+were measured by the code of commit 309e287.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import functools
-import importlib.util
 import math
 import statistics
 import sys
@@ -27,36 +24,23 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import balanced_orders, parser, seconds, write_results
-from benchmarks.speed.opponents import LIBRARIES, published
-from glem_augment.flows import create_flow, resolve_preset
+from benchmarks.common import Rows, balanced_orders, parser, seconds
+from glem_augment.flows import create_flow
 from glem_augment.flows.coupling import Coupling
 
-OURS, PUBLISHED = "glem-augment", "published (MEF)"
+OURS = "glem-augment"
 OPERATIONS = "train", "encode", "decode"
 Tasks = dict[tuple[str, str], Callable[[], None]]  # (side, operation)
 Times = dict[tuple[str, str], list[float]]  # seconds of every round
 
 
-def _level(preset: str, shape: tuple[int, int, int], batch: int, depth: int, blocks: int, width: int) -> dict[str, Any]:
-    overrides = dict(depth=[depth], blocks=[blocks], width=[width])
-    return dict(preset=preset, image_shape=shape, batch=batch, overrides=overrides)
-
-
-# A level alone gets the image whose squeeze has the shape that the level has in the whole flow.
 CASES: dict[str, dict[str, Any]] = {
     "mef_tiny": dict(preset="mef_tiny", image_shape=(1, 28, 28), batch=32, overrides={}),
-    "mef_cifar_1": _level("mef_cifar", (6, 16, 16), 16, 4, 8, 128),
-    "mef_cifar_2": _level("mef_cifar", (12, 8, 8), 16, 2, 8, 128),
-    "glow_tiny_0": _level("glow_tiny", (1, 28, 28), 32, 8, 1, 48),
-    "glow_tiny_1": _level("glow_tiny", (2, 14, 14), 32, 8, 1, 64),
-    "glow_cifar_1": _level("glow_tiny", (6, 16, 16), 16, 4, 8, 128),
-    "glow_cifar_2": _level("glow_tiny", (12, 8, 8), 16, 2, 8, 128),
+    "glow_tiny": dict(preset="glow_tiny", image_shape=(1, 28, 28), batch=32, overrides={}),
 }
 
 
@@ -123,53 +107,6 @@ def floor_tasks(flow: nn.Module, x: Tensor) -> Tasks:
     return tasks
 
 
-class _ContiguousOutput(nn.Module):
-    """Makes outputs contiguous, because mixed memory formats slow down opponents in the default format."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x).contiguous()
-
-
-def opponent_tasks(name: str, flow: nn.Module, x: Tensor, make: Callable[[list[nn.Module]], nn.Module]) -> Tasks:
-    """Another flow with copies of the subnets of `flow`, each operation in the memory format in which it is fastest."""
-    forms = []
-    for layout, wrap in ((torch.channels_last, nn.Sequential), (torch.contiguous_format, _ContiguousOutput)):
-        torch.manual_seed(0)
-        np.random.seed(0)
-        module = make([wrap(copy.deepcopy(net)) for net in subnets(flow)])
-        batch = x.contiguous(memory_format=layout)
-        with torch.no_grad():
-            module.train()(batch)
-        forms.append(tasks_of(name, module, batch))
-
-    def cost(task: Callable[[], None]) -> float:
-        task()
-        return min(seconds(task) for _ in range(3))
-
-    return {key: min((form[key] for form in forms), key=cost) for key in forms[0]}
-
-
-def opponents(case: dict[str, Any], flow: nn.Module, x: Tensor, mef: Path | None) -> Tasks:
-    """Other libraries for affine couplings, and the published code for matrix-exponential couplings."""
-    spec = resolve_preset(case["preset"], case["image_shape"], **case["overrides"])
-    if spec["coupling"] != "affine":
-        if mef is None:
-            print("speed: the published code of MEF is skipped: give a copy of it with --mef FOLDER", file=sys.stderr)
-            return {}
-        return opponent_tasks(PUBLISHED, flow, x, functools.partial(published, mef, case["image_shape"], spec["depth"]))
-    squeezed, found = F.pixel_unshuffle(x, 2), {}
-    for name, make in LIBRARIES.items():
-        if importlib.util.find_spec(name):
-            found |= opponent_tasks(name, flow, squeezed, functools.partial(make, *squeezed.shape[1:]))
-        else:
-            print(f"speed: {name} is skipped: pip install {name}", file=sys.stderr)
-    return found
-
-
 def measure(tasks: Tasks, rounds: int, budget: float) -> Times:
     """Every task twice to warm up, then once per round, until the times add up to `budget`; at least three rounds."""
     times: Times = {key: [] for key in tasks}
@@ -191,82 +128,48 @@ def ratio(times: Times, side: tuple[str, str], other: tuple[str, str]) -> tuple[
     return float(middle), float(1.82 * (high - low) / math.sqrt(len(values)))
 
 
-def fastest(times: Times, operation: str, chosen: Callable[[str], bool]) -> tuple[str, str] | None:
-    keys = [key for key in times if key[1] == operation and chosen(key[0])]
-    return min(keys, key=lambda key: statistics.median(times[key]), default=None)
-
-
 def floor_of(times: Times, operation: str) -> tuple[str, str]:
     kind = "train" if operation == "train" else "forward"
-    found = fastest(times, kind, lambda side: side.startswith("floor"))
-    assert found is not None
+    return min(
+        (key for key in times if key[1] == kind and key[0] != OURS), key=lambda key: statistics.median(times[key])
+    )
+
+
+def measured(times: Times) -> dict[str, dict[str, float]]:
+    """Of the flow: ms, and overhead above the fastest floor as a share. By operation: ratio of times, and its noise.
+
+    `mef_tiny` should train at most 40 % and decode at most 25 % above its networks. A difference within the noise is a
+    tie, and counts as met.
+    """
+    own: dict[str, float] = {"rounds": len(times[OURS, "train"])}
+    found = {OURS: own}
+    for op in OPERATIONS:
+        value, noise = ratio(times, (OURS, op), floor_of(times, op))
+        own |= {f"{op} ms": 1e3 * statistics.median(times[OURS, op]), f"{op} overhead": value - 1}
+        found[f"{op} / its networks"] = {"ratio": value, "noise": noise}
     return found
 
 
-def rows_of(case: str, times: Times) -> list[dict[str, Any]]:
-    """One row per flow: median ms, and overhead above the fastest floor as a share."""
-    rows = []
-    for side in dict.fromkeys(side for side, _ in times if not side.startswith("floor")):
-        row: dict[str, Any] = {"case": case, "side": side}
-        for operation in OPERATIONS:
-            key = (side, operation)
-            row[f"{operation} ms"] = row[f"{operation} overhead"] = None
-            if key in times:
-                row[f"{operation} ms"] = 1e3 * statistics.median(times[key])
-                row[f"{operation} overhead"] = ratio(times, key, floor_of(times, operation))[0] - 1
-        rows.append({**row, "rounds": len(times[side, "train"])})
-    return rows
-
-
-def verdicts(case: str, times: Times) -> list[dict[str, Any]]:
-    """Time ratios with their limits and noise; a difference within the noise is a tie, and counts as met.
-
-    The limits: `mef_tiny` trains at most 40 % and decodes at most 25 % above its networks; no operation takes longer
-    than the fastest other library's, nor more than 1 / 1.1 of the published flow's time.
-    """
-    pairs = [(op, floor_of(times, op)) for op in ("train", "decode") if case == "mef_tiny"]
-    for op in OPERATIONS:
-        other = fastest(times, op, lambda side: not side.startswith((OURS, "floor")))
-        pairs += [(op, other)] if other else []
-    result = []
-    for op, other in pairs:
-        value, noise = ratio(times, (OURS, op), other)
-        what = f"{op} / {'its networks' if other[0].startswith('floor') else other[0]}"
-        result.append(judged({"case": case, "what": what, "ratio": value, "noise": noise}))
-    return result
-
-
-def judged(row: dict[str, Any]) -> dict[str, Any]:
-    """A measured ratio with its limit and verdict."""
-    op, other = row["what"].split(" / ")
-    limit = {"train": 1.4, "decode": 1.25}[op] if other == "its networks" else 1 / 1.1 if other == PUBLISHED else 1.0
-    return {**row, "limit": limit, "met": row["ratio"] - row["noise"] <= limit}
-
-
-def run_case(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    flow, x = make_flow(CASES[name])
-    tasks = floor_tasks(flow, x) | tasks_of(OURS, flow, x) | opponents(CASES[name], flow, x, args.mef)
-    times = measure(tasks, args.rounds, args.seconds)
-    return rows_of(name, times), verdicts(name, times)
+def limit_of(what: str) -> float:
+    """The limit of a ratio, such as "train / its networks": of another library 1, of the published flow 1 / 1.1."""
+    operation, other = what.split(" / ")
+    own = {"train": 1.4, "decode": 1.25}
+    return own.get(operation, math.inf) if other == "its networks" else 1 / 1.1 if "published" in other else 1.0
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.set_defaults(threads=1)
     arguments.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     arguments.add_argument("--rounds", type=int, default=200, help="of a case, at most (%(default)s)")
     arguments.add_argument("--seconds", type=float, default=60, help="of timed rounds in a case; 3 rounds at least")
-    arguments.add_argument("--mef", type=Path, help="folder with a copy of github.com/changyi7231/MEF")
     args = arguments.parse_args()
     torch.set_num_threads(args.threads)
-    rows: list[dict[str, Any]] = []
-    found: list[dict[str, Any]] = []
-    for case in args.cases:
-        more = run_case(case, args)
-        rows, found = rows + more[0], found + more[1]
-        # After every case, so that an interrupted run keeps its rows.
-        show = case == args.cases[-1]
-        write_results(args.out, "speed", "Time above the subnets alone", rows, {"verdicts": found}, show=show, seed=0)
+    rows = Rows("speed", args.out)
+    for name in args.cases:
+        flow, x = make_flow(CASES[name])
+        tasks = floor_tasks(flow, x) | tasks_of(OURS, flow, x)
+        for arm, found in measured(measure(tasks, args.rounds, args.seconds)).items():
+            rows.add(name, arm, "", "flow", found)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from glem_augment.augment.transform import GLEMAugment
 from glem_augment.checks import check_number, check_whole
 from glem_augment.codec.resize import for_channels
 from glem_augment.distributed import world_size
+from glem_augment.images.sources import warn_of_lost_bits
 
 
 class AugmentedLoader:
@@ -38,7 +39,7 @@ class AugmentedLoader:
     Raises:
         ValueError: a PrefetchLoader whose mean and std are not the transform's, a missing device, or a loader that
             moves images already.
-        ClassMismatchError: a transform without class_map, and a data set whose classes are not the model's.
+        ClassMismatchError: see `GLEMAugment.check_data`.
     """
 
     def __init__(
@@ -49,7 +50,8 @@ class AugmentedLoader:
         _refuse_twice(loader)
         self.off_epoch = None if off_epoch is None else check_whole("off_epoch", off_epoch, 0)
         _check_normalisation(loader, aug)
-        aug.check_data(getattr(loader, "dataset", None))
+        aug.check_data(data := getattr(loader, "dataset", None))
+        warn_of_lost_bits(data, aug.model.pixel_range)
         self.loader, self.aug, self.device = loader, aug, device
         self.epoch, self._enabled = 0, True
         self._shares_checked = _warn_unless_sharded(loader)
@@ -134,13 +136,11 @@ class MixupFn:
     Args:
         smoothing: label smoothing s: 1 - s + s / K' for the class, s / K' for other classes.
         mixup: a timm `Mixup` to apply afterwards, without its label_smoothing; None: none.
-        data: the data set, whose classes are checked; None: nothing is checked.
     """
 
-    def __init__(self, aug: GLEMAugment, smoothing: float = 0.0, mixup: Mixup | None = None, data: Any = None) -> None:
+    def __init__(self, aug: GLEMAugment, smoothing: float = 0.0, mixup: Mixup | None = None) -> None:
         if isinstance(mixup, FastCollateMixup):
             raise TypeError("a FastCollateMixup goes to the DataLoader, as aug.collate_fn(base=FastCollateMixup(...))")
-        aug.check_data(data)
         self.aug, self.mixup = aug, mixup
         self.label_smoothing = check_number("smoothing", smoothing, 0.0, 1.0)
         self.mixup_enabled = True
@@ -149,6 +149,8 @@ class MixupFn:
         """Augment images [B, C, H, W] with targets int64 [B], or soft [B, K'], which are not smoothed again."""
         classes = self.aug.num_classes
         self.aug.classes_of(target, len(x))
+        if self.mixup is not None and not x.is_floating_point():
+            raise TypeError(f"timm's Mixup takes floats, not {x.dtype}: give x.float() / 255, or leave mixup= out")
         soft = soft_labels(target, classes)
         if self.mixup_enabled:
             x, soft = self.aug(x, soft)
@@ -174,25 +176,23 @@ class AugmentingCollate(FastCollateMixup):
     """Collates samples with `base` and augments the batch, in the CPU workers of a DataLoader.
 
     It is a `FastCollateMixup` by type only, because timm's loader looks for that type: `loader.mixup_enabled = False`
-    turns it off, in running workers too, and also a FastCollateMixup that is its `base`.
+    turns it off, in running workers too, and also a FastCollateMixup that is its `base`. A worker checks the classes of
+    its data set.
 
     Args:
         aug: the transform; its model must be on the CPU in forked workers.
         base: a function from a list of samples to a batch of images and labels; None: torch's `default_collate`.
-        data: the data set, whose classes are checked now. Workers check their data set; without workers there is no
-            other check.
 
     Raises:
         ValueError: a policy with a classifier, which workers do not have, or a `base` that moves images already.
     """
 
-    def __init__(self, aug: GLEMAugment, base: Callable[[list[Any]], Any] | None = None, data: Any = None) -> None:
+    def __init__(self, aug: GLEMAugment, base: Callable[[list[Any]], Any] | None = None) -> None:
         if aug.policy.wants_classifier:
             raise ValueError(
                 f"{aug.policy!r} needs the classifier, which DataLoader workers do not have: use aug.wrap(loader)"
             )
         _refuse_twice(base)
-        aug.check_data(data)
         self._checked = False
         self.aug, self.base = aug, base or default_collate
         # In shared memory, so that persistent workers see a change of the switch.

@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -30,9 +31,10 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from glem_augment.augment.labels import mixed_labels
-from glem_augment.checks import check_choice, check_number, closest
+from glem_augment.checks import check_choice, check_number
 from glem_augment.classes.modes import combine_modes, project_on_modes
 from glem_augment.model.glem import GLEM
+from glem_augment.parts import find, kinds
 from glem_augment.tensors import evaluating, frozen, send
 
 Partner = Literal["same", "any"]
@@ -170,7 +172,8 @@ class Batch:
         """The top modes of each row's class."""
         modes, k = self.model.modes, self.selected.modes
         assert modes is not None
-        return Basis(modes.directions[:, :k], self.params.cls, modes.scales[self.cls, :k], modes.mean, self.cls)
+        scales = modes.scales[modes.rows(self.cls), :k]
+        return Basis(modes.directions[:, :k], modes.rows(self.params.cls), scales, modes.mean, self.cls)
 
     def loss_gradient(self, latents: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
         """The gradient of the attached classifier's loss in the argument of `latents`, at `at`, which has n rows."""
@@ -180,14 +183,12 @@ class Batch:
 
 # ---- policies --------------------------------------------------------------------------------------------------------
 
-_KNOWN: dict[str, type[Policy]] = {}
-
 
 class Policy(ABC):
     """How images are moved. A subclass with `draw` and `move` is a policy of your own (docs/plugin.md).
 
     `name`, the class's name in lower case, may stand for a policy with its defaults. The attributes of a policy are its
-    arguments, under the same names, as JSON can carry them: `GLEMAugment.to_config` saves them.
+    arguments, under the same names.
     """
 
     name: ClassVar[str]
@@ -196,10 +197,9 @@ class Policy(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.name = cls.__name__.lower()
-        known = _KNOWN.setdefault(cls.name, cls)
-        if known.__module__ == __name__ != cls.__module__:
+        if (known := kinds("policy").get(cls.name, cls)).__module__ == __name__ != cls.__module__:
             raise ValueError(f"the library has a policy {known.__name__!r} already: give your class another name")
-        _KNOWN[cls.name] = cls  # a notebook defines a class again when its cell runs again
+        kinds("policy")[cls.name] = cls  # a notebook defines a class again when its cell runs again
 
     @abstractmethod
     def draw(self, selected: Selected, generator: torch.Generator) -> dict[str, Tensor]:
@@ -237,12 +237,7 @@ def as_policy(policy: Policy | str | Mapping[str, Any]) -> Policy:
         raise TypeError(f"policy must be a Policy, as Noise(strength=0.5), or the name of one, got {policy!r}")
     arguments = {} if isinstance(policy, str) else {**policy}
     name = policy if isinstance(policy, str) else arguments.pop("name", None)
-    if str(name) not in _KNOWN:
-        raise ValueError(
-            f"there is no policy {name!r}{closest(name, _KNOWN)}; there are {', '.join(_KNOWN)}. Import the module of "
-            "your policy first"
-        )
-    return _KNOWN[str(name)](**arguments)
+    return find("policy", name)(**arguments)
 
 
 class Mixup(Policy):
@@ -375,8 +370,9 @@ def _partners(batch: Batch) -> Tensor:
     source = batch.model.latent_classes.sampler("rfcm")
     # One seed per row: the draw must not depend on which other rows need a partner.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in drawn["seeds"][missing].tolist()]
-    noise = torch.cat([_normal(1, source.noise_size, generator) for generator in generators])
-    draws = source.sample_from_noise(drawn["partner_cls"][missing], send(noise, device))
+    noise = [send(_normal(1, source.noise_size, generator), device) for generator in generators]
+    rows = zip(drawn["partner_cls"][missing].split(1), noise, strict=True)
+    draws = torch.cat([source.sample_from_noise(y, row) for y, row in rows])  # one by one, to the last bit
     return batch.partner.index_copy(0, send(missing, device), draws.to(batch.partner.dtype))
 
 
@@ -388,14 +384,14 @@ class Classifier:
     """
 
     def __init__(
-        self, classifier: nn.Module, loss: Callable[[Any, Tensor], Tensor] | None, autocast: torch.dtype | None
+        self, classifier: nn.Module, loss: Callable[[Any, Tensor], Tensor], autocast: torch.dtype | None
     ) -> None:
         if not isinstance(classifier, nn.Module):
             raise TypeError(f"classifier must be a torch.nn.Module, got {type(classifier).__name__}")
         from timm.utils import unwrap_model  # timm takes a second to import
 
         self.module: nn.Module = unwrap_model(classifier)
-        self.loss, self.autocast = loss or _cross_entropy, autocast
+        self.loss, self.autocast = loss, autocast
 
     def gradient(self, images_at: Callable[[Tensor], Tensor], at: Tensor, labels: Tensor, model: nn.Module) -> Tensor:
         """The gradient of the loss, summed over rows, in the argument of `images_at`, at `at`; in the shape of `at`.
@@ -427,13 +423,16 @@ class Classifier:
         return gradient
 
 
-def _cross_entropy(output: Any, labels: Tensor) -> Tensor:
+def cross_entropy(classes: int) -> Callable[[Any, Tensor], Tensor]:
+    """The cross-entropy of an output, or of its `logits` [B, K], with labels of so many classes, summed over rows."""
+    return partial(_cross_entropy, classes)
+
+
+def _cross_entropy(classes: int, output: Any, labels: Tensor) -> Tensor:
     logits = getattr(output, "logits", output).float()
-    if labels.ndim == 1:
-        return F.cross_entropy(logits, labels.long(), reduction="sum")
-    if logits.shape != labels.shape:
+    if logits.shape[1] < classes or (labels.ndim == 2 and logits.shape != labels.shape):
         raise ValueError(
-            f"the classifier gives {tuple(logits.shape)}, the labels are {tuple(labels.shape)}: give the transform a "
-            "class_map with an entry for each class of the classifier, or give attach a loss"
+            f"the classifier gives {list(logits.shape)}, and the transform has {classes} classes: give the transform "
+            "the classes= of the classifier's data, or give attach a loss"
         )
-    return F.cross_entropy(logits, labels.float(), reduction="sum")
+    return F.cross_entropy(logits, labels.long() if labels.ndim == 1 else labels.float(), reduction="sum")

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -22,14 +24,23 @@ from torch.utils.data import get_worker_info
 
 from glem_augment.augment.counts import MoveCounts
 from glem_augment.augment.labels import soft_labels
-from glem_augment.augment.policies import AugmentParams, Batch, Classifier, ClassIndex, Policy, Selected, as_policy
+from glem_augment.augment.policies import (
+    AugmentParams,
+    Batch,
+    Classifier,
+    ClassIndex,
+    Policy,
+    Selected,
+    as_policy,
+    cross_entropy,
+)
 from glem_augment.checks import check_number, check_whole
 from glem_augment.codec.resize import PixelAdapter
 from glem_augment.distributed import rank
 from glem_augment.errors import ClassMismatchError
-from glem_augment.flows.linear import FlatIdentity
 from glem_augment.images.matching import check_class_map, match_classes, named_classes
 from glem_augment.model.glem import GLEM, as_model
+from glem_augment.model.latent_model import largest_change
 from glem_augment.names import PolicyName
 from glem_augment.tensors import evaluating, send, weights_key
 
@@ -50,15 +61,18 @@ class GLEMAugment(nn.Module):
     Args:
         model: a GLEM with fitted modes (`model.fit_modes(data)`), or its name (see `GLEM.from_pretrained`).
         policy: how images are moved: Mixup(), Noise() or Adversarial(), with arguments; "mixup", "noise" and
-            "adversarial" are short for their defaults. A policy of your own is a subclass of `Policy`.
+            "adversarial" are short for their defaults, and {"name": "noise", "strength": 0.3} is a policy in a file of
+            settings. A policy of your own is a subclass of `Policy`.
             Adversarial(strength=0.25) measured better, where a classifier is at hand: see docs/evidence.md.
         p: float in [0, 1]: the part of the images that is moved. In a batch p * B rows are, rounded up or down at
             random; with p = 0 the same images come back.
         modes: how many of the top modes are used, at most `model.modes.rank`; None: 64, or all if there are fewer.
         mean, std: the numbers by which the input is normalised, one or one per channel; None: it is in [0, 1] or uint8.
-        class_map: the model's class for each of the K' data classes, see `match_classes`; None or -1: the model lacks
-            the class, and its images are passed through and counted. By default both have the same classes. A model of
-            one class moves all images with [0] * K'. Soft labels have the width K'.
+        classes: the names (or ids) of the K' data classes in index order, or the data set, which are matched with the
+            model's; see `match_classes`. None: the data has the model's classes in the model's order; the first call
+            warns that this was not checked. Soft labels have the width K'.
+        class_map: in place of `classes` the model's class for each of the K' data classes; None or -1: the model lacks
+            the class, and its images are passed through and counted.
         seed: whole number, of all draws; None: drawn from torch's global generator.
 
     Attributes:
@@ -72,23 +86,30 @@ class GLEMAugment(nn.Module):
     def __init__(
         self,
         model: GLEM | str | os.PathLike[str],
-        policy: Policy | PolicyName = "mixup",
+        policy: Policy | PolicyName | Mapping[str, Any] = "mixup",
         p: float = 0.5,
         modes: int | None = None,
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
+        classes: Any = None,
         class_map: Sequence[int | None] | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.p = check_number("p", p, 0.0, 1.0)
-        self._name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
         model = as_model(model)
         self.__dict__["model"] = model  # nn.Module would register it as a sub-module
         self.modes = model.checked_modes(modes)
         self.pixels = PixelAdapter(model.image_shape, mean, std, model.pixel_range)
+        if classes is not None and class_map is not None:
+            raise ValueError("give classes or class_map, not both: class_map says which classes the data has")
+        self._by_name = classes is not None
+        if classes is not None:
+            listed = list(classes) if isinstance(classes, (tuple, list)) else classes
+            class_map = match_classes(model, listed, fix=_MAP).tolist()
         self.class_map = check_class_map(class_map, model.num_classes)
+        self._order_known = self.class_map is not None or model.num_classes == 1
         self._classes = ClassIndex(self.class_map or range(model.num_classes), model.num_classes)
         self.num_classes = len(self._classes.to_model)
         if seed is None:
@@ -104,7 +125,7 @@ class GLEMAugment(nn.Module):
         return self._policy
 
     @policy.setter
-    def policy(self, policy: Policy | PolicyName) -> None:
+    def policy(self, policy: Policy | PolicyName | Mapping[str, Any]) -> None:
         self._policy = as_policy(policy)
 
     @property
@@ -131,7 +152,7 @@ class GLEMAugment(nn.Module):
         """
         if not self.policy.wants_classifier:
             raise ValueError(f"{self.policy!r} uses no classifier: attach is for policies such as Adversarial()")
-        self._classifier = Classifier(classifier, loss, autocast)
+        self._classifier = Classifier(classifier, loss or cross_entropy(self.num_classes), autocast)
         return self
 
     # ---- a call ----------------------------------------------------------------------------------------------
@@ -156,6 +177,14 @@ class GLEMAugment(nn.Module):
             self.pixels.check(x)
             return self.forward(x, self._classes.mapped[:1].expand(len(x)))[0]
         data_cls = self._check(x, y)
+        if not self._order_known:
+            self._order_known = True
+            names = ", ".join(self.model.classes[:3]) + (", ..." if self.num_classes > 3 else "")
+            warnings.warn(
+                f"it was not checked that the labels count the model's classes ({names}): name the data's classes in "
+                "index order, as in GLEMAugment(..., classes=data.classes)",
+                stacklevel=5,
+            )
         return self._augmented(x, y, data_cls, self._draw(data_cls, self._generator()))
 
     def draw(self, x: Tensor | Sequence[int], y: Tensor, generator: torch.Generator | None = None) -> AugmentParams:
@@ -173,6 +202,8 @@ class GLEMAugment(nn.Module):
     def _check(self, x: Tensor, y: Any) -> Tensor:
         """Check a batch; returns its labels' classes, int64 [B] on the CPU."""
         self.pixels.check(x)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("moves have no gradient, and these images require one: give x.detach()")
         if self.policy.wants_classifier and self._classifier is None:
             raise ValueError(f"{self.policy!r} needs a classifier: call aug.attach(classifier), on a copy again")
         if self.model.modes is None or self.model.modes.rank < self.modes:  # modes may have been fitted again
@@ -217,9 +248,13 @@ class GLEMAugment(nn.Module):
         images = self.pixels.to_floats(x.view(bits).index_select(0, send(index, device)).view(x.dtype))
         small = self.pixels.to_model(images)
         with evaluating(model):
-            encoded = model.encode(small)[0]
-            images, small, z = images[:n], small[:n], encoded[:n]
-            base, back = self._unmoved(model, z, small)
+            h, encoded, _ = model.numbers_and_latents(small)
+            images, z = images[:n], encoded[:n]
+            # Information lost in encoding is invisible in z, so z is decoded. The limit is half of 1/255 of the range.
+            unmoved = model.inverse(z)
+            back = largest_change(h[:n], unmoved) < 0.5 / 255
+            # An autoencoder does not decode z to `small`, and its error is no part of the change.
+            base = small[:n] if model.codec.exact else model.pixel_range.clamp(model.decode_numbers(unmoved))
             shown = x.dtype if x.is_floating_point() else torch.float32
             batch = Batch(
                 model=model,
@@ -265,17 +300,6 @@ class GLEMAugment(nn.Module):
                 self._copies[device] = version, self.model.on(device)
         return self._copies[device][1]
 
-    def _unmoved(self, model: GLEM, z: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
-        """The unmoved images at the model's size, and which rows the model gives back, bool [n].
-
-        A flow on pixels decodes z to `small` itself. An autoencoder does not, and its error is no part of the change.
-        """
-        back = torch.ones(len(z), dtype=torch.bool, device=z.device)
-        if type(model.flow) is not FlatIdentity:  # which loses nothing
-            # Information lost in encoding is invisible in z, so z is decoded. The limit is half of 1/255 of the range.
-            back = model.flow_error(small, z) < 0.5 / 255
-        return small if model.codec.exact else model.pixel_range.clamp(model.decode(z, clamp=False)), back
-
     def _images(self, decoded: Tensor, images: Tensor, small: Tensor, dtype: torch.dtype) -> Tensor:
         """Images of the user's size and range, from decoded ones at the model's size; differentiable."""
         return self.pixels.from_model(images, small, self.model.pixel_range.clamp(decoded), dtype)
@@ -295,7 +319,8 @@ class GLEMAugment(nn.Module):
         """
         classes = self.num_classes
         if not isinstance(y, Tensor):
-            raise TypeError(f"y must be a tensor of labels, got {type(y).__name__}")
+            fix = ": call aug(x, y); nn.Sequential passes images alone, v2.Compose passes both" if y is None else ""
+            raise TypeError(f"y must be a tensor of labels, got {type(y).__name__}{fix}")
         if y.shape not in ((batch,), (batch, classes)):
             fix = ""
             if y.ndim == 2 and len(y) == batch:
@@ -303,7 +328,10 @@ class GLEMAugment(nn.Module):
             wanted = f"integers [{batch}] or soft labels [{batch}, {classes}]"
             raise ValueError(f"y must be {wanted}, got {tuple(y.shape)}{fix}")
         if y.is_floating_point() != (y.ndim == 2) or y.is_complex() or y.dtype == torch.bool:
-            raise TypeError(f"labels [B] must be integers, and soft labels [B, K'] floating point; got {y.dtype}")
+            fix = "y.float(), or y.argmax(1) for the classes" if y.ndim == 2 else "y.long()"
+            raise TypeError(
+                f"labels [B] must be integers, and soft labels [B, K'] floating point; got {y.dtype}: give {fix}"
+            )
         if y.ndim == 2:
             strongest = y.detach().max(dim=1)
             return strongest.indices.masked_fill(strongest.values <= 0, -1)
@@ -319,27 +347,25 @@ class GLEMAugment(nn.Module):
 
     @property
     def _more_classes(self) -> str:
-        known = "[0] * K for K classes" if self.model.num_classes == 1 else "match_classes(model, data, partial=True)"
-        return f"give class_map={known} if the data has other classes than the model"
+        return "name the data's classes, GLEMAugment(..., classes=data.classes), if they are not the model's"
 
     def check_data(self, data: Any) -> None:
-        """ClassMismatchError unless data and model have the same classes in the same order, or class_map is given.
+        """ClassMismatchError unless the classes of the data are the transform's, in the same order.
 
-        Data without class names is not checked.
+        Data without class names is not checked, nor is any data if class_map was given.
         """
-        if self.class_map is not None or (named := named_classes(data)) is None:
+        if (self.class_map is not None and not self._by_name) or (named := named_classes(data)) is None:
             return
-        index = match_classes(self.model, data, fix=_MAP).tolist()
-        if self.model.num_classes < len(index):
-            raise ClassMismatchError(
-                f"the data has {len(index)} classes, the model {self.model.num_classes}; {self._more_classes}"
-            )
-        i = next((i for i, j in enumerate(index) if j != i), None)
+        found = match_classes(self.model, data, fix=_MAP).tolist()
+        wanted = [*(self.class_map or range(self.num_classes))][: len(found)]
+        i = next((i for i, (a, b) in enumerate(zip_longest(found, wanted)) if a != b), None)
         if i is not None:
+            other = f"class {self.model.classes[wanted[i]]!r}" if i < len(wanted) else f"only {len(wanted)} classes"
             raise ClassMismatchError(
-                f"the data set's class {i} is {named[1][i]!r}, the model's {self.model.classes[i]!r}: make the "
-                f"transform with class_map=match_classes(model, data), which begins {index[:20]}"
+                f"class {i} of the data is {named[1][i]!r}, and the transform has {other} of the model there: make it "
+                "with GLEMAugment(..., classes=data.classes)"
             )
+        self._order_known = True
 
     # ---- ways into a training loop ---------------------------------------------------------------------------
 
@@ -349,17 +375,17 @@ class GLEMAugment(nn.Module):
 
         return AugmentedLoader(loader, self, device=device, off_epoch=off_epoch)
 
-    def as_mixup_fn(self, smoothing: float = 0.0, mixup: Any = None, data: Any = None) -> Any:
+    def as_mixup_fn(self, smoothing: float = 0.0, mixup: Any = None) -> Any:
         """A function in the place of timm's `mixup_fn`, whose labels are always soft: see `loops.MixupFn`."""
         from glem_augment.augment.loops import MixupFn
 
-        return MixupFn(self, smoothing, mixup, data)
+        return MixupFn(self, smoothing, mixup)
 
-    def collate_fn(self, base: Callable[[list[Any]], Any] | None = None, data: Any = None) -> Any:
+    def collate_fn(self, base: Callable[[list[Any]], Any] | None = None) -> Any:
         """A collate function for workers, on whose CPUs the model then runs: see `loops.AugmentingCollate`."""
         from glem_augment.augment.loops import AugmentingCollate
 
-        return AugmentingCollate(self, base, data)
+        return AugmentingCollate(self, base)
 
     def as_transform(self) -> Any:
         """A `torchvision.transforms.v2.Transform` on tuples, dicts and tv_tensors: see `structures.GLEMTransform`."""
@@ -376,29 +402,6 @@ class GLEMAugment(nn.Module):
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Continue the draws from a state of `get_extra_state`."""
         self.seed, self._calls = state["seed"], state["calls"]
-
-    def to_config(self) -> dict[str, Any]:
-        """Every setting, as JSON or YAML can carry it.
-
-        `model` is its name, None for a model given as an object; `policy` is {"name": ..., its arguments}.
-
-        Raises:
-            TypeError: a policy of your own whose attributes are not its arguments.
-        """
-        policy = {"name": self.policy.name, **vars(self.policy)}
-        as_policy(policy)  # `from_config` must be able to make it
-        found = {"model": self.model.origin or self._name, "policy": policy, **self._settings()}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], model: GLEM | str | None = None) -> GLEMAugment:
-        """The transform that `to_config` described, before its first call; `model` replaces config["model"].
-
-        Settings that `config` lacks have their defaults. The module with a policy of your own must be imported before.
-        """
-        given = {name: value for name, value in config.items() if name not in ("model", "policy")}
-        policy = as_policy(config.get("policy", "mixup"))
-        return cls(config.get("model") if model is None else model, policy, **given)  # type: ignore[arg-type]
 
     def _settings(self) -> dict[str, Any]:
         named = {name: getattr(self, name) for name in ("p", "modes", "class_map", "seed")}

@@ -1,11 +1,12 @@
-"""Covariances of classes: one that all share, and what each class adds to it.
+"""The covariance that all classes share, with the directions in which a class differs.
 
 In the coordinates u = G z, a fixed linear map, the covariance W that all classes share is the identity. Class y has
 
     z  ~  N(m_y, W_y),        G W_y G^T  =  r_y (I - E_y^T E_y) + E_y^T diag(v_y) E_y,
 
-with orthonormal rows E_y [k, d]. Densities and samples cost O(r d) for all classes, with r directions in G, and O(k d)
-for each class. No d x d matrix is made. `classes.fit` estimates the numbers.
+with orthonormal rows E_y [k, d]. Samples and moves have other v_y and r_y than densities, with more of the class's own
+variation. Densities and samples cost O(r d) for all classes, with r directions in G, and O(k d) for each class. No
+d x d matrix is made. `classes.fit` estimates the numbers.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from glem_augment.classes.gaussians import ClassSampler
 from glem_augment.flows.linear import Whiten
 from glem_augment.flows.public import PublicFlow
 from glem_augment.precision import full_precision
+from glem_augment.tensors import send
 
-_ROUNDS, _MORE = 6, 16  # of subspace iteration, and the directions that it adds to the wanted ones
-_ROWS = 256  # unit vectors at a time
+_ROUNDS, _MORE = 3, 16  # of subspace iteration, and the directions that it adds to the wanted ones
 
 
 class SharedCoordinates(nn.Module):
@@ -50,6 +51,14 @@ class SharedCoordinates(nn.Module):
         found = self.whiten.logdet().double()
         return found if self.public is None else found + self.public.logdet()
 
+    def variances(self) -> Tensor:
+        """The diagonal of (G^T G)^-1, the variances of z where u is white: [d]. With public coordinates `whiten.scale`
+        is one number."""
+        whiten = self.whiten
+        found = whiten.scale**-2 if self.public is None else self.public.variances() * whiten.scale.mean() ** -2
+        rows = from_public(whiten.directions / whiten.scale, self.public)
+        return found + (whiten.gain**-2 - 1) @ rows.square()
+
 
 def to_public(z: Tensor, public: PublicFlow | None) -> Tensor:
     """Latents z [B, d] in public coordinates; z itself where there are none."""
@@ -69,12 +78,15 @@ class ClassCovariances(ClassSampler):
         directions: [K, k, d], E; zero rows where a class has fewer.
         variances: [K, k], v along E; r where a class has fewer.
         rest: [K], r.
+        drawn_variances, drawn_rest: v and r of samples and moves.
     """
 
     mean: Tensor
     directions: Tensor
     variances: Tensor
     rest: Tensor
+    drawn_variances: Tensor
+    drawn_rest: Tensor
 
     def __init__(self, num_classes: int, rank: int, coordinates: SharedCoordinates) -> None:
         super().__init__()
@@ -84,6 +96,8 @@ class ClassCovariances(ClassSampler):
         self.register_buffer("directions", torch.zeros(num_classes, rank, self.dim))
         self.register_buffer("variances", torch.ones(num_classes, rank))
         self.register_buffer("rest", torch.ones(num_classes))
+        self.register_buffer("drawn_variances", torch.ones(num_classes, rank))
+        self.register_buffer("drawn_rest", torch.ones(num_classes))
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log N(z; m_y, W_y) of latents z [B, d] under every class, [B, K] nats."""
@@ -102,26 +116,22 @@ class ClassCovariances(ClassSampler):
     def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """m_y + temperature * W_y^(1/2) noise [B, d], of the classes y, int64 [B], from noise [B, d].
 
-        A sample depends on no other sample, to the last bit, where the host knows y.
+        For a y on a GPU the host waits.
         """
-        if not len(noise):
-            return noise
-        if y.device.type == "cpu":
-            rows = zip(y.split(1), noise.split(1), strict=True)
-            moves = torch.cat([self.coordinates.inverse(self._scaled(e, c, 0.5)) for c, e in rows])
-        else:
-            moves = self.coordinates.inverse(self._scaled(noise, y, 0.5))
-        return self.mean[y] + temperature * moves
+        u = torch.empty_like(noise)
+        for k in y.unique().tolist():
+            rows = send((y == k).nonzero()[:, 0], noise.device)
+            u[rows] = self._scaled(noise[rows], k, 0.5)
+        return self.mean[send(y, noise.device)] + temperature * self.coordinates.inverse(u)
 
-    def _scaled(self, u: Tensor, y: Tensor, power: float) -> Tensor:
-        """(G W_y G^T)^power u [B, d], of the classes y [B]."""
-        directions, rest = self.directions[y], self.rest[y, None] ** power
-        along = torch.einsum("nd,nkd->nk", u, directions) * (self.variances[y] ** power - rest)
-        return rest * u + torch.einsum("nk,nkd->nd", along, directions)
+    def _scaled(self, u: Tensor, y: int, power: float) -> Tensor:
+        """(G W_y G^T)^power u for rows u [m, d], with the W_y of samples."""
+        directions, rest = self.directions[y], self.drawn_rest[y] ** power
+        return rest * u + (u @ directions.T * (self.drawn_variances[y] ** power - rest)) @ directions
 
     @torch.no_grad()
-    def leading(self, y: int, rank: int) -> tuple[Tensor, Tensor]:
-        """The leading directions of W_y [rank, d], orthonormal, and the standard deviations [rank] along them.
+    def leading(self, y: int | None, rank: int) -> tuple[Tensor, Tensor]:
+        """The leading directions of samples' W_y, or of W for None, and the deviations along them: [rank, d], [rank].
 
         By subspace iteration (Halko, Martinsson & Tropp 2011), and exact where there are about d directions.
         """
@@ -135,24 +145,17 @@ class ClassCovariances(ClassSampler):
         positive = directions.amax(1, keepdim=True) >= -directions.amin(1, keepdim=True)
         return directions * torch.where(positive, 1, -1), values.flip(0)[:rank].clamp_min(0).sqrt().to(found)
 
-    def _covariance_times(self, z: Tensor, y: int) -> Tensor:
-        """W_y z for rows z [m, d]. G is linear, so its transpose is its gradient."""
+    def _covariance_times(self, z: Tensor, y: int | None) -> Tensor:
+        """W_y z, or W z, for rows z [m, d]. G is linear, so its transpose is its gradient."""
         u = torch.zeros_like(z)
         with torch.enable_grad():
             (u,) = torch.autograd.grad(self.coordinates.inverse(u.requires_grad_()), u, z)
-        rest, directions = self.rest[y], self.directions[y]
-        scaled = rest * u + (u @ directions.T * (self.variances[y] - rest)) @ directions
-        return self.coordinates.inverse(scaled)
+        return self.coordinates.inverse(u if y is None else self._scaled(u, y, 1.0))
 
     @torch.no_grad()
     def diagonals(self) -> Tensor:
-        """The variances of every class in every dimension, the diagonals of W_y: [K, d]."""
-        shared = torch.zeros_like(self.mean[0])
-        for start in range(0, self.dim, _ROWS):
-            unit = torch.eye(min(_ROWS, self.dim - start), self.dim - start).to(shared)
-            unit = torch.nn.functional.pad(unit, (start, 0))
-            shared += self.coordinates.inverse(unit).square().sum(0)
-        found = self.rest[:, None] * shared
-        for k, (directions, v, rest) in enumerate(zip(self.directions, self.variances, self.rest, strict=True)):
-            found[k] += (v - rest) @ self.coordinates.inverse(directions).square()
+        """The variances of samples of every class in every dimension: [K, d]."""
+        found = self.drawn_rest[:, None] * self.coordinates.variances()
+        for k, (directions, v) in enumerate(zip(self.directions, self.drawn_variances, strict=True)):
+            found[k] += (v - self.drawn_rest[k]) @ self.coordinates.inverse(directions).square()
         return found

@@ -6,11 +6,16 @@ the pooled within-class covariance S of all classes and the covariance S_y of th
     W    =  (nu0 s T + N S) / (nu0 + N),              nu0 = 3 d,
     W_y  =  (nu1 W + (n_y - 1) S_y) / (nu1 + n_y - 1),      nu1 = 2 d + 4 n_y.
 
-The target T is public where the latents have public coordinates (`flows.public`), with the scale s of the images; else
-it is the diagonal of S. So a class of few images has nearly the covariance W of all, a class of many keeps up to a
-fifth of S_y, and a few images of all classes nearly have T. In the coordinates where T is the identity, class means
-are shrunk towards their mean, by the factor f / (f + s / n_y) in each coordinate. The prior f is the public variance of
-class means, plus a number that is the same in all coordinates and makes up for what the means vary more than f.
+Samples and moves have nu1 = 2 d in place of this nu1: a class of many images keeps nearly all of S_y there, as a
+likelihood prefers, while a classifier gains by more shrinkage (Friedman, Regularized Discriminant Analysis, 1989).
+
+The target T is public where the latents have public coordinates (`flows.public`), with the scale s of the images;
+else it is the diagonal of S. So a class of few images has nearly the covariance W of all classes, a class of many keeps
+up to a fifth of S_y, and where all classes are small W is nearly T.
+
+In the coordinates where s T is the identity, class means are shrunk towards their mean, by f / (f + 1 / n_y) in each
+coordinate. The prior f is the public variance of class means (zero without public coordinates), plus a number, the same
+in all coordinates, that makes up for what the class means vary more than that.
 
 The posterior's temperature is fitted to latents that are held out of a second estimate.
 
@@ -44,14 +49,14 @@ LEAST_SHARE = 1e-5
 REST_FLOOR = 1e-8
 # config.json holds numbers of psi up to 1e6; a flow can't invert latents of that size anyway.
 _LARGEST_VARIANCE = 1e5
-_MOST_NUMBERS = 2**22  # in the directions of all classes
+_MOST_NUMBERS, _MOST_MODES = 2**22, 2**26  # in the directions of all classes, and in their modes
 
 Psi = tuple[float, float, float] | None
 
 
 def directions_of_class(num_classes: int, dim: int) -> int:
     """How many directions of its covariance a class keeps at most, so that all classes fit in memory and in a file."""
-    return min(dim, max(16, _MOST_NUMBERS // (num_classes * dim)))
+    return min(dim, _MOST_NUMBERS // (num_classes * dim))
 
 
 @torch.no_grad()
@@ -67,7 +72,8 @@ def fit_classes(
     Args:
         statistics: of latents in public coordinates, where there are any.
         shape: (C, H, W) of the numbers that the latents were made of.
-        rank: the leading directions of each class to keep for moves; at most d.
+        rank: the leading directions of each class to keep for moves; at most d. Where the directions of all classes
+            would be more than `_MOST_MODES` numbers, all classes share the directions of W.
         psi: of the model's Gaussians; the new ones get a wider psi where this one can't hold their variances.
 
     Raises:
@@ -76,20 +82,25 @@ def fit_classes(
     found = classes_of(estimate(statistics, shape, public), statistics.counts(), rank, psi)
     if statistics.others is not None:
         held = from_public(statistics.held, public)
-        y = torch.repeat_interleave(torch.tensor(statistics.held_counts))
-        found.temperature = fit_temperature(estimate(statistics.others, shape, public).log_prob(held), y)
+        labels = torch.repeat_interleave(torch.tensor(statistics.held_counts))
+        found.temperature = fit_temperature(estimate(statistics.others, shape, public).log_prob(held), labels)
     return found
 
 
 @torch.no_grad()
 def classes_of(covariances: ClassCovariances, counts: Tensor, rank: int, psi: Psi = None) -> Classes:
-    """Classes with these covariances, and with the Gaussians and modes that follow; `counts` are the images [K]."""
+    """Classes with these covariances, and with the Gaussians and modes that follow; `counts` are the images [K].
+
+    The other arguments are as for `fit_classes`.
+    """
     classes, dim = covariances.mean.shape
-    modes = ClassModes(classes, min(rank, dim), dim)
+    rank = min(rank, dim)
+    common = classes * rank * dim > _MOST_MODES
+    modes = ClassModes(classes, rank, dim, common=common)
     modes.mean.copy_(covariances.mean)
     modes.counts.copy_(counts)
-    for y in range(classes):
-        modes.directions[y], modes.scales[y] = covariances.leading(y, modes.rank)
+    for row in range(len(modes.directions)):
+        modes.directions[row], modes.scales[row] = covariances.leading(None if common else row, rank)
     variance = covariances.diagonals()
     gaussians = ClassGaussians(classes, dim, psi=psi_that_holds(variance, psi))
     gaussians.mu.copy_(covariances.mean)
@@ -146,24 +157,29 @@ def estimate(
     for y, each in enumerate(statistics.classes):
         _add_class(found, y, each)
     used = int((found.directions.square().sum(2) > 0.5).sum(1).max())
-    found.directions, found.variances = found.directions[:, :used].clone(), found.variances[:, :used].clone()
+    for name in ("directions", "variances", "drawn_variances"):
+        setattr(found, name, getattr(found, name)[:, :used].clone())
     found.rank = used
     return found
 
 
 def _add_class(found: ClassCovariances, y: int, each: Moments) -> None:
     """Set the covariance W_y of class y from its moments."""
-    nu1 = NU1 * found.dim + NU1_IMAGES * each.count
-    total = nu1 + each.count - 1
     whiten = found.coordinates.whiten
     rows = whiten(each.rows().float())
     hidden = float(((each.squares - each.rows().square().sum(0)) * whiten.scale.double().square()).sum())
     directions, lengths = orthonormal(leading_rows(rows, found.rank))
     left = float(rows.double().square().sum() - lengths.square().sum()) + max(hidden, 0.0)
-    rest = (nu1 + max(left, 0.0) / max(1, found.dim - len(lengths))) / total
-    found.rest[y], found.variances[y] = rest, rest
-    found.variances[y, : len(lengths)] = (nu1 + lengths.square()).float() / total
+    left = max(left, 0.0) / max(1, found.dim - len(lengths))
     found.directions[y, : len(lengths)] = directions.float()
+    drawn = NU1 * found.dim
+    for nu1, variances, rest in (
+        (drawn + NU1_IMAGES * each.count, found.variances, found.rest),
+        (drawn, found.drawn_variances, found.drawn_rest),
+    ):
+        total = nu1 + each.count - 1
+        rest[y] = variances[y] = (nu1 + left) / total
+        variances[y, : len(lengths)] = (nu1 + lengths.square()).float() / total
 
 
 def shrunk_means(
@@ -200,7 +216,7 @@ def between_and_more(squares: Tensor, noise: Tensor, between: Tensor, trust: Ten
 def fit_modes(statistics: ClassStatistics, rank: int, full: bool = False) -> ClassModes:
     """Means, principal modes and remaining variances of each class alone, on the CPU (RFCM).
 
-    A class keeps min(rank, n - 1, d) modes of its own unbiased covariance, fewer where its latents span fewer
+    A class keeps min(rank, n - 1, d) modes of the unbiased covariance of its images, fewer where its latents span fewer
     directions. A class of one image gets the pooled modes.
     """
     dim, pooled = statistics.dim, statistics.pooled

@@ -22,7 +22,7 @@ from glem_augment.classes.gaussians import ClassSampler
 from glem_augment.precision import full_precision
 from glem_augment.tensors import send, weights_key
 
-# How far a class's covariance is shrunk to the pooled one (benchmarks/results/covariances.md; 0.9 is a tie).
+# How far a class's covariance is shrunk to the pooled one (docs/what_was_tried.md; 0.9 is a tie).
 SHRUNK = 0.8
 
 
@@ -78,9 +78,10 @@ class ClassModes(ClassSampler):
 
     Buffers, for K classes:
         mean: [K, d].
-        directions: [K, k, d], orthonormal rows; zero rows where a class has fewer than k modes.
-        scales: [K, k], the standard deviation along each mode, descending.
-        rest: [K, d], the variance per dimension outside the modes.
+        directions: [K, k, d], orthonormal rows; zero rows where a class has fewer than k modes. [1, k, d] if `common`,
+            where all classes have the same modes.
+        scales: [K, k], the standard deviation along each mode, descending; [1, k] if common.
+        rest: [K, d], the variance per dimension outside the modes; [1, d] if common.
         counts: int64 [K], images seen.
         shared_directions, shared_scales: [j, d] and [j], the modes of the pooled within-class covariance.
 
@@ -95,13 +96,16 @@ class ClassModes(ClassSampler):
     shared_directions: Tensor
     shared_scales: Tensor
 
-    def __init__(self, num_classes: int, rank: int, dim: int, shared_rank: int | None = None) -> None:
+    def __init__(
+        self, num_classes: int, rank: int, dim: int, shared_rank: int | None = None, common: bool = False
+    ) -> None:
         super().__init__()
-        shared = shared_rank or rank
+        shared, rows = shared_rank or rank, 1 if common else num_classes
+        self.common = common  # to all classes
         self.register_buffer("mean", torch.zeros(num_classes, dim))
-        self.register_buffer("directions", torch.zeros(num_classes, rank, dim))
-        self.register_buffer("scales", torch.zeros(num_classes, rank))
-        self.register_buffer("rest", torch.zeros(num_classes, dim))
+        self.register_buffer("directions", torch.zeros(rows, rank, dim))
+        self.register_buffer("scales", torch.zeros(rows, rank))
+        self.register_buffer("rest", torch.zeros(rows, dim))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("shared_directions", torch.zeros(shared, dim))
         self.register_buffer("shared_scales", torch.zeros(shared))
@@ -113,17 +117,21 @@ class ClassModes(ClassSampler):
     def fewest_and_most(self) -> tuple[int, int]:
         """The smallest and the largest number of modes (of any length) that a class has."""
         present = (self.scales > 0).sum(1)
-        if bool(self.counts.any()):
+        if bool(self.counts.any()) and not self.common:
             present = present[self.counts > 0]
         return int(present.min()), int(present.max())
+
+    def rows(self, y: Tensor) -> Tensor:
+        """The rows of `directions`, `scales` and `rest` of classes y, int64 of any shape."""
+        return torch.zeros_like(y) if self.common else y
 
     # ---- classes as a whole ------------------------------------------------------------------------------------------
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log N(z; m_y, C_y) of latents z [B, d] under every class, [B, K] nats: a regularised discriminant analysis.
 
-        C_y = (1 - a) S_y + a W with the covariance S_y of the class, the pooled one W,
-        whose modes must span the space, and a = `SHRUNK` (Friedman 1989).
+        C_y = (1 - a) S_y + a W with the covariance S_y of the class, the pooled one W, whose modes must span the space,
+        and a = `SHRUNK` (Friedman 1989).
         """
         means, whiteners, logdets = self._discriminant()
         with full_precision(z.device.type):
@@ -160,9 +168,10 @@ class ClassModes(ClassSampler):
         coefficients e and the d numbers e'.
         """
         along, outside = noise[:, : self.rank], noise[:, self.rank :]
-        row = send(y, noise.device)
-        along = combine_modes(along * self.scales[row], y, self.directions, alone=True)
-        return self.mean[row] + temperature * (along + outside * self.rest[row].sqrt())
+        modes, cls = self.rows(y), send(y, noise.device)
+        rows = self.rows(cls)
+        along = combine_modes(along * self.scales[rows], modes, self.directions, alone=True)
+        return self.mean[cls] + temperature * (along + outside * self.rest[rows].sqrt())
 
 
 def _outer(scales: Tensor, directions: Tensor) -> Tensor:

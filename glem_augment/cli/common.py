@@ -37,13 +37,13 @@ def add_model(parser: argparse.ArgumentParser, **optional: Any) -> None:
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:
-    text = "import this module of yours first, for codecs and couplings that it registers; repeatable"
+    text = "import this module of yours first, for codecs, flows and couplings that it registers; repeatable"
     parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=text)
 
 
-def add_data(parser: argparse.ArgumentParser, split: str = "test") -> None:
+def add_data(parser: argparse.ArgumentParser, split: str = "test", **optional: Any) -> None:
     """DATA and its options; `split` is the default."""
-    parser.add_argument("data", metavar="DATA", help=DATA_HELP)
+    parser.add_argument("data", metavar="DATA", help=DATA_HELP, **optional)
     parser.add_argument("--split", default=split, help=f"of DATA, where it has splits (default: {split})")
 
 
@@ -113,15 +113,11 @@ def pick_device(args: argparse.Namespace, ranks: bool = False) -> torch.device:
     import torch
 
     from glem_augment import distributed
+    from glem_augment.tensors import usable
 
-    name = args.device
-    try:
-        found = name or ("cuda" if torch.cuda.is_available() else "cpu")
-        device = distributed.start(found) if ranks else torch.device(found)
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"device {name!r} can't be used here: {reason}") from None
+    device = usable(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if ranks:
+        device = distributed.start(args.device or device.type)
     if not distributed.is_primary():
         warnings.simplefilter("ignore")
     return device

@@ -73,7 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from glem_augment.io import LEFT_OVER, remove_left_overs
-    from glem_augment.model.files import CONFIG, WEIGHTS
     from glem_augment.model.glem import GLEM
 
     if args.epsilon is None and (args.delta or args.images_per_person or args.images):
@@ -81,8 +80,8 @@ def run(args: argparse.Namespace) -> None:
     device = common.pick_device(args)
     found = {path.name for path in args.out.iterdir()} if args.out.is_dir() else set()
     found = {name for name in found if not LEFT_OVER.fullmatch(name)}  # of a run that was killed
-    if found & {CONFIG, WEIGHTS} or (found and args.epsilon is not None):  # no promise covers other files
-        raise FileExistsError(f"{args.out} holds {min(found & {CONFIG, WEIGHTS} or found)}: give a new folder")
+    if found:
+        raise FileExistsError(f"{args.out} holds {min(found)}: give a new folder")
     names = (
         "split", "image_size", "channels", "value_range", "autoencoder", "flow", "rank", "max_per_class",
     )  # fmt: skip
@@ -103,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
         "split": args.split,
         "classes": model.classes,
         "modes_per_class": model.modes.fewest_and_most if model.modes else (0, 0),
+        "covariances": model.config.covariances,
         "posterior_temperature": model.latent_classes.temperature,
         "seconds": round(time.monotonic() - began, 3),
     }

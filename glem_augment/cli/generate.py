@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         "out": str(args.out),
         "format": args.format,
         "images": len(dataset),
-        "per_class": {dataset.classes[i]: dataset.counts[i] for i in dataset.draws.order if dataset.counts[i]},
+        "per_class": {dataset.model.classes[i]: dataset.counts[i] for i in dataset.draws.order if dataset.counts[i]},
         "model": args.model,
         "source": dataset.source,
         "temperature": None if args.source == "mixup" else dataset.temperature,

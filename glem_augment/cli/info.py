@@ -55,7 +55,10 @@ def together(promises: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     if None in promises:
         common.note("glem: there is no promise for all of them together, since a model without privacy is among them")
         return None
-    found = [promised(p) for p in promises if p is not None]
+    different = {p["sha256"]: p for p in promises if p is not None}
+    if len(different) < len(promises):
+        common.note("glem: one model is there twice, and its release counts once")
+    found = [promised(p) for p in different.values()]
     delta = max(privacy.delta for privacy in found)
     mu, epsilon = total(found, delta)
     unit = max(found, key=lambda privacy: privacy.images_per_person).unit
@@ -91,6 +94,7 @@ def model_facts(name: str) -> dict[str, Any]:
                 file.name: file.stat().st_size for file in (model.origin_file, folder / CONFIG) if file.is_file()
             },
             "psi": None if config.psi is None else list(config.psi),
+            "covariances": config.covariances,
             "posterior_temperature": config.posterior_temperature,
             "num_classes": model.num_classes,
             "classes": model.classes,

@@ -10,18 +10,19 @@ from glem_augment.cli import common
 DESCRIPTION = """\
 Draw one labelled picture: real images and their moves at rising strength, samples of each class at several
 temperatures, and interpolations within and between classes. Images are shown at the model's size. Look at the picture
-before you train with a model: a moved image should still show its class.
+before you train with a model: a moved image should still show its class. Without DATA it shows samples alone.
 """
 EXAMPLES = """\
   glem preview bundled:fashion-mnist bundled:fashion-mnist --out preview.png
   glem preview runs/photos photos/ --split val --out preview.png
+  glem preview runs/private --out samples.png
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.describe(parser, DESCRIPTION, EXAMPLES)
     common.add_model(parser)
-    common.add_data(parser)
+    common.add_data(parser, nargs="?")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture")
     channels = "three channels to show as red, green and blue, or one (default: the first three, or the first of two)"
     parser.add_argument("--channels", nargs="+", type=int, metavar="N", help=channels)
@@ -36,8 +37,10 @@ def run(args: argparse.Namespace) -> None:
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {args.out}")
     model = common.load_model(args)
-    common.uncovered(args, model, args.out)
-    data = images_for(model, args.data, split=args.split, cache_bytes=0)  # it shows few of the images
+    data = None
+    if args.data is not None:
+        common.uncovered(args, model, args.out)
+        data = images_for(model, args.data, split=args.split, cache_bytes=0)  # it shows few of the images
     picture = preview(model, data, name=args.model, channels=args.channels)
     save_png(picture, args.out)
     common.note(f"wrote {args.out} ({picture.width}x{picture.height})")

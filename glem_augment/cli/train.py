@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from glem_augment.checks import check_choice
 from glem_augment.cli import common
 from glem_augment.training.config import SETTINGS, TrainConfig, check_setting
 
@@ -69,6 +70,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         text = f"{about['help']} (default: {about.get('shown', defaults[name])})".replace("%", "%%")
         kind, flag = about["kind"], f"--{name.replace('_', '-')}"
         how: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"metavar": METAVARS.get(kind)}
+        if name == "preset":  # a flow of --import has a name, too
+            how, text = {"metavar": "NAME"}, f"{', '.join(kind)}, or a flow of --import: {text}"
         if kind == "table":
             flag, how = "--flow", {"action": "append", "type": _flow_option, "metavar": "KEY=JSON"}
         group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **how)
@@ -78,6 +81,8 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of --config, and the settings that the command line names, which win."""
     named = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
     table = {str(name): value for name, value in (args.config or {}).items()}
+    for name in table:
+        check_choice("a setting of --config", name, tuple(SETTINGS))
     if "flow_options" in named:
         stated = check_setting("flow_options", table.get("flow_options", {}))
         named["flow_options"] = {**stated, **dict(named["flow_options"])}
@@ -95,9 +100,7 @@ def _flow_option(text: str) -> tuple[str, Any]:
 
 
 def run(args: argparse.Namespace) -> None:
-    from glem_augment.distributed import is_primary
     from glem_augment.images.dataset import open_data
-    from glem_augment.io import lock_folder
     from glem_augment.model.glem import GLEM
     from glem_augment.training.checkpoint import has_checkpoint, require_unused
     from glem_augment.training.trainer import Trainer
@@ -118,11 +121,9 @@ def run(args: argparse.Namespace) -> None:
     if args.unlabelled:
         settings.setdefault("objective", "mle")
     config = TrainConfig(**settings)  # checked before the data is opened
-    # Images are decoded, and latents encoded, for minutes before the first step. The first rank locks for all ranks.
-    with lock_folder(out) if is_primary() else nullcontext():
-        data = open_data(args.data, args.split, size, args.channels, unlabelled=args.unlabelled)
-        trainer = Trainer(data, config, out, args.resume, init_model, device, ready=_tell)
-        model = trainer.fit()
+    data = open_data(args.data, args.split, size, args.channels, unlabelled=args.unlabelled)
+    trainer = Trainer(data, config, out, args.resume, init_model, device, ready=_tell)
+    model = trainer.fit()
     common.say(f"saved {out} after {tqdm.format_interval(trainer.seconds())}: {model!r}")
     if model.config.training["worse_than_independent_pixels"]:
         common.note(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TypeAlias, TypeVar
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from glem_augment.codec.pixel_range import UINT8, PixelRange
+from glem_augment.parts import register
 
 # Where dequantisation noise comes from, see `levels.to_levels`.
 Dequantisation: TypeAlias = torch.Generator | int | Tensor | None
@@ -19,6 +20,9 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights with which PIL turns R
 
 class Codec(nn.Module):
     """Image <-> numbers. A new codec is a subclass with `encode` and `decode`, both differentiable.
+
+    A subclass `__init__(image_shape, ...)`, whose further arguments have defaults, can have the decorator
+    `register_codec(name)`: `autoencoder=name` and saved models then mean this codec.
 
     Args:
         image_shape: (C, H, W) of the images.
@@ -87,23 +91,7 @@ class Codec(nn.Module):
         return True
 
 
-CODECS: dict[str, Callable[[tuple[int, int, int]], Codec]] = {}
-_Kind = TypeVar("_Kind", bound=type[Codec])
-
-
-def register_codec(name: str) -> Callable[[_Kind], _Kind]:
-    """A class decorator: `autoencoder=name` and saved models then mean this codec, made with `image_shape` alone.
-
-    TypeError: no subclass of `Codec`.
-    """
-
-    def register(kind: _Kind) -> _Kind:
-        if not (isinstance(kind, type) and issubclass(kind, Codec)):
-            raise TypeError(f"{kind!r} is no subclass of Codec")
-        CODECS[name] = kind
-        return kind
-
-    return register
+register_codec = partial(register, "codec", base=Codec)
 
 
 def check_images(x: Tensor, image_shape: tuple[int, int, int], pixel_range: PixelRange | None = None) -> None:

@@ -20,6 +20,8 @@ from torch import Tensor
 from glem_augment.codec.codec import LUMA, value_range
 from glem_augment.codec.pixel_range import UINT8, PixelRange
 
+# Images of a model's scale fill more than this part of its range, so many of them together.
+NARROW, ENOUGH = 0.02, 8
 RANGE_SLACK = 0.1  # bicubic filters leave [0, 1] by less; normalised images by more
 UNIT_SLACK, FEW = 0.05, 0.05  # how far values leave [0, 1] once mean and std are undone: few do, from RandomErasing
 
@@ -41,14 +43,15 @@ class PixelAdapter:
         self.std = None if std is None else _numbers(std)
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {std!r}")
-        self._seen: set[torch.dtype] = set()
+        # Of the first images of each dtype: how many, their lowest and their highest value.
+        self._seen: dict[torch.dtype, tuple[int, float, float]] = {}
 
     # ---- checks ----------------------------------------------------------------------------------------------
 
     def check(self, x: Tensor) -> None:
         """ValueError or TypeError unless x is a batch [B, C, H, W] that can be converted.
 
-        The value range is checked in the first batch of each dtype only, because an accelerator has to wait for it.
+        The value range is checked in the first images of each dtype only, because an accelerator has to wait for it.
         """
         if not isinstance(x, Tensor) or x.ndim != 4:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -68,9 +71,8 @@ class PixelAdapter:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(for_channels(values, channels)) not in (1, channels):
                 raise ValueError(f"{name} has {len(values)} values, the images {channels} channels")
-        if x.numel() and x.dtype != torch.uint8 and x.dtype not in self._seen:
+        if x.numel() and x.dtype != torch.uint8 and self._seen.get(x.dtype, (0,))[0] < ENOUGH:
             self._check_range(x)
-            self._seen.add(x.dtype)
 
     def _check_range(self, x: Tensor) -> None:
         (low, high), (bottom, top) = value_range(x), self.range.ends(x)
@@ -82,6 +84,15 @@ class PixelAdapter:
                     f"images must be in [{bottom:g}, {top:g}], got values from {low:.4g} to {high:.4g}: clip them, "
                     f"{scaled}or give mean and std if they are normalised"
                 )
+            count, lowest, highest = self._seen.get(x.dtype, (0, low, high))
+            count, low, high = count + len(x), min(low, lowest), max(high, highest)
+            if count >= ENOUGH and 0 < high - low < NARROW * (top - bottom):
+                raise ValueError(
+                    f"the first {count} images lie between {low:.4g} and {high:.4g}, which is next to nothing of the "
+                    f"model's range, {bottom:g} to {top:g}, so moves would be far too large: give images on the "
+                    "model's scale, before any normalisation"
+                )
+            self._seen[x.dtype] = count, low, high
             return
         unit = (self.to_floats(x.detach().float()) - bottom) / (top - bottom)
         share = float(((unit < -UNIT_SLACK) | (unit > 1 + UNIT_SLACK)).float().mean())
@@ -98,6 +109,7 @@ class PixelAdapter:
                 f"{high:.3g}): if they are, leave mean and std out, or all moves are too large",
                 stacklevel=4,
             )
+        self._seen[x.dtype] = ENOUGH, low, high
 
     # ---- value range -----------------------------------------------------------------------------------------
 

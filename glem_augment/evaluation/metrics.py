@@ -91,8 +91,8 @@ def evaluate(model: GLEM, data: ImageData, batch_size: int = 256, round_trip: in
             scores = model.latent_classes.log_prob(z)
             best = (scores / model.latent_classes.temperature).log_softmax(1).topk(min(5, model.num_classes), 1)
             hits = best.indices == y[:, None]
-            # Of pixels, likelihoods have dequantisation noise.
-            density = model.log_prob_per_class(x) if model.autoencoder is None else scores + logdet[:, None]
+            # Of levels, likelihoods have dequantisation noise.
+            density = model.log_prob_per_class(x) if model.codec.levels else scores + logdet[:, None]
             density = density.double()
             own, any_class = density.gather(1, y[:, None])[:, 0], density.logsumexp(1) - math.log(model.num_classes)
             found.append(torch.stack([best.values[:, 0].exp(), hits[:, 0], hits.any(1), own, any_class], 1).cpu())

@@ -26,7 +26,7 @@ MAX_CLASSES, EACH = 10, 3  # classes with samples, and samples of each at each t
 @torch.no_grad()
 def preview(
     model: GLEM,
-    data: ImageData,
+    data: ImageData | None,
     rows: int = 6,
     seed: int = 0,
     name: str = "",
@@ -36,7 +36,7 @@ def preview(
 
     Args:
         model: without stored class modes, moves and RFCM samples are left out.
-        data: real images of the model's shape, labelled by the model's class indices.
+        data: real images of the model's shape, labelled by the model's class indices; None: samples alone.
         rows: real images to move, of as many classes as possible.
         seed: the same call gives the same picture.
         name: of the model, for the title.
@@ -45,14 +45,17 @@ def preview(
     Raises:
         DataError: no images. ValueError: channels that the images lack.
     """
-    if not len(data):
+    if data is not None and not len(data):
         raise DataError(f"{data.name} holds no images")
     c, h, w = model.image_shape
     shown = list(channels or range(c))
     if channels is not None and (len(shown) not in (1, 3) or not set(shown) <= set(range(c))):
         raise ValueError(f"channels must be one or three of 0 to {c - 1}, got {shown}")
-    sections = [] if model.modes is None else [_moves(model, data, rows, kind, seed) for kind in ("mixup", "noise")]
-    sections += [class_samples(model, seed), *_interpolations(model, data, seed)]
+    sections = [class_samples(model, seed)]
+    if data is not None:
+        kinds = () if model.modes is None else ("mixup", "noise")
+        moves = [_moves(model, data, rows, kind, seed) for kind in kinds]
+        sections = [*moves, *sections, *_interpolations(model, data, seed)]
     for section in sections:
         section.cells = section.cells[:, :, shown]
     title = f"{name or model.origin or 'Model'}: {c}x{h}x{w} {model.numbers_are}, {model.num_classes} classes"
@@ -69,7 +72,7 @@ def _moves(model: GLEM, data: ImageData, rows: int, policy: str, seed: int) -> S
     columns, n = {"real": x[:rows]}, rows
     if policy == "mixup":
         title = "Mixup along the modes: the part that the image keeps"
-        aug = GLEMAugment(model, "mixup", p=1.0, seed=seed)
+        aug = GLEMAugment(model, "mixup", p=1.0, class_map=range(model.num_classes), seed=seed)
         drawn = aug.draw(x, y)
         drawn = drawn.having(partner=torch.arange(2 * n).roll(n), partner_cls=drawn.cls).where(drawn.rows < n)
         for keep in KEPT:
@@ -78,7 +81,7 @@ def _moves(model: GLEM, data: ImageData, rows: int, policy: str, seed: int) -> S
     else:
         title = "Noise along the modes, in standard deviations"
         for strength in NOISE_STRENGTHS:
-            aug = GLEMAugment(model, Noise(strength), p=1.0, seed=seed)
+            aug = GLEMAugment(model, Noise(strength), p=1.0, class_map=range(model.num_classes), seed=seed)
             columns[f"{strength:g}"] = aug(x[:n], y[:n])[0]
     cells = torch.stack([unit(images, model.pixel_range) for images in columns.values()], 1)
     return Section(title, cells, list(columns), [model.classes[i] for i in y[:n].tolist()])

@@ -18,11 +18,8 @@ class AffineCoupling(Coupling):
     Source: Dinh et al. 2017, Sec. 3.4, here with log-scales bounded on both sides. `subnet` makes the network c/2 -> c.
     """
 
-    options = {"bound": 2.0}
-
     @classmethod
     def check(cls, options: Mapping[str, Any]) -> None:
-        super().check(options)
         check_bound(options["bound"])
 
     def __init__(self, channels: int, subnet: SubnetFactory, bound: float = 2.0) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from glem_augment.flows.coupling import WITHOUT_COUPLINGS, find_coupling
+import torch
+
 from glem_augment.flows.flow import Flow
 from glem_augment.flows.layers import ActNorm, Mixing1x1
-from glem_augment.flows.linear import FlatIdentity, WhitenedFlow
+from glem_augment.flows.linear import WhitenedFlow
 from glem_augment.flows.multiscale import Level, MultiscaleFlow
 from glem_augment.flows.subnets import ACTIVATIONS, SUBNETS, Subnet
+from glem_augment.parts import CUSTOM, check_options, find, kind_of, kinds, options, recorded
 
 # Far above any use. The limits keep a hostile config from demanding absurd amounts of memory or time.
 _LARGEST = {"image_shape": 4096, "depth": 256, "blocks": 64, "width": 4096}
@@ -28,6 +31,11 @@ def is_whole(value: Any, least: int, most: int) -> bool:
     return type(value) is int and least <= value <= most
 
 
+def is_flow(coupling: object) -> bool:
+    """Whether what a config calls `coupling` is a whole flow, not a coupling in a multi-scale flow."""
+    return isinstance(coupling, str) and (coupling == CUSTOM or coupling in kinds("flow"))
+
+
 def check_spec(spec: dict[str, Any]) -> None:
     """Raise ValueError, naming the value, where `spec` does not describe a flow that can be built."""
 
@@ -36,11 +44,14 @@ def check_spec(spec: dict[str, Any]) -> None:
             raise ValueError(f"{demand}, got {str(value)[:80]!r}")
 
     coupling: Any = spec.get("coupling")
-    kind = None if coupling in WITHOUT_COUPLINGS else find_coupling(coupling)
-    lists = ["image_shape"] if kind is None else list(_LARGEST)
-    known = {"preset", "coupling", "whiten", *lists}
-    known |= set(kind.options) | set(_CHOICES) if kind is not None else {"module"} if coupling == "custom" else set()
+    whole = is_flow(coupling)
+    kind: Any = None if coupling == CUSTOM else find("flow" if whole else "coupling", coupling)
+    lists = ["image_shape"] if whole else list(_LARGEST)
+    extra = {"module"} if kind is None else set(options(kind, "flow" if whole else "coupling"))
+    known = {"preset", "coupling", "whiten", *lists, *extra, *(() if whole else _CHOICES)}
     require(known.issuperset(spec), f"the flow has unknown settings; known are {sorted(known)}", sorted(spec))
+    if kind is not None:
+        check_options(kind, "flow" if whole else "coupling", {name: spec[name] for name in extra & set(spec)})
     for key in lists:
         value, most = spec.get(key), _LARGEST[key]
         good = isinstance(value, list | tuple) and 1 <= len(value) <= _MOST_LEVELS
@@ -50,13 +61,13 @@ def check_spec(spec: dict[str, Any]) -> None:
     require(len(shape) == 3, "image_shape must be (channels, height, width)", shape)
     whiten = spec.get("whiten", 0)
     require(is_whole(whiten, 0, math.prod(shape)), f"whiten must be from 0 to {math.prod(shape)} directions", whiten)
-    if kind is None:
+    if whole:
         return
     levels = {len(spec[key]) for key in ("depth", "blocks", "width")}
     require(len(levels) == 1, "depth, blocks and width must have one entry per level", levels)
     total = sum(depth * blocks for depth, blocks in zip(spec["depth"], spec["blocks"], strict=True))
     require(total <= _MOST_BLOCKS, f"depth times blocks, over all levels, may be at most {_MOST_BLOCKS}", total)
-    full = {**DEFAULTS, **kind.options, **spec}
+    full = {**DEFAULTS, **options(kind, "coupling"), **spec}
     for key, choices in _CHOICES.items():
         value = full.get(key)
         good = type(value) is type(choices[0]) and value in choices
@@ -73,24 +84,44 @@ def check_spec(spec: dict[str, Any]) -> None:
     kind.check(full)
 
 
+def flow_facts(flow: Flow, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """The description of a user's flow: its registered name and its options, or "custom" and its class."""
+    about: dict[str, Any] = {"image_shape": [int(side) for side in image_shape]}
+    if (kind := kind_of("flow", flow)) is None:
+        return {**about, "coupling": CUSTOM, "module": type(flow).__qualname__}
+    return {"preset": kind, **about, "coupling": kind, **recorded(flow)}
+
+
+def flow_class(spec: dict[str, Any]) -> type[Flow] | None:
+    """The class of the flow that a description means; None: a user's class."""
+    if spec["coupling"] == CUSTOM:
+        return None
+    if spec.get("whiten"):
+        return WhitenedFlow
+    return kinds("flow").get(spec["coupling"], MultiscaleFlow)
+
+
 def build_flow(spec: dict[str, Any]) -> Flow:
     """The flow of a description that `check_spec` accepts. ValueError: it is the user's class."""
     if spec.get("whiten"):
         return WhitenedFlow(build_flow({**spec, "whiten": 0}), spec["whiten"])
     channels, height, width = image_shape = tuple(spec["image_shape"])
-    if spec["coupling"] == "identity":
-        return FlatIdentity(image_shape)
-    if spec["coupling"] == "custom":
+    if spec["coupling"] == CUSTOM:
         raise ValueError(f"its flow is the user's class {str(spec.get('module'))[:80]}; pass an instance as module=")
+    room = "flow" if is_flow(spec["coupling"]) else "coupling"
+    kind: Any = find(room, spec["coupling"])
+    given = {key: spec.get(key, default) for key, default in options(kind, room).items()}
+    if room == "flow":
+        # A user's constructor may compute with its tensors, so they are not on the meta device.
+        with nullcontext() if kind.__module__.startswith(__package__) else torch.device("cpu"):
+            return kind(image_shape, **given)
     full = {**DEFAULTS, **spec}
-    kind: Any = find_coupling(spec["coupling"])
-    options = {key: spec.get(key, default) for key, default in kind.options.items()}
     levels, side = [], full["patch"]
     for depth, blocks, net_width in zip(spec["depth"], spec["blocks"], spec["width"], strict=True):
         channels, height, width = side * side * channels, height // side, width // side
         net = dict(width=net_width, blocks=blocks, activation=full["activation"])
         norm = partial(ActNorm, channels, height, width, spec["actnorm"])
-        coupling = partial(kind, channels, partial(Subnet, full["subnet"], **net), **options)
+        coupling = partial(kind, channels, partial(Subnet, full["subnet"], **net), **given)
         steps = [(norm(), Mixing1x1(channels), coupling()) for _ in range(depth)]
         levels.append(Level(steps, (channels, height, width), side))
         channels, side = channels // 2, 2  # half of the channels leave

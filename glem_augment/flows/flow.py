@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from glem_augment.flows.subnets import Subnet
+from glem_augment.parts import register
 
 
 class Flow(nn.Module):
@@ -14,6 +17,9 @@ class Flow(nn.Module):
     `forward(x)` returns `(z, logdet)` and `inverse(z)` returns `(x, logdet)`. Both log-determinants are [B], in nats.
     Each belongs to its direction, so the two of a round trip cancel. Pixels lie in [-1/2, 1/2). Both methods run in
     `precision.full_precision`, and they are differentiable. `check_flow` tests a user's subclass.
+
+    A subclass `__init__(image_shape, ...)`, whose further arguments have defaults, can have the decorator
+    `register_flow(name)`: `GLEM.create`, presets and saved models then know it by that name.
     """
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
@@ -39,3 +45,6 @@ class Flow(nn.Module):
         for module in self.modules():
             if isinstance(module, Subnet):
                 module.autocast = dtype
+
+
+register_flow = partial(register, "flow", base=Flow)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment.errors import DataError
-from glem_augment.flows.flow import Flow
+from glem_augment.flows.flow import Flow, register_flow
 from glem_augment.precision import full_precision
 
 # Of equal images whose numbers differ by rounding, the variance is below the second number.
 RIDGE, _LEAST_VARIANCE = 1e-3, 1e-8
 
 
+@register_flow("identity")
 class FlatIdentity(Flow):
     """`z = flatten(x)`: the linear control that every learned flow has to beat."""
 

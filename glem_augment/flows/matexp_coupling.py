@@ -37,11 +37,8 @@ class MatExpCoupling(Coupling):
         rank: of the factors S = U W used for n > 24.
     """
 
-    options = {"bound": 1.0, "rank": 3}
-
     @classmethod
     def check(cls, options: Mapping[str, Any]) -> None:
-        super().check(options)
         check_bound(options["bound"])
         if not 1 <= options["rank"] <= _LARGEST_RANK:
             raise ValueError(f"rank must be a whole number from 1 to {_LARGEST_RANK}, got {options['rank']}")

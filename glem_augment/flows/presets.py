@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 from glem_augment.checks import check_choice
-from glem_augment.flows.build import DEFAULTS, build_flow, check_spec
-from glem_augment.flows.coupling import COUPLINGS, WITHOUT_COUPLINGS, find_coupling
+from glem_augment.flows.build import DEFAULTS, build_flow, check_spec, is_flow
 from glem_augment.flows.flow import Flow
 from glem_augment.names import Preset
+from glem_augment.parts import find, kinds, options
 
 # depth, blocks and width hold one number per level.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -21,33 +21,41 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The GLEM authors' later configuration: 42.8 M parameters.
     "mef_glem": dict(coupling="matexp", depth=[8, 8, 8], blocks=[8, 4, 2], width=[128, 128, 128], bound=1.0),
     "glow_tiny": dict(coupling="affine", depth=[8, 8], blocks=[1, 1], width=[48, 64], bound=2.0, actnorm="channel"),
-    # The best per CPU second in benchmarks/results/backbones.md.
+    # The best per CPU second of eleven (docs/what_was_tried.md).
     "glow_fast": dict(
         coupling="affine", depth=[8, 8], blocks=[1, 1], width=[64, 96], bound=2.0, subnet="bottleneck",
         activation="relu",
     ),
     # For latents of an autoencoder, which are small already: two levels, the first without a squeeze. The best for its
-    # steps on average over the shapes in benchmarks/results/latent_flows.md.
+    # steps on average over the shapes in benchmarks/results/models.md.
     "latent": dict(
         coupling="affine", depth=[3, 3], blocks=[1, 1], width=[128, 128], bound=2.0, subnet="bottleneck",
         activation="relu", patch=1, whiten=None,
     ),
     "identity": dict(coupling="identity"),
 }  # fmt: skip
-# `whiten=None` whitens up to so many numbers. Beyond, two levels do better without (latent_flows.md).
+# `whiten=None` whitens up to so many numbers. Beyond, two levels do better without (benchmarks/results/models.md).
 _WHITEN_UP_TO = 512
+
+
+def preset_names() -> tuple[str, ...]:
+    """The presets, and the flows that are registered by a name."""
+    return *PRESETS, *(kind for kind in kinds("flow") if kind not in PRESETS)
 
 
 def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: Any) -> dict[str, Any]:
     """The resolved settings of the flow that `create_flow` makes of these arguments. ValueError: see `create_flow`."""
-    check_choice("preset", name, tuple(PRESETS))
-    spec: dict[str, Any] = {"preset": name, "image_shape": [int(v) for v in image_shape], **PRESETS[name]}
-    if spec["coupling"] not in WITHOUT_COUPLINGS:
-        before, coupling = COUPLINGS[spec["coupling"]], overrides.get("coupling", spec["coupling"])
-        after = before if coupling in WITHOUT_COUPLINGS else find_coupling(coupling)
-        for key in set(before.options) - set(after.options):
+    check_choice("preset", name, preset_names())
+    spec: dict[str, Any] = {"preset": name, "image_shape": [int(v) for v in image_shape]}
+    spec |= PRESETS.get(name, {"coupling": name})
+    if is_flow(spec["coupling"]):
+        spec |= options(find("flow", spec["coupling"]), "flow")
+    else:
+        before, coupling = options(find("coupling", spec["coupling"]), "coupling"), overrides.get("coupling")
+        after = before if coupling is None or is_flow(coupling) else options(find("coupling", coupling), "coupling")
+        for key in set(before) - set(after):
             spec.pop(key, None)
-        for key, value in {**after.options, "actnorm": "element", **DEFAULTS}.items():
+        for key, value in {**after, "actnorm": "element", **DEFAULTS}.items():
             spec.setdefault(key, value)
     unknown = set(overrides) - set(spec) - {"whiten"}
     if unknown:
@@ -61,11 +69,11 @@ def resolve_preset(name: str, image_shape: tuple[int, int, int], **overrides: An
     return spec
 
 
-def create_flow(name: Preset, image_shape: tuple[int, int, int], **overrides: Any) -> Flow:
+def create_flow(name: Preset | str, image_shape: tuple[int, int, int], **overrides: Any) -> Flow:
     """A new flow of a named size.
 
     Args:
-        name: one of `PRESETS`.
+        name: one of `PRESETS`, or a name from `register_flow`.
         image_shape: (C, H, W); any C, with H and W divisible by 2^levels (patch * 2^(levels - 1)).
         overrides: settings of the preset to change, e.g. `depth=[4, 4]`.
 

@@ -48,7 +48,7 @@ class PublicFlow(Flow):
     @classmethod
     def from_file(cls, path: Path, image_shape: tuple[int, int, int], grey: bool, std: Tensor) -> PublicFlow:
         """The coordinates of latents that a codec divided by `std` [C], for grey or colour images."""
-        flow, (_, height, width) = cls(image_shape), image_shape
+        flow, (height, width) = cls(image_shape), image_shape[1:]
         stored = load_file(path)
         kind, side = nearest_side(stored, image_shape, grey)
         maps = stored[f"{kind}.{side}.maps"].double().unflatten(0, (side, side))
@@ -73,6 +73,13 @@ class PublicFlow(Flow):
             x = torch.einsum("fca,nfa->ncf", back, z.unflatten(1, (height * width, channels)))
             h = self._cosines(z, 0).mT @ x.unflatten(2, (height, width)) @ self._cosines(z, 1)
         return h, -self.logdet().to(z).expand(len(z))
+
+    def variances(self) -> Tensor:
+        """The variances [C*H*W] of h where v is white, the diagonal of T."""
+        height, width = self.image_shape[1:]
+        of_cosines = torch.linalg.inv(self.maps.double()).square().sum(2).unflatten(0, (height, width))
+        rows, columns = (self._cosines(of_cosines, axis).square() for axis in (0, 1))
+        return torch.einsum("uvc,uh,vw->chw", of_cosines, rows, columns).flatten().to(self.maps)
 
     def logdet(self) -> Tensor:
         """log|det dv/dh| in nats, the same for all h; float64."""

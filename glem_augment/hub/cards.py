@@ -17,7 +17,7 @@ LIBRARY, SAMPLES = "glem-augment", "samples.png"
 # "image-classification".
 PIPELINE = "unconditional-image-generation"
 _TAGS = [LIBRARY, "class-conditional", "data-augmentation", "synthetic-data"]
-_AUGMENT = "aug = GLEMAugment(model, Mixup())\nx, y = aug(x, y)  # a batch\n"
+_AUGMENT = "aug = GLEMAugment(model, Mixup(), classes=data.classes)\nx, y = aug(x, y)  # a batch of data\n"
 _UNKNOWN = "unknown"  # as the Hub names it
 _log = logging.getLogger(__name__)
 

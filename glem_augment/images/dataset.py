@@ -19,10 +19,11 @@ from glem_augment.distributed import Share, progress_bar, share
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.images.matching import ClassMap, Integers, check_names, check_targets, match_classes
 from glem_augment.images.readers import dtype_of, resize_and_crop
-from glem_augment.images.sources import Source, open_source, tensor_source
+from glem_augment.images.sources import Source, open_source, tensor_source, warn_of_lost_bits
 
 Limits: TypeAlias = tuple[float, float] | PixelRange
 
+_LOOKED_AT = 64  # images whose values tell how many bits they use
 CACHE_BYTES = 2 * 2**30
 _STATE = (
     "give value_range=(low, high) (--value-range LOW HIGH), the values of black and white, for example x.min() and "
@@ -245,6 +246,7 @@ def open_data(
     channels_found, height, width, dtype = source.header(0)
     value_range = source.pixel_range if value_range is None else value_range
     pixel_range = _range_of(dtype, source.name, value_range)
+    warn_of_lost_bits(data, pixel_range)
     if size is None or channels is None:
         channels_found, height, width = _common_shape(source, size is None)
     height, width = size or (height, width)
@@ -257,6 +259,8 @@ def open_data(
     if pixels is not None:
         pixels = _in_range(pixels.contiguous(), pixel_range, source.name, clip)
     out = ImageData(source, shape, pixels, pixel_range, clip)
+    if not clip:
+        _hint_at_fewer_bits(out)
     if not isinstance(source.items, torch.Tensor):  # all its images have one shape
         out.unstated = [word for word, value in (("image_size", size), ("channels", channels)) if value is None]
     return out
@@ -291,6 +295,19 @@ def _in_range(pixels: torch.Tensor, pixel_range: PixelRange, name: str, clip: bo
         raise DataError(f"{name} has values from {values.min():.6g} to {values.max():.6g}, outside [0, 1]: {_STATE}")
     warnings.warn(f"{name} has values outside {pixel_range}, which are clipped", stacklevel=3)
     return torch.from_numpy(values.clip(low, high))
+
+
+def _hint_at_fewer_bits(images: ImageData) -> None:
+    """Warn where images of uint16 hold values of at most 14 bits."""
+    if images.pixel_range.dtype != "uint16":
+        return
+    highest = int(images.some(_LOOKED_AT).numpy().max())
+    if 0 < highest < 2**14:
+        warnings.warn(
+            f"{images.name} has values up to {highest} and is taken to go from 0 to 65535: if its images have fewer "
+            f"bits, {_STATE}",
+            stacklevel=3,
+        )
 
 
 def as_image_data(

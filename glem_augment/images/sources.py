@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -230,7 +231,10 @@ def _named(spec: str, split: str) -> Source:
         return _bundled(spec, split)
     path = expand(spec)
     if path.is_dir():
-        return _image_folder(_split_folder(path, split))
+        inside = _split_folder(path, split)
+        source = _image_folder(inside)
+        _check_classes_of_split(path, inside, source)
+        return source
     if spec.lower().startswith(TIMM_PREFIXES) or tar_file(spec):
         return _timm(spec, split)
     if path.exists():
@@ -276,9 +280,32 @@ def _image_folder(folder: Path) -> Source:
             f"ROOT/MNIST/raw): {error}"
         ) from None
     paths, targets = [path for path, _ in samples], [label for _, label in samples]
+    if len(ids) == 1 and record is None:
+        _check_nesting(folder, paths)
     source = Source(str(folder), paths, targets, ids, readable_names(ids))
     source.pixel_range = _stored_range(record)
     return source
+
+
+def _check_classes_of_split(root: Path, folder: Path, source: Source) -> None:
+    """DataError: the folder of a split has classes that the training folder beside it lacks (Tiny ImageNet's val/)."""
+    train = next((found for name, found in _split_folders(root).items() if name in _TRAIN), folder)
+    known = _folders(train)
+    if train != folder and (others := sorted(set(source.class_ids) - set(known))):
+        raise DataError(
+            f"{folder} has the class {others[0]!r}, which {train} lacks (its {len(known)} classes begin {known[:3]}): "
+            "sort the images of each split into the same folders, one per class"
+        )
+
+
+def _check_nesting(folder: Path, paths: list[str]) -> None:
+    """DataError: the only class has no images of its own, but folders of images, as x/y/{cat,dog} in place of y."""
+    inner = {os.path.dirname(path) for path in paths}
+    if len(inner) > 1 and (common := os.path.commonpath(inner)) not in inner:
+        raise DataError(
+            f"{folder} would be one class, but its images lie in {len(inner)} folders of {common}: give that one, or "
+            "say that the images have no classes (unlabelled=True)"
+        )
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -422,6 +449,18 @@ def _data_set(data: Any, name: str | None = None) -> Source:
             images = torch.from_numpy(x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2))
             return Source(name, images, labels, [str(i) for i in range(len(names))], names)
     return Source(name, data, labels, ids, names, 0, pixel_range=getattr(data, "pixel_range", None))
+
+
+def warn_of_lost_bits(data: Any, pixel_range: PixelRange) -> None:
+    """Warn where a data set of torchvision gives 8 bits of images of `pixel_range`, which `open_data` reads in full."""
+    while isinstance(data, Subset):
+        data = data.dataset
+    if pixel_range.dtype != "uint8" and isinstance(data, DatasetFolder) and data.loader is default_loader:
+        warnings.warn(
+            f"the model sees images of {pixel_range.dtype}, but torchvision's loader cuts their values off at 255: "
+            "train on open_data(folder), or give ImageFolder a loader= that keeps all bits",
+            stacklevel=4,
+        )
 
 
 def tensor_source(

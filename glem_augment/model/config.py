@@ -41,10 +41,12 @@ class GLEMConfig:
         class_names: names to show, in index order.
         modes_rank: k, the number of modes stored for every class, or None where no modes are stored.
         posterior_temperature: T >= 1 of the posterior, softmax of log p(x|y) / T; left out of the file where it is 1.
+        modes_common: all classes have the same modes.
         covariance: "diagonal" (the class densities are the Gaussians'), or "full" (`ClassModes.log_prob`).
         covariances: of classes that `classes.fit` estimated, `covariance_facts`; None for any other.
         autoencoder: for a flow in an autoencoder's latents, `name`, `sha256` (see `open_autoencoder`; "custom" and ""
-            for a module of the user's) and the `image_shape` [3, H, W]; None for a flow of pixels.
+            for a module of the user's, the registered name and "" for a codec, with its `options`) and the
+            `image_shape` [3, H, W]; None for a flow of pixels.
         privacy: for a model of private images, `privacy.record.describe`; None for any other.
         training: a free-form record of the data, the objective, the settings and the results.
         format_version: version of the file layout.
@@ -60,6 +62,7 @@ class GLEMConfig:
     class_names: list[str]
     modes_rank: int | None = None
     posterior_temperature: float = 1.0
+    modes_common: bool = False
     covariance: str = "diagonal"
     covariances: dict[str, Any] | None = None
     autoencoder: dict[str, Any] | None = None
@@ -87,6 +90,7 @@ class GLEMConfig:
             ("psi", psi is None or _are_numbers(psi, LOWEST_VARIANCE, HIGHEST_VARIANCE), "null or 3 numbers above 0"),
             ("modes_rank", rank is None or is_whole(rank, 1, MAX_MODES), f"null or from 1 to {MAX_MODES}"),
             ("posterior_temperature", _are_numbers([t] * 3, 1, hot), f"from 1 to {hot:g}"),
+            ("modes_common", type(self.modes_common) is bool, "true or false"),
             ("covariance", self.covariance in ("diagonal", "full"), "'diagonal' or 'full'"),
             ("covariances", self.covariances is None or self._are_covariances(), "null, or as `glem fit` writes them"),
             ("autoencoder", found is None or _is_autoencoder(found), "null, or have name, sha256 and image_shape"),
@@ -146,7 +150,7 @@ class GLEMConfig:
         """Read the bytes of a `config.json`. ModelFileError: anything that does not describe a model."""
         _check_size(data)
         try:
-            values = json.loads(data.decode())
+            values = json.loads(data.decode(), object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             raise ModelFileError(f"it can't be read as JSON: {error}; download or save the model again") from None
         if not isinstance(values, dict) or "format_version" not in values:
@@ -227,10 +231,19 @@ def _are_numbers(value: Any, least: float, most: float) -> bool:
 
 
 def _is_autoencoder(value: Any) -> bool:
-    good = isinstance(value, dict) and set(value) == {"name", "sha256", "image_shape"}
+    good = isinstance(value, dict) and set(value) - {"options"} == {"name", "sha256", "image_shape"}
     good = good and isinstance(value["name"], str) and isinstance(value["sha256"], str)
+    good = good and isinstance(value.get("options", {}), dict)
     shape = value["image_shape"] if good else None
     return isinstance(shape, list | tuple) and len(shape) == 3 and all(is_whole(v, 1, LARGEST_SIDE) for v in shape)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The table of these pairs. ValueError: a key is there twice, and readers would differ in which one counts."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError(f"a key is there twice, among {_short(list(table)[:5])}")
+    return table
 
 
 def _short(value: Any) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -20,19 +20,26 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from glem_augment.classes.modes import SHRUNK
-from glem_augment.codec.autoencoder import latent_shape
-from glem_augment.codec.codec import CODECS
+from glem_augment.classes.classes import Classes
+from glem_augment.classes.covariances import ClassCovariances
+from glem_augment.classes.gaussians import ClassGaussians
+from glem_augment.classes.modes import SHRUNK, ClassModes
+from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
 from glem_augment.codec.published import open_autoencoder
 from glem_augment.errors import HubError, ModelFileError
+from glem_augment.flows.build import flow_class
 from glem_augment.io import Limits, atomic_write, expand, load_weights, open_tensors
 from glem_augment.model.config import LOWEST_VARIANCE, MAX_CONFIG_BYTES, GLEMConfig
+from glem_augment.model.latent_model import largest_change
+from glem_augment.parts import CUSTOM, check_options, kind_of, kinds, recorded
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CHECKPOINT = "checkpoint.pt"  # of a run of `glem train`
-CUSTOM = "custom"  # the name of a user's module in a config
 
 _LEAST_ENTRY = 50  # bytes of a tensor in a header: `"a":{"dtype":"F16","shape":[],"data_offsets":[0,2]}`
+# Errors far above rounding, of half precision too; a flow moves an image only where it gives it back as well.
+_PROBE_NOISE, _PROBE_ERROR, _SKEW = 0.01, 0.5 / 255, 0.02
+_CLASSES = 64  # whose modes are checked at a time
 SCALES = (1e-8, 1e8)  # of standard deviations or their inverses; real ones lie far inside
 _BUNDLED = Path(__file__).parents[1] / "bundled" / "models"
 
@@ -98,12 +105,25 @@ def find_folder(name: str | os.PathLike[str], revision: str | None, **client: An
 
 
 def find_autoencoder(
-    name: str, image_shape: Sequence[int], sha256: str | None = None, **client: Any
-) -> tuple[nn.Module, dict[str, str]]:
+    name: str,
+    image_shape: Sequence[int],
+    sha256: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **client: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
     """`open_autoencoder`, with downloads from the Hub, or a registered codec for images of `image_shape`."""
-    if name in CODECS and not sha256:
-        return CODECS[name]((image_shape[0], image_shape[1], image_shape[2])), {"name": name, "sha256": ""}
+    if name in kinds("codec") and not sha256:
+        check_options(kinds("codec")[name], "codec", options or {})
+        codec = kinds("codec")[name]((image_shape[0], image_shape[1], image_shape[2]), **(options or {}))
+        return codec, codec_facts(codec)
     return open_autoencoder(name, lambda text: hub().download_weights(text, **client), sha256)
+
+
+def codec_facts(codec: nn.Module) -> dict[str, Any]:
+    """The entry of a user's codec or autoencoder in a config. ValueError: options that a config can't hold."""
+    kind = kind_of("codec", codec)
+    options = {} if kind is None else recorded(codec)
+    return {"name": kind or CUSTOM, "sha256": "", **({"options": options} if options else {})}
 
 
 def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:
@@ -112,7 +132,7 @@ def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:
         raise ModelFileError(
             "this model has a codec or an autoencoder of the user's: in Python, pass it as autoencoder="
         )
-    return find_autoencoder(named["name"], named["image_shape"], named["sha256"], **client)[0]
+    return find_autoencoder(named["name"], named["image_shape"], named["sha256"], named.get("options"), **client)[0]
 
 
 def _unfinished(folder: Path) -> str | None:
@@ -137,6 +157,26 @@ def write_model(folder: str | os.PathLike[str], config: GLEMConfig, state: dict[
         os.fsync(config_file.fileno())
         with atomic_write(folder / WEIGHTS) as weights_file:
             weights_file.write(weights)
+
+
+def check_parts(model: Any) -> None:
+    """ModelFileError: the flow, the codec or the classes are not of the kinds that the config names."""
+    wanted = flow_class(model.config.flow)
+    named = model.config.autoencoder
+    codec = None if named is None else kinds("codec").get(named["name"], StandardisedAutoencoder)
+    pairs: list[tuple[Any, Any]] = [
+        (model.latent_classes, Classes),
+        (model.gaussians, ClassGaussians),
+        (model.modes, ClassModes),
+        (model.latent_classes.covariances, ClassCovariances),
+    ]
+    pairs += [(model.flow, wanted), *([] if named is None or named["name"] == CUSTOM else [(model.codec, codec)])]
+    for part, kind in pairs:
+        if part is not None and kind is not None and type(part) is not kind:
+            raise ModelFileError(
+                f"{type(part).__name__} would be loaded as {kind.__name__}: register the class of a flow or a codec, "
+                "and make the model with it; classes of other kinds can't be saved"
+            )
 
 
 def stored(config: GLEMConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -208,6 +248,8 @@ def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], Mod
         with open(path, "rb") as file:  # a deep flow takes memory as Python objects
             if int.from_bytes(file.read(8), "little") < _LEAST_ENTRY * tensors:
                 raise ModelFileError(f"{path} has fewer than the {tensors} tensors of its config: it is damaged")
+        if path.stat().st_size < len(config.class_ids) * config.dim:  # a mean per class, whatever the flow is
+            raise ModelFileError(f"{path} is too small for the classes and the numbers of its config: it is damaged")
         with torch.device("meta"):  # shapes without memory
             model = build(config)
     except (ValueError, OSError, RuntimeError) as error:  # of the file, or of the flow that the config describes
@@ -217,9 +259,39 @@ def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], Mod
     with open_tensors(path) as weights:
         # A user's flow and an autoencoder have their weights already.
         load_weights(path, weights, model, partial(stored, config), _limits(config))
+    classes: Any = model.latent_classes
+    modes, fitted = classes.modes, classes.covariances
+    if modes is not None:
+        _check_directions(path, modes.directions, modes.scales)
+        _check_directions(path, modes.shared_directions[None], modes.shared_scales[None])
+    if fitted is not None:
+        whiten = fitted.coordinates.whiten
+        _check_directions(path, fitted.directions, torch.zeros_like(fitted.variances))
+        _check_directions(path, whiten.directions[None], torch.ones_like(whiten.gain[None]))
     if config.covariance == "full":
         _check_full(path, model.modes)
+    _probe(path, model.eval())
     return model
+
+
+@torch.no_grad()
+def _probe(path: Path, model: Any) -> None:
+    """ModelFileError: the flow does not give back numbers near a class's mean, the surest ones that it has."""
+    h = model.inverse(model.gaussians.mu[:1])
+    # With noise, because rounded numbers are given back even where digits are lost.
+    h = h + _PROBE_NOISE * torch.randn(h.shape, generator=torch.Generator().manual_seed(0)).to(h)
+    if not float(largest_change(h, model.inverse(model.encode_numbers(h)[0]))) < _PROBE_ERROR:
+        raise ModelFileError(f"{path}: its weights make no invertible flow; download or save the model again")
+
+
+def _check_directions(path: Path, directions: Tensor, scales: Tensor) -> None:
+    """ModelFileError: directions [K, k, d] that are not orthonormal. Rows of zeros have no length [K, k] along them."""
+    for rows, lengths in zip(directions.split(_CLASSES), scales.split(_CLASSES), strict=True):
+        products = rows @ rows.mT
+        present = products.diagonal(dim1=1, dim2=2).round().clamp(0, 1)
+        away = (products - present.diag_embed()).abs().flatten()
+        if not (bool((away < _SKEW).all()) and bool((present >= (lengths > 0)).all())):
+            raise ModelFileError(f"{path}: directions of its classes are not orthonormal; fit and save the model again")
 
 
 def _limits(config: GLEMConfig) -> dict[str, Limits]:
@@ -228,7 +300,14 @@ def _limits(config: GLEMConfig) -> dict[str, Limits]:
     limits["modes.counts"] = 0.0, 2.0**40
     limits["autoencoder.std"] = SCALES
     coordinates = "covariances.coordinates.whiten"
-    for name in ("covariances.variances", "covariances.rest", f"{coordinates}.scale", f"{coordinates}.gain"):
+    of_samples = ("covariances.drawn_variances", "covariances.drawn_rest")
+    for name in (
+        "covariances.variances",
+        "covariances.rest",
+        *of_samples,
+        f"{coordinates}.scale",
+        f"{coordinates}.gain",
+    ):
         limits[name] = SCALES
     if config.psi is None:
         limits["gaussians.s"] = LOWEST_VARIANCE, math.inf

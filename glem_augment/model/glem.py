@@ -30,16 +30,17 @@ from glem_augment.codec.pixel_range import UINT8, PixelRange
 from glem_augment.codec.published import prior_file
 from glem_augment.distributed import progress_bar
 from glem_augment.errors import ModelFileError
-from glem_augment.flows import Flow, build_flow, check_flow, resolve_preset
+from glem_augment.flows import Flow, build_flow, check_flow, flow_facts, resolve_preset
 from glem_augment.flows.public import PublicFlow
 from glem_augment.images.dataset import ImageData, LabelledImages, Limits, as_image_data, images_for, open_data
 from glem_augment.images.matching import ONE_CLASS, ClassMap
 from glem_augment.model.config import PUBLIC, GLEMConfig, covariance_facts
 from glem_augment.model.files import (
-    CUSTOM,
     WEIGHTS,
     autoencoder_of,
     check_canonical,
+    check_parts,
+    codec_facts,
     find_autoencoder,
     find_folder,
     load_model,
@@ -51,10 +52,12 @@ from glem_augment.model.files import (
 )
 from glem_augment.model.latent_model import LatentModel
 from glem_augment.names import DEFAULT_MODES, Preset
+from glem_augment.parts import CUSTOM
 from glem_augment.privacy.coordinates import ReleaseCoordinates
 from glem_augment.privacy.fit import private_classes
 from glem_augment.privacy.latents import check_arguments, check_images, latents_alone, public_codec
 from glem_augment.privacy.mechanism import Privacy
+from glem_augment.tensors import usable
 
 STANDARDISED_BY = 64  # images that standardise an autoencoder's latents, each at many positions
 
@@ -96,7 +99,7 @@ class GLEM(LatentModel):
             full = config.covariance == "full"
             if config.modes_rank is not None:
                 shared = self.dim if full else None
-                modes = ClassModes(self.num_classes, config.modes_rank, self.dim, shared)
+                modes = ClassModes(self.num_classes, config.modes_rank, self.dim, shared, config.modes_common)
             covariances = None
             if found := config.covariances:
                 coordinates = SharedCoordinates(config.flow_shape, found["shared_rank"], found["target"] == PUBLIC)
@@ -120,7 +123,7 @@ class GLEM(LatentModel):
     @classmethod
     def create(
         cls,
-        preset: Preset,
+        preset: Preset | str,
         image_shape: tuple[int, int, int],
         classes: Sequence[str],
         class_ids: Sequence[str] | None = None,
@@ -137,7 +140,7 @@ class GLEM(LatentModel):
         ((3, 64, 64), 2048)
 
         Args:
-            preset: name of a flow size, see `flows.PRESETS`.
+            preset: name of a flow size, see `flows.PRESETS`, or of a registered flow.
             image_shape: (C, H, W).
             classes, class_ids: names and identifiers in index order, by default the same.
             bits: top bits of each channel that are modelled; the paper reports 5. None: all bits.
@@ -155,22 +158,16 @@ class GLEM(LatentModel):
         """
         if isinstance(classes, int | str):
             raise TypeError(f"classes are a list of names, such as ['cat', 'dog'], got {classes!r}")
-        shape, facts = image_shape, None
         if autoencoder is not None:
             pixel_range.need_8_bits("an autoencoder (leave it out, for a model of the pixels)")
-        if isinstance(autoencoder, str):
-            autoencoder, facts = find_autoencoder(autoencoder, image_shape)
-        elif autoencoder is not None:
-            facts = {"name": CUSTOM, "sha256": ""}
-        if autoencoder is not None:
-            shape = latent_shape(autoencoder, image_shape)
+        autoencoder, facts, shape = _found(autoencoder, image_shape)
         config = GLEMConfig(
             flow=resolve_preset(preset, shape, **overrides),
             bits=pixel_range.bits if bits is None else bits,
             psi=psi,
             class_ids=[str(c) for c in (classes if class_ids is None else class_ids)],
             class_names=[str(c) for c in classes],
-            autoencoder=None if facts is None else {**facts, "image_shape": [int(side) for side in image_shape]},
+            autoencoder=facts,
             pixel_range=pixel_range,
         )
         return cls(config, codec=autoencoder)
@@ -192,7 +189,7 @@ class GLEM(LatentModel):
         Args:
             name: a folder with `model.safetensors` and `config.json`; `bundled:NAME`; or `org/name[@revision]` on the
                 Hugging Face Hub, `hf-hub:org/name` if a folder has the same name.
-            device: where to put the model.
+            device: where to put the model. ValueError: it can't be used.
             cache_dir: where downloads are kept, by default the Hub client's cache (`HF_HOME`).
             token: for private and gated repositories; None: the stored one, if any. False: none.
             revision: branch, tag or commit hash on the Hub.
@@ -204,14 +201,14 @@ class GLEM(LatentModel):
             ModelFileError: missing, truncated, inconsistent or hostile files. Its subclass `HubError`: no network, no
                 such repository or revision, no access, a damaged download.
         """
-        client = dict[str, Any](cache_dir=cache_dir, token=token)
+        client, device = dict[str, Any](cache_dir=cache_dir, token=token), usable(device)
         folder, origin = find_folder(name, revision, **client)
         config = read_config(folder)
         flow = None
         if module is not None:
-            if config.flow["coupling"] != "custom":
+            if config.flow["coupling"] != CUSTOM:
                 raise ModelFileError("this model holds a flow of the library's: leave module= out")
-            check_flow(module, config.image_shape)
+            check_flow(module, config.flow_shape)
             flow = copy.deepcopy(module)
         autoencoder = autoencoder_of(folder, config, autoencoder, **client)
         model = load_model(folder / WEIGHTS, config, partial(cls, flow=flow, codec=autoencoder))
@@ -223,32 +220,39 @@ class GLEM(LatentModel):
         return model
 
     @classmethod
-    def from_bijection(cls, module: Flow, image_shape: tuple[int, int, int]) -> GLEM:
+    def from_bijection(
+        cls, module: Flow, image_shape: tuple[int, int, int], autoencoder: str | nn.Module | None = None
+    ) -> GLEM:
         """A model around a user's flow, in eval mode, with one class, "image", a standard normal; see `adapt`.
 
         Args:
             module: a subclass of `flows.Flow`. It is not copied, and from now on frozen and in eval mode.
             image_shape: (C, H, W).
+            autoencoder: see `create`; the flow is then one of its latents.
 
         Raises:
             TypeError, ValueError: see `flows.check_flow`.
         """
-        check_flow(module, image_shape)
+        autoencoder, facts, shape = _found(autoencoder, image_shape)
+        check_flow(module, shape)
         config = GLEMConfig(
-            flow={"image_shape": list(image_shape), "coupling": "custom", "module": type(module).__qualname__},
+            flow=flow_facts(module, shape),
             bits=UINT8.bits,
             psi=None,
             class_ids=[ONE_CLASS],
             class_names=[ONE_CLASS],
+            autoencoder=facts,
         )
-        gaussians = ClassGaussians(1, math.prod(image_shape), None, initial_variance=1.0)
-        return cls(config, module, Classes(gaussians)).eval().requires_grad_(False)
+        gaussians = ClassGaussians(1, math.prod(shape), None, initial_variance=1.0)
+        return cls(config, module, Classes(gaussians), autoencoder).eval().requires_grad_(False)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.safetensors` and `config.json` to `folder`, atomically. An OSError names the path.
 
-        ModelFileError: a private model whose weights or config are not the ones of its fit.
+        ModelFileError: a part of the user's that could not be built again, or a private model whose weights or config
+        are not the ones of its fit.
         """
+        check_parts(self)
         self.config = replace(self.config, **self._facts())
         self.check_promise()
         write_model(folder, self.config, self.state_dict())
@@ -267,6 +271,7 @@ class GLEM(LatentModel):
         return {
             "psi": classes.gaussians.psi,
             "modes_rank": None if modes is None else modes.rank,
+            "modes_common": modes is not None and modes.common,
             "covariance": "full" if classes.full else "diagonal",
             "covariances": None if classes.covariances is None else covariance_facts(classes.covariances),
             "posterior_temperature": classes.temperature,
@@ -422,7 +427,7 @@ class GLEM(LatentModel):
     ) -> ClassModes:
         """Estimate each class's mean and principal modes from the latents of `data` (RFCM); saved with the model.
 
-        Gaussians that were learned with the flow stay, and the modes are those of each class alone, as in the paper.
+        Gaussians that were learned with the flow stay, and the modes are fitted to each class alone, as in the paper.
         Classes that `fit` took from images are fitted again.
 
         Args:
@@ -529,6 +534,20 @@ class GLEM(LatentModel):
                 "with more images than modes in a class"
             )
         return modes
+
+
+def _found(
+    autoencoder: str | nn.Module | None, image_shape: tuple[int, int, int]
+) -> tuple[nn.Module | None, dict[str, Any] | None, tuple[int, int, int]]:
+    """The autoencoder or codec of `create`, its entry in a config, and the shape of the numbers of these images."""
+    if autoencoder is None:
+        return None, None, image_shape
+    if isinstance(autoencoder, str):
+        autoencoder, facts = find_autoencoder(autoencoder, image_shape)
+    else:
+        facts = codec_facts(autoencoder)
+    shape = latent_shape(autoencoder, image_shape)
+    return autoencoder, {**facts, "image_shape": [int(side) for side in image_shape]}, shape
 
 
 def as_model(model: GLEM | str | os.PathLike[str]) -> GLEM:

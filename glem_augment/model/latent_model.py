@@ -24,6 +24,7 @@ from glem_augment.errors import ClassMismatchError
 from glem_augment.flows import Flow
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.config import GLEMConfig
+from glem_augment.tensors import usable
 
 _CHUNK = 256  # images per pass through the flow, which bounds the memory of activations
 
@@ -126,12 +127,16 @@ class LatentModel(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype, shape or (checked on the CPU) value range.
         """
+        return self.numbers_and_latents(x, generator)[1:]
+
+    def numbers_and_latents(self, x: Tensor, generator: Dequantisation = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The flow's numbers h [B, *flow_shape] of images x, with the z [B, d] and log|det| [B] of `encode`."""
         chunks = self._checked(x).split(self.codec.most)
         noise = generator.split(self.codec.most) if isinstance(generator, Tensor) else [generator] * len(chunks)
-        pairs = zip(chunks, noise, strict=True)
-        parts = [self.encode_numbers(self.numbers(chunk, each)) for chunk, each in pairs]
-        z, logdet = (torch.cat(column) for column in zip(*parts, strict=True))
-        return z, logdet
+        numbers = [self.numbers(chunk, each) for chunk, each in zip(chunks, noise, strict=True)]
+        latents = zip(*map(self.encode_numbers, numbers), strict=True)
+        h, z, logdet = (torch.cat([*column]) for column in (numbers, *latents))
+        return h, z, logdet
 
     def encode_numbers(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """`encode` for the result of `numbers`."""
@@ -146,9 +151,16 @@ class LatentModel(nn.Module):
         """
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise ValueError(f"expected latents of shape [B, {self.dim}], got {list(z.shape)}")
-        z = z.to(self.device, self.dtype)
-        x = torch.cat([self.codec.decode(self.flow.inverse(chunk)[0]) for chunk in z.split(self.codec.most)])
+        x = self.decode_numbers(self.inverse(z.to(self.device, self.dtype)))
         return x.clamp(*self.pixel_range.limits) if clamp else x
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """The flow's numbers [B, *flow_shape] of latents z [B, d]."""
+        return torch.cat([self.flow.inverse(chunk)[0] for chunk in z.split(self.codec.most)])
+
+    def decode_numbers(self, h: Tensor) -> Tensor:
+        """`decode`, without `clamp`, for the result of `inverse`."""
+        return torch.cat([self.codec.decode(chunk) for chunk in h.split(self.codec.most)])
 
     @torch.no_grad()
     def interpolate(self, x1: Tensor, x2: Tensor, steps: int = 8) -> Tensor:
@@ -170,23 +182,25 @@ class LatentModel(nn.Module):
 
         Below half a step, rounding gives the pixel back exactly.
         """
-        x = self._checked(x)
+        return self._pixel_error(x, self.inverse(self.encode(x)[0]))
+
+    def _pixel_error(self, x: Tensor, h: Tensor) -> Tensor:
+        """|x' - x| in uint8 steps of images x and the x' that are decoded from the numbers h."""
         low, high = self.pixel_range.limits
-        back = self.decode(self.encode(x)[0], clamp=not self.codec.exact)
-        return (back.double() - self.codec.target(x).double()).abs().mul_(255 / (high - low)).nan_to_num_(nan=math.inf)
+        back = self.decode_numbers(h) if self.codec.exact else self.decode_numbers(h).clamp(low, high)
+        away = back.double() - self.codec.target(x.to(self.device)).double()
+        return away.abs().mul_(255 / (high - low)).nan_to_num_(nan=math.inf)
 
     @torch.no_grad()
-    def flow_error(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """The largest |inverse(f(h)) - h| of each image's numbers h: [B], infinite where nothing finite came back.
+    def flow_error(self, x: Tensor) -> Tensor:
+        """`largest_change` of each image's numbers h by the flow and its inverse: [B].
 
-        The unit is the range of a pixel, or the standard deviation of a channel of the autoencoder's latents. `z` saves
-        the encoding if the latents are there.
+        The unit is the range of a pixel, or the standard deviation of a channel of the autoencoder's latents.
         """
-        h = torch.cat([self.numbers(chunk) for chunk in self._checked(x).split(self.codec.most)])
-        z = torch.cat([self.flow(chunk)[0] for chunk in h.split(_CHUNK)]) if z is None else z
-        back = torch.cat([self.flow.inverse(chunk)[0] for chunk in z.split(_CHUNK)])
-        return (back - h).abs().flatten(1).amax(1).nan_to_num(nan=math.inf)
+        h, z, _ = self.numbers_and_latents(x)
+        return largest_change(h, self.inverse(z))
 
+    @torch.no_grad()
     def check_invertibility(self, x: Tensor) -> dict[str, float]:
         """A summary of `round_trip_error` on the images `x` [B,C,H,W].
 
@@ -195,8 +209,13 @@ class LatentModel(nn.Module):
             `within_half_step`, which rounding gives back exactly, and `non_finite`. With an autoencoder also the
             `psnr` in dB, and the largest `flow_error`.
         """
-        parts = x.split(_CHUNK)
-        error = torch.cat([self.round_trip_error(part).cpu() for part in parts])
+        errors, changes = [], []
+        for part in x.split(_CHUNK):
+            h, z, _ = self.numbers_and_latents(part)
+            back = self.inverse(z)
+            errors.append(self._pixel_error(part, back).cpu())
+            changes.append(largest_change(h, back).cpu())
+        error = torch.cat(errors)
         finite, count = error[error.isfinite()], max(1, error.numel())
         found = {
             "max_error": float(finite.max()) if finite.numel() else math.inf,
@@ -206,7 +225,7 @@ class LatentModel(nn.Module):
         }
         if not self.codec.exact:
             found["psnr"] = 20 * math.log10(255) - 10 * math.log10(max(1e-12, float(error.square().mean())))
-            found["flow_error"] = max(float(self.flow_error(part).max()) for part in parts)
+            found["flow_error"] = float(torch.cat(changes).max())
         return found
 
     # ---- densities and classification ----------------------------------------------------------------------------
@@ -311,7 +330,11 @@ class LatentModel(nn.Module):
 
     def on(self: _Flow, device: torch.device | str | None) -> _Flow:
         """This model if it is on `device` already, or `device` is None; otherwise a copy of it there."""
-        # An empty tensor tells which device "cuda" stands for.
-        if device is None or torch.empty(0, device=device).device == self.device:
+        if device is None or usable(device) == self.device:
             return self
         return copy.deepcopy(self).to(device)
+
+
+def largest_change(h: Tensor, back: Tensor) -> Tensor:
+    """The largest |back - h| of each row [B, ...]: [B], infinite where it is not finite."""
+    return (back - h).abs().flatten(1).amax(1).nan_to_num(nan=math.inf)

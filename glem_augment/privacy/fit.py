@@ -13,7 +13,8 @@ The noise's variance takes the place of sampling variance, and public knowledge 
 
 W = (nu0 s T + N S) / (nu0 + N) as in `classes.fit`, with N the images that would have as much sampling variance as S
 has noise and sampling variance together. A class has W + a (S_y - W) in its leading m coordinates, with
-a = N_y / (nu1 + N_y) and nu1 = 2 m + 4 N_y, and W elsewhere. The parts were chosen on training images of CIFAR-10 and Fashion-MNIST.
+a = N_y / (nu1 + N_y) and nu1 = 2 m + 4 N_y, or 2 m for samples and moves, and W elsewhere. The parts were chosen on
+training images of CIFAR-10 and Fashion-MNIST.
 """
 
 from __future__ import annotations
@@ -210,10 +211,11 @@ def _add_classes(
     found.coordinates.whiten.float()
     found.rank = leading
     found.directions = torch.zeros(len(n), leading, dim)
-    found.variances = torch.ones(len(n), leading)
+    found.variances, found.drawn_variances = torch.ones(2, len(n), leading).unbind()
     for y, count in enumerate(n.tolist()):
         alike = _alike(count, (sd / count / s) ** 2 / 2)
-        a = alike / (NU1 * leading + (NU1_IMAGES + 1) * alike)
-        values, vectors = torch.linalg.eigh(a * r @ (scatter[y] / count - shared) @ r.T)
+        values, vectors = torch.linalg.eigh(r @ (scatter[y] / count - shared) @ r.T)
         found.directions[y] = (q @ vectors).T.float()
-        found.variances[y] = (1 + values).clamp_min(2 * _LEAST_VARIANCE).float()
+        drawn = NU1 * leading + alike
+        for total, variances in ((drawn + NU1_IMAGES * alike, found.variances), (drawn, found.drawn_variances)):
+            variances[y] = (1 + alike / total * values).clamp_min(2 * _LEAST_VARIANCE).float()

@@ -71,6 +71,13 @@ class RealAndSynthetic(Dataset):
             self.classes = list(source.classes)
             self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
         self._real_count = len(source)
+        label_of = np.arange(len(synthetic.classes))  # the real data's label of every synthetic class
+        if source.named or class_map is not None:
+            index = match_classes(synthetic, source, class_map, partial=True)
+            label_of[:] = -1
+            if len(np.unique(matched := index[index >= 0])) < len(matched):
+                raise DataError("one class of the synthetic images stands for several real classes: no label fits")
+            label_of[matched] = np.flatnonzero(index >= 0)
         made = np.asarray(synthetic.targets, dtype=np.int64)
         if ratio is None:
             self.chosen = np.arange(len(made))
@@ -79,13 +86,6 @@ class RealAndSynthetic(Dataset):
             if count > len(made):
                 raise DataError(f"{ratio=} needs {count} synthetic images, there are {len(made)}: raise per_class")
             self.chosen = np.sort(_in_turn(made)[:count])
-        label_of = np.arange(len(synthetic.classes))  # the real data's label of every synthetic class
-        if source.named or class_map is not None:
-            index = match_classes(synthetic, source, class_map, partial=True)
-            label_of[:] = -1
-            if len(np.unique(matched := index[index >= 0])) < len(matched):
-                raise DataError("one class of the synthetic images stands for several real classes: no label fits")
-            label_of[matched] = np.flatnonzero(index >= 0)
         labels = label_of[made[self.chosen]]
         missing = sorted({synthetic.classes[made[i]] for i in self.chosen[labels < 0]})
         if missing:

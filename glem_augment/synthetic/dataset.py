@@ -33,7 +33,7 @@ from glem_augment.synthetic.per_class import PerClass, class_counts, label_order
 
 
 class SyntheticDataset(Dataset):
-    """A map-style data set of synthetic images, in the order of the classes, with torchvision's attributes.
+    """A map-style data set of synthetic images, in the order of the model's classes, with torchvision's attributes.
 
     Items are (PIL image, int). Images that are not 8-bit grey or RGB are tensors [C,H,W] of the data's dtype. The first
     use of an image decodes its block of 8 to 64 images of its class, which stays in a cache. Every DataLoader worker
@@ -56,7 +56,8 @@ class SyntheticDataset(Dataset):
             `real` take N * d * 4 bytes of memory. None: rfcm, or gaussian if the model has no modes.
         device: where to decode; None: where the model is.
         cache_bytes: memory for decoded images in each process; one block is always kept.
-        real: real images, see `open_data`, for "balance" and "mixup". Exports take the class numbers of `real`.
+        real: real images, see `open_data`, for "balance" and "mixup". Labels, also in exports, are the class numbers
+            of `real`, so `ConcatDataset([real, synthetic])` has one numbering; further classes of the model follow.
         class_map: how the classes of `real` map to the model's, see `match_classes`.
 
     Raises:
@@ -93,9 +94,12 @@ class SyntheticDataset(Dataset):
         self.source, self.seed, self.temperature = self.draws.source, self.draws.seed, self.draws.temperature
         self.image_shape: tuple[int, int, int] = self.model.image_shape
         self.pixel_range = self.model.pixel_range
-        self.classes, self.class_ids = list(self.model.classes), list(self.model.class_ids)
-        self.class_to_idx = dict(self.model.class_to_idx)
-        self.targets: list[int] = np.repeat(np.arange(self.model.num_classes), self.counts).tolist()
+        # As in exports, the real data's classes come first, then further classes of the model.
+        numbered = [*order, *(cls for cls in range(self.model.num_classes) if cls not in order)]
+        self.classes = [self.model.classes[cls] for cls in numbered]
+        self.class_ids = [self.model.class_ids[cls] for cls in numbered]
+        self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
+        self.targets: list[int] = np.repeat(np.argsort(numbered), self.counts).tolist()
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._preloaded: Tensor | None = None
 

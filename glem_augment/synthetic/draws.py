@@ -171,7 +171,7 @@ class Draws:
         z, other = (real.z[rows].to(device) for rows in (first, second))
         keep, directions = 1 - torch.from_numpy(away).to(device), fitted.directions[:, : self.modes]
         with full_precision(device.type):
-            return z + (1 - keep)[:, None] * project_on_modes(other - z, y, directions, alone=True)
+            return z + (1 - keep)[:, None] * project_on_modes(other - z, fitted.rows(y), directions, alone=True)
 
     def _generators(
         self, cls: int, within: np.ndarray, attempt: int

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from glem_augment.checks import check_choice, check_number, check_whole
 from glem_augment.names import PRESET_NAMES, Preset
+from glem_augment.parts import kinds
 
 OBJECTIVES = ("hybrid", "mle", "glem")
 AUGMENTATIONS = ("flip", "crop", "rotate", "jitter")
@@ -144,7 +145,9 @@ def check_setting(name: str, value: Any) -> Any:
     kind, low, high = about["kind"], about.get("low", 0), about.get("high", math.inf)
     if value is None and about["optional"]:
         return None
-    if isinstance(kind, tuple):
+    if name == "preset":
+        check_choice(name, value, tuple(dict.fromkeys([*kind, *kinds("flow")])))
+    elif isinstance(kind, tuple):
         check_choice(name, value, kind)
     elif kind in (int, float):
         with suppress(ValueError):

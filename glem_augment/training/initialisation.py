@@ -41,9 +41,8 @@ def new_model(data: ImageData, config: TrainConfig, objective: Objective, init_m
     same = GLEMConfig(
         first.flow, config.bits, first.psi, class_ids=ids, class_names=names, autoencoder=first.autoencoder
     )
-    model = GLEM(same, codec=copy.deepcopy(init_model.codec))
-    model.flow.load_state_dict(init_model.flow.state_dict())
-    return model
+    flow, codec = copy.deepcopy((init_model.flow, init_model.codec))
+    return GLEM(same, flow.train().requires_grad_(True), codec=codec)
 
 
 @torch.no_grad()

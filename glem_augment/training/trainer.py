@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from glem_augment.evaluation.metrics import calibrate, held_out
 from glem_augment.evaluation.pictures import compose
 from glem_augment.evaluation.preview import class_samples
 from glem_augment.images.dataset import ImageData
-from glem_augment.io import expand, finite, lock_folder, remove_left_overs, save_png
+from glem_augment.io import expand, finite, remove_left_overs, save_png
 from glem_augment.model.files import weights_sha256
 from glem_augment.model.glem import GLEM
 from glem_augment.training.batches import EVAL_BATCH, Augment, Batches
@@ -154,16 +154,14 @@ class Trainer:
             KeyboardInterrupt: the run was stopped; go on with `resume`.
             TrainingError: the run diverged: `PATIENCE` steps in a row were not finite, or had a likelihood `FAR` behind
                 independent pixels and behind the first step. The last good checkpoint stays.
-            BlockingIOError: another process is at work in `out`.
         """
-        with lock_folder(self.out) if is_primary() else nullcontext():
-            if is_primary():
-                remove_left_overs([*self.out.glob(".*.tmp"), *self.out.glob("samples/.*.tmp")])
-                self.log.begin(self.step)
-            self.bar = progress_bar("train", total=self.total_steps, unit="step", begun=self.step)
-            with closing(self.bar), _stop_between_steps(self):
-                metrics = self._train()
-            return self._finish(metrics)
+        if is_primary():
+            remove_left_overs([*self.out.glob(".*.tmp"), *self.out.glob("samples/.*.tmp")])
+            self.log.begin(self.step)
+        self.bar = progress_bar("train", total=self.total_steps, unit="step", begun=self.step)
+        with closing(self.bar), _stop_between_steps(self):
+            metrics = self._train()
+        return self._finish(metrics)
 
     def _train(self) -> dict[str, float] | None:
         """All epochs that are left. Returns the metrics of the last one; None if none was left."""
@@ -275,7 +273,7 @@ class Trainer:
         })  # fmt: skip
         if is_primary():
             key, unit, _ = self.model.likelihood
-            which = "held-out images" if len(self.batches.split.val) else "training images"
+            which = f"{metrics['val_images']} {'held-out' if len(self.batches.split.val) else 'training'} images"
             right = f", accuracy {100 * metrics['val_accuracy']:.1f} %" if "val_accuracy" in metrics else ""
             self.bar.write(
                 f"epoch {epochs}/{self.config.epochs}: {metrics[f'val_{key}']:.3f} {unit}{right} on {which}; "

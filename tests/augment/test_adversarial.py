@@ -192,8 +192,10 @@ def test_errors_say_what_to_do(model: GLEM) -> None:
             lost(x, y)
     with pytest.raises(ValueError, match="Noise"):
         make(model, Noise).attach(network())
-    with pytest.raises(ValueError, match=r"\(4, 7\)"):
+    with pytest.raises(ValueError, match=r"\[4, 7\].*classes="):
         aug.attach(network(classes=7))(x, F.one_hot(y, 4).float())
+    with pytest.raises(ValueError, match=r"gives \[4, 3\], .* 4 classes"):
+        aug.attach(network(classes=3))(x, y)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         aug.attach(network())(x, y)
     with pytest.raises(RuntimeError, match="worker"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,22 +138,51 @@ def test_every_way_in_checks_the_names_of_the_classes(image_folder: Path) -> Non
     own = open_data(image_folder)
     ways = (
         lambda aug, data: aug.wrap(DataLoader(data)),
-        lambda aug, data: aug.as_mixup_fn(data=data),
-        lambda aug, data: aug.collate_fn(data=data),
         lambda aug, data: list(DataLoader(data, num_workers=1, collate_fn=aug.collate_fn())),  # workers know their data
     )
     joined = ConcatDataset([own, Subset(own, [0])])
     sets = (own, folder, ImageDataset(str(image_folder)), Subset(folder, [0, 1]), joined)
     other, same = (make_model(3, classes, rank=16) for classes in (["dog", "bird", "cat"], CLASSES))
-    for way, data in [(way, folder) for way in ways] + [(ways[2], data) for data in sets]:
-        with pytest.raises(ClassMismatchError, match=r"class 0 is 'bird', the model's 'dog'.*begins \[1, 2, 0\]"):
+    for way, data in [(way, folder) for way in ways] + [(ways[0], data) for data in sets]:
+        with pytest.raises(ClassMismatchError, match="class 0 of the data is 'bird', .* class 'dog'.*classes="):
             way(make(other), data)
         way(make(other, class_map=[1, 2, 0]), data)
+        way(make(other, classes=data), data)
+        assert make(other, classes=data).class_map == (1, 2, 0)
         way(make(same), data)
+    with pytest.raises(ClassMismatchError, match="class 0 of the data is 'bird'"):
+        ways[0](make(other, classes=["cat", "dog", "bird"]), folder)
     with pytest.raises(ClassMismatchError, match="dog"):
         ways[0](make(make_model(3, ["bird", "cat", "ant"], rank=16)), folder)
     with pytest.raises(ClassMismatchError):
         make(other).wrap(DataLoader(ConcatDataset([own, own.with_targets([0] * 12, ["cat", "dog"])])))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda aug, x, y: aug(x, y),
+        lambda aug, x, y: v2.Compose([aug])(x, y),
+        lambda aug, x, y: aug.collate_fn()(list(zip(x, y, strict=True))),
+        lambda aug, x, y: aug.as_mixup_fn()(x, y),
+    ],
+)
+def test_labels_alone_are_checked_by_names_or_the_first_call_warns(model: GLEM, call: Any) -> None:
+    x, y = images(6), labels(6)
+    with pytest.warns(UserWarning, match=r"not checked .*bird, cat, dog\).*classes=data\.classes"):
+        call(aug := make(model), x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(aug, x, y)
+        call(make(model, class_map=range(3)), x, y)
+        call(make(model, classes=CLASSES), x, y)
+        turned = make(model, classes=("dog", "bird", "cat"))
+        call(turned, x, y)
+    assert turned.draw(x, y).cls.tolist() == [2, 0, 1, 2, 0, 1]
+    with pytest.raises(ClassMismatchError, match="zebra"):
+        make(model, classes=["bird", "cat", "zebra"])
+    with pytest.raises(ValueError, match="not both"):
+        make(model, classes=CLASSES, class_map=range(3))
 
 
 ANY = ModeMixup(partner="any")
@@ -229,6 +259,10 @@ def test_what_collate_and_mixup_fn_take(model: GLEM) -> None:
     assert torch.equal(collate(samples)[0], x) and not mixup.mixup_enabled
     with pytest.raises(TypeError, match=r"aug\.collate_fn"):
         make(model).as_mixup_fn(mixup=mixup)
+    with pytest.raises(TypeError, match=r"x\.float\(\) / 255"):
+        make(model).as_mixup_fn(mixup=Mixup(num_classes=3))(x, y)
+    with pytest.raises(ValueError, match=r"x\.detach"):
+        make(model)((x / 255).requires_grad_(), y)
 
 
 def test_the_code_of_the_documentation_runs() -> None:

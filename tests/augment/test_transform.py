@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from augment_cases import CLASSES, images, labels, make_model
@@ -17,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from walk import files_passed
 
-from glem_augment import GLEM, Adversarial, GLEMAugment, Mixup, Noise, Policy
-from glem_augment.flows.linear import FlatIdentity
+from glem_augment import GLEM, GLEMAugment, Mixup, Noise, Policy
 
 ALL: list[Policy] = [Mixup(), Mixup(partner="any"), Noise()]
 
@@ -67,8 +64,8 @@ def test_memory_format_autocast_gradients_and_inference_mode(rgb: GLEM) -> None:
     out, _ = GLEMAugment(rgb, p=1.0, seed=0)(x, labels(8))
     assert out.is_contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        again, _ = GLEMAugment(rgb, p=1.0, seed=0)(x.clone().requires_grad_(True), labels(8))
-    assert torch.equal(out, again) and not again.requires_grad
+        again, _ = GLEMAugment(rgb, p=1.0, seed=0)(x, labels(8))
+    assert torch.equal(out, again)
     with torch.inference_mode():
         aug = GLEMAugment(rgb, p=1.0, seed=0)
         assert torch.equal(aug(x, labels(8))[0], out)
@@ -120,7 +117,7 @@ def test_ranks_and_seeds_draw_differently_and_resume_from_rank_0(model: GLEM, mo
 
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_draw_by_torchs_seeds_and_their_moves_are_counted(model: GLEM, context: str) -> None:
+def test_workers_draw_by_torchs_seeds(model: GLEM, context: str) -> None:
     twice = [(image, int(y)) for image, y in zip(images(4).repeat(2, 1, 1, 1), labels(4).repeat(2), strict=True)]
     aug = GLEMAugment(model, Noise(), p=1.0, modes=4, class_map=[0, 1, None, 2], seed=3)
     loader = DataLoader(twice, 4, num_workers=2, collate_fn=aug.collate_fn(), multiprocessing_context=context)
@@ -130,7 +127,7 @@ def test_workers_draw_by_torchs_seeds_and_their_moves_are_counted(model: GLEM, c
         return torch.cat([x for x, _ in loader])
 
     first, moved = epoch(7), labels(8) != 2
-    assert aug.stats == {"selected": 8, "rejected": 0, "unmapped": 2}
+    assert torch.equal(first.view(2, 4, 1, 8, 8)[:, 2], images(4)[2].expand(2, 1, 8, 8))  # the model lacks its class
     if context == "fork":  # a spawned worker starts in seconds
         assert not (first[:4] == first[4:])[moved[:4]].flatten(1).all(1).any()
         assert torch.equal(epoch(7), first) and not torch.equal(epoch(8), first)
@@ -231,24 +228,23 @@ def test_bad_moves_are_rejected_with_their_labels(
     model: GLEM, moved: bool, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Row 0 of six is out of range after its move, or does not come back without one."""
-    decode, error = GLEM.decode, GLEM.flow_error
+    decode, inverse = GLEM.decode, GLEM.inverse
 
     def broken(self: GLEM, z: Tensor, clamp: bool = True) -> Tensor:
         out = decode(self, z, clamp)
         out[0, 0, 3, 3] = bad
         return out
 
-    def lost(self: GLEM, x: Tensor, z: Tensor) -> Tensor:
-        return torch.cat([torch.tensor([bad]), error(self, x, z)[1:]])
+    def lost(self: GLEM, z: Tensor) -> Tensor:
+        h = inverse(self, z)
+        h[0, 0, 3, 3] += bad
+        return h
 
     x, y = images(6) / 255, labels(6)
-    if not moved:  # the identity is not asked whether it gives images back
-        model = copy.deepcopy(model)
-        model.flow.__class__ = type("Other", (FlatIdentity,), {})
     aug = GLEMAugment(model, Mixup(partner="any"), p=1.0, seed=0)
     params = aug.draw(x, y)
     fine, soft = aug.replay(x, y, params)
-    monkeypatch.setattr(*((GLEM, "decode", broken) if moved else (GLEM, "flow_error", lost)))
+    monkeypatch.setattr(*((GLEM, "decode", broken) if moved else (GLEM, "inverse", lost)))
     out, target = aug.replay(x, y, params)
     assert torch.equal(out[0], x[0]) and torch.equal(out[1:], fine[1:])
     assert torch.equal(target[0], torch.eye(4)[y[0]]) and torch.equal(target[1:], soft[1:])
@@ -267,9 +263,9 @@ def test_strength_zero_lets_no_wrong_pixel_out(bundled_test: Any) -> None:
 @pytest.mark.parametrize(
     ("strength", "class_map", "reason"),
     [
-        (1000.0, None, "128"),
+        (1000.0, range(4), "128"),
         (0.5, [0, None, None, None], "96"),
-        (0.1, None, None),
+        (0.1, range(4), None),
     ],
 )
 def test_one_warning_where_most_are_lost(
@@ -281,27 +277,6 @@ def test_one_warning_where_most_are_lost(
     for _ in range(2):
         aug(images(64), labels(64))
     assert [reason in str(w.message) for w in recwarn] == ([] if reason is None else [True])
-
-
-def test_settings_go_through_json(model: GLEM) -> None:
-    settings: list[dict[str, Any]] = [
-        {"policy": Noise(0.3), "p": 0.25, "modes": 7},
-        {"policy": Mixup(0.4, "any"), "mean": [0.5], "std": [0.25], "seed": -5, "class_map": [0, None, 3]},
-        {"policy": Adversarial(np.float64(0.5)), "p": np.float32(0.5), "modes": np.int64(8), "seed": np.int32(4)},
-    ]
-    for given in settings:
-        config = json.loads(json.dumps(GLEMAugment(model, **given).to_config()))
-        assert all(config[name] == value for name, value in given.items() if name not in ("class_map", "policy"))
-        assert config["policy"].pop("name") == given["policy"].name and config["policy"] == vars(given["policy"])
-        config["policy"]["name"] = given["policy"].name
-        again = GLEMAugment.from_config(dict(config), model)
-        assert again.to_config() == config and again.policy == given["policy"]
-        assert repr(again) == repr(GLEMAugment(model, **{**given, "seed": again.seed}))
-    bundled = GLEMAugment("bundled:fashion-mnist", seed=1).to_config()
-    assert bundled["model"] == "bundled:fashion-mnist" and GLEMAugment.from_config(bundled).to_config() == bundled
-    assert GLEMAugment.from_config({}, model).policy == GLEMAugment(model).policy == Mixup()
-    with pytest.raises(TypeError):
-        GLEMAugment.from_config({"policy": "noise"})
 
 
 @pytest.mark.parametrize(
@@ -332,11 +307,13 @@ def test_arguments_are_checked(model: GLEM, settings: dict[str, Any], named: str
         (images(4).float(), labels(4), "255"),
         (images(4) / 255 * float("nan"), labels(4), "finite"),
         (images(4), labels(3), "\\[4\\]"),
-        (images(4), torch.zeros(4, 5), "class_map"),
+        (images(4), None, "call aug"),
+        (images(4), torch.eye(4, dtype=torch.int64), "argmax"),
+        (images(4), torch.zeros(4, 5), "classes="),
         (images(4), torch.tensor([0, 1, 4, 0]), "label 4"),
     ],
 )
-def test_batches_are_checked(model: GLEM, x: Tensor, y: Tensor, named: str) -> None:
+def test_batches_are_checked(model: GLEM, x: Tensor, y: Any, named: str) -> None:
     with pytest.raises((ValueError, TypeError), match=named):
         GLEMAugment(model, p=0.0)(x, y)
 

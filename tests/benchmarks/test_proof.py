@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common import Interval, Rows
+from benchmarks.proof.augmentation import choice
 from benchmarks.proof.augmentation import data as data
-from benchmarks.proof.augmentation import plan as planning
 from benchmarks.proof.augmentation import settings as settings
 from benchmarks.proof.augmentation.ops import Stack
-from benchmarks.proof.augmentation.plan import Store
 from glem_augment import GLEM
-
-CIFAR = replace(settings.SETTINGS["cifar10-50"], proof=("imagenette32", "own"))
-
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 
@@ -50,7 +46,7 @@ def test_every_operation_of_a_stack_changes_or_keeps_images_and_labels(name: str
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
 
     def flow(_: str, pooled: bool) -> GLEM:
-        return GLEM.fit((x, y), rank=4, pooled=pooled)
+        return GLEM.fit((x, y * 0 if pooled else y), rank=4)
 
     method = settings.METHODS[name]
     params = {**method.trials[-1], **({"flow": "identity"} if method.flow else {})}
@@ -61,67 +57,47 @@ def test_every_operation_of_a_stack_changes_or_keeps_images_and_labels(name: str
     assert torch.equal(moved, x / 255) == (name in ("none", "natural"))
 
 
-# ---- the comparison --------------------------------------------------------------------------------------------------
+# ---- arms and their roles -------------------------------------------------------------------------------------------
 
 
-class AllFlows:
-    def missing(self, name: str, setting: settings.Setting) -> str | None:
-        return None
+def test_names_of_arms_are_read_back() -> None:
+    for arm in ("crop", "cropflip + mode-mixup-any(alpha=1.0)@own + cutmix(p=0.5)"):
+        assert settings.name_of(settings.stack_of(arm)) == arm
+    assert settings.stack_of("cutmix(p=0.5)") == [("cutmix", {"p": 0.5, "alpha": 1.0})]
+    with pytest.raises(SystemExit, match="no operation 'sharpen'"):
+        settings.stack_of("cropflip + sharpen")
 
 
-def measure(plan: planning.Plan, store: Store, value) -> list[planning.Cell]:
-    """Fill `store` with made-up numbers, stage by stage, until nothing is left to do; returns all cells."""
-    for _ in range(10):
-        cells = plan.cells(CIFAR, "cnn", store)
-        missing = [cell for cell in cells if not store.has(cell) and not plan.lacks(cell)]
-        if not missing:
-            return cells
-        for cell in missing:
-            row = {
-                **cell.row(), ("accuracy" if cell.stage in planning.ON_TEST else "val_accuracy"): value(cell),
-                "seconds_per_step": 0.01, "cell_seconds": 1.0, "protocol": settings.PROTOCOL, "images": 500,
-                "measured_on": 1000, "steps": 10, "processor": "none", "threads": 1, "torch": "0",
-            }  # fmt: skip
-            store.add(row)
-    raise AssertionError("the plan does not end")
+def test_validation_chooses_moves_and_the_test_favours_the_opponent(tmp_path: Path) -> None:
+    rows, base = Rows("augmentation", tmp_path), "cropflip + jitter(strength=0.2)"
+    strong, weak = (f"{base} + noise(strength={s})@cifar10-unlabelled" for s in (0.5, 1.0))
+    control = f"{base} + adversarial(strength=0.25)@identity"
+    for seed, more in enumerate((0.0, 0.02, 0.04)):
+        put = partial(rows.add, "cifar10-50/cnn", seed=seed, split="test: final")
+        put("cropflip", found={"accuracy": 0.55 + more})  # better than what validation chose
+        put(base, found={"accuracy": 0.50 + more})
+        put(strong, found={"accuracy": 0.58 + more})
+        put(weak, found={"accuracy": 0.70 + more})
+        put(control, found={"accuracy": 0.56 + 2 * more})
+    for arm, value in ((strong, 0.6), (weak, 0.5), (control, 0.4)):
+        rows.add("cifar10-50/cnn", arm, 1000, "validation: ours", {"accuracy": value})
+    task = choice.Task("cifar10-50/cnn", rows)
+    assert task.base == base and task.best(["cifar10-unlabelled"]) == strong and task.tuned() == control
+    assert task.strongest(task.final[strong])[0] == "cropflip"
+    found = choice.comparisons([task])
+    over = found["flow of unlabelled images, over the best other stack"]["cifar10-50/cnn/cifar10-unlabelled"]
+    assert (round(over.mean, 9), round(over.half, 9), over.seeds) == (3.0, 0.0, 3)
+    fixed = found["`Adversarial(strength=0.25)` of pixels, over the best other stack"]
+    assert fixed["cifar10-50/cnn"].verdict == "no difference found"
 
 
-def made_up(cell: planning.Cell) -> float:
-    """Trivial is the best single, with erasing the best pair; noise wins on validation, adversarial on the test."""
-    names = [name for name, _ in cell.stack]
-    result = 0.5 + 0.01 * cell.seed * (cell.stage == "final")
-    result += 0.05 * ("trivial" in names) + 0.02 * ("erasing" in names) - 0.01 * ("mixup" in names)
-    if cell.side in ("ours", "control"):
-        better = "adversarial" if cell.stage == "final" else "noise"
-        result += 0.03 * (cell.side == "ours") + 0.01 * (cell.method == better)
-    return result + 0.001 * (cell.params.get("strength") == 0.5)
-
-
-def test_plan_tunes_both_sides_and_tests_the_winners_of_validation_alone(tmp_path: Path) -> None:
-    chosen = argparse.Namespace(
-        opponents=list(settings.OPPONENTS), methods=["adversarial", "noise"], trials=3, best=1, seeds=[0, 1, 2, 3, 4],
-        leaking=False, through=None, tuning_seeds=3, beside=None,
-    )  # fmt: skip
-    plan, store = planning.Plan(chosen, AllFlows()), Store(tmp_path)
-    cells = measure(plan, store, made_up)
-    assert len({cell.key for cell in cells}) == len(cells)
-    stages = [cell.stage for cell in cells]
-    assert sorted(set(stages), key=stages.index) == ["singles", "pairs", "ours", "final"]
-    tried = [(c.side, c.flow, c.method) for c in cells if c.stage in ("singles", "ours") and c.seed == 1000]
-    assert settings.TUNING_SEED == 1000
-    assert {key: tried.count(key) for key in tried if tried.count(key) != 3} == {
-        ("opponent", "none", "none"): 1,
-        ("opponent", "none", "cropflip"): 1,
-        ("opponent", "none", "latent-noise"): 6,  # through either flow
+def test_many_settings_of_one_data_set_weigh_as_much_as_one_of_another() -> None:
+    gains = {
+        "fashion-5/cnn": 1.0,
+        "fashion-10/cnn": 1.0,
+        "fashion-20/cnn": 1.0,
+        "mnist-10/cnn": 3.0,
+        "cifar10-50/cnn": 5.0,
     }
-    final = [cell for cell in cells if cell.stage == "final" and cell.seed == 0]
-    arms = [("opponent", "none", "cropflip"), ("opponent", "none", "opponent"), ("ours", "imagenette32", "noise")]
-    arms += [("ours", "own", "noise"), ("control", "identity", "noise")]
-    assert sorted((c.side, c.flow, c.method) for c in final) == sorted(arms)
-    assert all([name for name, _ in c.base] == ["cropflip", "trivial", "erasing"] for c in final if c.base)
-    assert {c.params["strength"] for c in final if c.method == "noise"} == {0.5}
-    # Tuning reads validation images, final cells test images, and never the other way round.
-    rows = json.loads((tmp_path / "augmentation.json").read_text())
-    assert all("accuracy" in row and "val_accuracy" not in row for row in rows) and len(rows) == 25
-    tuning = json.loads((tmp_path / "augmentation_tuning.json").read_text())
-    assert all("accuracy" not in row and row["seed"] in settings.TUNING_SEEDS for row in tuning)
+    means = choice.family_means({name: Interval(gain, 0.1, 5) for name, gain in gains.items()})
+    assert means == {"grey images": 2.0, "CIFAR-10": 5.0}

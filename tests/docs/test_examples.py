@@ -45,7 +45,7 @@ def test_the_recipe_for_eva02(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(recipe) <= set(finetune.DEFAULTS)
     assert recipe["batch_size"] * recipe["accumulate"] * 8 == 512
     assert tuple(recipe["mean"]) == OPENAI_CLIP_MEAN and tuple(recipe["std"]) == OPENAI_CLIP_STD
-    GLEMAugment.from_config(recipe["augment"], GLEM.from_pretrained("bundled:fashion-mnist"))
+    GLEMAugment(GLEM.from_pretrained("bundled:fashion-mnist"), **recipe["augment"])
 
 
 @pytest.mark.slow
@@ -56,7 +56,7 @@ def test_the_recipe_runs_with_a_small_eva02_and_taef2(
     for split in ("train", "val"):
         write_images(tmp_path / "data" / split, tuple("abcdefghij"), (7, 7), 2)
     model = GLEM.create("identity", (3, 56, 56), ["image"], autoencoder="taef2")
-    model.adapt(str(tmp_path / "data"), rank=8, pooled=True).save(tmp_path / "modes")
+    model.adapt(str(tmp_path / "data"), rank=8).save(tmp_path / "modes")
     small = ["--model", "eva02_tiny_patch14_224", "--num-classes", "null", "--img-size", "56", "--epochs", "1"]
     small = ["--device", "cpu", "--pretrained", "false", "--batch-size", "5", "--amp", "null", "--workers", "0", *small]
     fixed = ["finetune_timm.py", "--config", str(EXAMPLES / "eva02_imagenet.yaml"), "--data", str(tmp_path / "data")]

@@ -71,16 +71,16 @@ def test_the_calibration_error_is_that_of_torchmetrics() -> None:
 def test_adapting_and_calibrating_make_the_posterior_honest(
     bundled_train: ImageData, bundled_test: ImageData, tmp_path: Path
 ) -> None:
-    """784 pixels as if they were independent are far too sure of a class."""
+    """Gaussians of 784 pixels are far too sure of a class."""
     GLEM.create("identity", (1, 28, 28), ["image"], psi=None).adapt(bundled_train, max_per_class=20).save(tmp_path)
     model, test = GLEM.from_pretrained(tmp_path), bundled_test.subset(range(0, 1000, 4))
     fitted, x = model.latent_classes.temperature, test.tensor()
     honest, densities = evaluate(model, test, round_trip=0), model.log_prob_per_class(x)
-    wanted = (model.gaussians.log_prob(model.encode(x)[0]) / fitted).softmax(1)
+    wanted = (model.latent_classes.log_prob(model.encode(x)[0]) / fitted).softmax(1)
     torch.testing.assert_close(model.posterior(x), wanted)
     model.latent_classes.temperature = 1.0
     sure = evaluate(model, test, round_trip=0)
-    assert honest["ece"] < 0.15 < 0.25 < sure["ece"]
+    assert honest["ece"] < 0.15 < 0.2 < sure["ece"]
     same = ("accuracy", "top5", "bits_per_dim", "bits_per_dim_marginal")
     assert all(honest[name] == sure[name] for name in same)
     assert torch.equal(model.log_prob_per_class(x), densities)

@@ -113,6 +113,14 @@ def test_splits(tmp_path: Path) -> None:
     assert len(open_data(tmp_path, "test")) == 4  # the only held-out part
     with pytest.raises(DataError, match="extra.*train, val"):
         open_data(tmp_path, "extra")
+    png(tmp_path / "val" / "images" / "0.png")  # as in Tiny ImageNet, whose labels are in another file
+    with pytest.raises(DataError, match=r"val has the class 'images', which .*train lacks \(its 2 classes .*'a', 'b'"):
+        open_data(tmp_path, "val")
+    shutil.rmtree(tmp_path / "val" / "images")
+    shutil.rmtree(tmp_path / "val" / "b")
+    assert open_data(tmp_path, "val").classes == ["a"]  # classes are matched by name
+    with pytest.raises(DataError, match=r"one class, but its images lie in 2 folders of .*train: give that one"):
+        open_data(shutil.copytree(tmp_path / "train", tmp_path / "nested" / "x" / "train").parents[1])
     inside = tmp_path / "train"
     assert len(open_data(inside, "test")) == 6  # a default, as train is
     with pytest.raises(DataError, match="train"):

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment import GLEM, GLEMAugment, SyntheticDataset
+from glem_augment.classes.classes import Classes
+from glem_augment.codec import Codec, register_codec, to_unit
 from glem_augment.errors import ModelFileError
-from glem_augment.flows import Coupling, Flow, check_flow, create_flow, register_coupling
-from glem_augment.flows.coupling import COUPLINGS
+from glem_augment.flows import Coupling, Flow, check_flow, create_flow, register_coupling, register_flow
+from glem_augment.images.dataset import ImageData
+from glem_augment.parts import kinds
+from glem_augment.training import TrainConfig, Trainer
 
 SHAPE = (3, 8, 8)
 
@@ -52,6 +56,36 @@ def test_a_users_flow_is_adapted_and_augments(tmp_path: Path) -> None:
     moved, _ = GLEMAugment(again, p=1.0, seed=0)(images, labels)
     assert moved.shape == images.shape and bool((moved != images).any())
     assert SyntheticDataset(again, per_class=2, seed=0)[5][1] == 2
+
+
+class Latent(GainAndShift):
+    """The same in an autoencoder's latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_shape = (32, 2, 2)
+        self.gain, self.shift = (nn.Parameter(t.detach()[:2].reshape(32, 2, 2)) for t in (self.gain, self.shift))
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        x = (z.unflatten(1, self.image_shape) - self.shift) * (-self.gain).exp()
+        return x, -self.gain.sum().expand(len(z))
+
+
+def test_a_users_flow_is_trained_and_takes_an_autoencoder(tmp_path: Path) -> None:
+    x, y = torch.randint(0, 256, (40, *SHAPE), dtype=torch.uint8), torch.arange(40) % 2
+    start = GLEM.from_bijection(GainAndShift(), SHAPE)
+    before = start.flow.gain.clone()
+    config = TrainConfig(epochs=1, batch_size=8, objective="mle")
+    found = Trainer(ImageData.from_tensors(x, y, ["a", "b"]), config, tmp_path / "run", init_model=start).fit()
+    assert torch.equal(start.flow.gain, before) and not torch.equal(found.flow.gain, before)
+    again = GLEM.from_pretrained(tmp_path / "run", module=GainAndShift())
+    assert torch.equal(again.encode(x)[0], found.encode(x)[0])
+    model = GLEM.from_bijection(Latent(), (3, 16, 16), autoencoder="taef2")
+    x = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    model = model.adapt((x, y[:8]), rank=2)
+    model.save(tmp_path / "latent")
+    again = GLEM.from_pretrained(tmp_path / "latent", module=Latent())
+    assert again.numbers_are == "through taef2" and torch.equal(again.encode(x)[0], model.encode(x)[0])
 
 
 def test_a_flow_keeps_its_statistics_and_its_precision(tmp_path: Path) -> None:
@@ -139,15 +173,108 @@ def test_flows_of_the_library_keep_the_contract_and_users_flows_have_limits(tmp_
         GLEM.from_pretrained(tmp_path, module=GainAndShift())
 
 
+# ---- parts that are registered -----------------------------------------------------------------------------------
+
+
+class Stretch(Flow):
+    """z = gain x + shift, with a shift per pixel that is learned."""
+
+    def __init__(self, image_shape: tuple[int, int, int], gain: float = 1.0) -> None:
+        super().__init__(image_shape)
+        self.shift = nn.Parameter(torch.zeros(image_shape))
+        self.register_buffer("gain", torch.tensor(gain), persistent=False)  # the file does not hold it
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (self.gain * x + self.shift).flatten(1), (self.gain.log() * self.shift.numel()).expand(len(x))
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        x = (z.unflatten(1, self.image_shape) - self.shift) / self.gain
+        return x, -(self.gain.log() * self.shift.numel()).expand(len(z))
+
+
+class Scaling(Codec):
+    """Pixels times a number."""
+
+    exact = True
+
+    def __init__(self, image_shape: tuple[int, int, int], by: float = 2.0) -> None:
+        super().__init__(image_shape, image_shape)
+        self.by = by
+
+    def encode(self, x: Tensor, noise: Any = None) -> Tensor:
+        return to_unit(x, self.dtype) * self.by
+
+    def decode(self, h: Tensor) -> Tensor:
+        return h / self.by
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    register_flow("stretch")(Stretch)
+    register_codec("scaling")(Scaling)
+    yield
+    kinds("flow").pop("stretch", None)
+    kinds("codec").pop("scaling", None)
+
+
+def test_registered_flows_and_codecs_are_made_saved_loaded_and_trained_by_name(
+    registered: None, tmp_path: Path
+) -> None:
+    x, y = torch.randint(0, 256, (40, *SHAPE), dtype=torch.uint8), torch.arange(40) % 2
+    data = ImageData.from_tensors(x, y, ["a", "b"])
+    given = GLEM.from_bijection(Stretch(SHAPE, 3), SHAPE, autoencoder=Scaling(SHAPE, by=0.5)).adapt(data, rank=2)
+    named = GLEM.create("stretch", SHAPE, ["a", "b"], gain=3.0, autoencoder=Scaling(SHAPE, 0.5))
+    named = named.eval().adapt(data, rank=2)
+    assert given.config.flow == {"preset": "stretch", "image_shape": [3, 8, 8], "coupling": "stretch", "gain": 3}
+    assert given.config.autoencoder["options"] == {"by": 0.5}
+    for model in (given, named):
+        model.save(tmp_path / "model")
+        again = GLEM.from_pretrained(tmp_path / "model")
+        assert torch.equal(again.log_prob(x), model.log_prob(x)) and again.codec.by == 0.5 and again.flow.gain == 3
+    whitened = GLEM.create("stretch", SHAPE, ["a", "b"], whiten=4)
+    whitened.save(tmp_path / "whitened")
+    assert type(GLEM.from_pretrained(tmp_path / "whitened").flow.flow) is Stretch
+    config = TrainConfig(preset="stretch", flow_options={"gain": 2.0}, epochs=1, batch_size=8, objective="mle")
+    trained = Trainer(data, config, tmp_path / "run").fit()
+    assert bool(trained.flow.shift.any())
+    assert torch.equal(GLEM.from_pretrained(tmp_path / "run").encode(x)[0], trained.encode(x)[0])
+    with pytest.raises(ValueError, match="'stretc'.*did you mean stretch"):
+        TrainConfig(preset="stretc")
+    text = (tmp_path / "model" / "config.json").read_text()
+    for old, new, wrong in (('"gain": 3.0', '"gain": []', "gain"), ('"by": 0.5', '"to": 0.5', "'to'")):
+        (tmp_path / "model" / "config.json").write_text(text.replace(old, new))
+        with pytest.raises(ModelFileError, match=f"config.json: .*{wrong}"):
+            GLEM.from_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(text)
+    del kinds("flow")["stretch"]
+    with pytest.raises(ModelFileError, match="'stretch': import the module"):
+        GLEM.from_pretrained(tmp_path / "model")
+
+
+def test_what_could_not_be_built_again_is_not_saved(tmp_path: Path) -> None:
+    class Mixture(Classes):
+        pass
+
+    model = GLEM.create("identity", SHAPE, ["a", "b"])
+    model.latent_classes = Mixture(model.gaussians)
+    with pytest.raises(ModelFileError, match="Mixture would be loaded as Classes"):
+        model.save(tmp_path)
+    model = GLEM.create("identity", SHAPE, ["a", "b"])
+    model.flow = Stretch(SHAPE)
+    with pytest.raises(ModelFileError, match="Stretch would be loaded as FlatIdentity"):
+        model.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # ---- couplings -------------------------------------------------------------------------------------------------------
 
 
 class Scaled(Coupling):
     """y2 = gain (x2 + b(x1))."""
 
-    options = {"gain": 2.0, "sign": 1}
-
-    def __init__(self, channels: int, subnet: Callable[[int, int], nn.Module], gain: float, sign: int) -> None:
+    def __init__(
+        self, channels: int, subnet: Callable[[int, int], nn.Module], gain: float = 2.0, sign: int = 1
+    ) -> None:
         super().__init__(channels)
         self.net, self.gain = subnet(self.n, self.n), gain * sign
 
@@ -161,7 +288,7 @@ class Scaled(Coupling):
 def scaled() -> Iterator[None]:
     register_coupling("scaled")(Scaled)
     yield
-    COUPLINGS.pop("scaled", None)
+    kinds("coupling").pop("scaled", None)
 
 
 def test_a_users_coupling_is_used_saved_and_missed(scaled: None, tmp_path: Path) -> None:
@@ -175,7 +302,7 @@ def test_a_users_coupling_is_used_saved_and_missed(scaled: None, tmp_path: Path)
     x = torch.randint(0, 256, (4, *SHAPE), dtype=torch.uint8)
     model.save(tmp_path)
     assert torch.equal(GLEM.from_pretrained(tmp_path).log_prob(x), model.log_prob(x))
-    del COUPLINGS["scaled"]
+    del kinds("coupling")["scaled"]
     with pytest.raises(ModelFileError, match="config.json: .*'scaled'"):
         GLEM.from_pretrained(tmp_path)
 
@@ -188,6 +315,8 @@ def test_options_and_names_of_couplings_are_checked(scaled: None) -> None:
     for name in ("affine", "a b"):
         with pytest.raises(ValueError, match=name):
             register_coupling(name)(Scaled)
-    for other in (nn.Linear, type("Many", (Coupling,), {"options": {"depth": 1}})):
-        with pytest.raises((TypeError, ValueError), match="Linear|depth"):
-            register_coupling("many")(other)
+    for init in (lambda self, channels, subnet, depth=1: None, lambda self, channels, subnet, gain: None):
+        with pytest.raises(ValueError, match="'depth'|'gain'"):
+            register_coupling("many")(type("Many", (Coupling,), {"__init__": init}))
+    with pytest.raises(TypeError, match="Linear"):
+        register_coupling("many")(nn.Linear)

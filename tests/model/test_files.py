@@ -192,6 +192,9 @@ def test_configs_that_do_not_fit_the_weights_are_refused(saved: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ModelFileError, match="config.json"):
             GLEM.from_pretrained(saved)
+    path.write_text(whole.replace('"bits": 8', '"bits": 5, "bits": 8'))
+    with pytest.raises(ModelFileError, match="key is there twice"):
+        GLEM.from_pretrained(saved)
     path.write_text(whole.replace('"format_version": 1', '"format_version": 2'))
     with pytest.raises(ModelFileError, match="config.json"):
         GLEM.from_pretrained(saved)

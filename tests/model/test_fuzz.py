@@ -22,6 +22,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from glem_augment import GLEM
+from glem_augment.classes.classes import Classes
+from glem_augment.classes.fit import fit_modes
+from glem_augment.classes.statistics import class_statistics
 from glem_augment.cli.info import model_facts
 from glem_augment.errors import ModelFileError
 from glem_augment.hub.cards import model_card
@@ -40,14 +43,17 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
     small = dict(depth=[1, 1], blocks=[1, 1], width=[4, 4])
     bottleneck = tiny_model("mef_tiny", subnet="bottleneck", depth=[1], blocks=[1], width=[16])
     models = [tiny_model(**small), tiny_model("glow_tiny", psi=None, **small), tiny_model("identity"), bottleneck]
-    # full covariances, and a whitened flow of an autoencoder's latents
-    full = tiny_model("identity").adapt((images(150), torch.arange(150) % 3), rank=3)
-    assert full.config.covariance == "full"
+    # full covariances of the first format, a whitened flow of an autoencoder's latents, and fitted classes
+    full, z = tiny_model("identity"), images(150)
+    z = [full.encode(z[torch.arange(150) % 3 == y])[0] for y in range(3)]
+    modes = fit_modes(class_statistics(z.__getitem__, range(3), full.dim, 3), 3, full=True)
+    full.latent_classes = Classes(full.gaussians, modes, full=True)
     latent = tiny_model("latent", (3, 16, 16), autoencoder="taef2", whiten=4, **small)
-    models += [full, latent]
+    fitted = GLEM.fit((images(9, (3, 16, 16)), torch.arange(9) % 3), "taef2")
+    models += [full, latent, fitted]
     pairs = []
     for index, model in enumerate(models):
-        if index % 2 == 0 and model is not full:
+        if index % 2 == 0 and model not in (full, fitted):
             model.fit_modes((images(12), torch.arange(12) % 3), rank=2)
         model.config.training = {"data": "/data/pets", "images": 12, "config": {"beta": 0.3, "milestones": [1, 2]}}
         folder = tmp_path_factory.mktemp("seed")
@@ -230,6 +236,12 @@ def first(value: float) -> Callable[[Tensor], Tensor]:
         (FULL, "modes.scales", first(3e38)),
         (FULL, "modes.directions", first(1e8)),
         (FULL, "modes.counts", torch.zeros_like),
+        (FULL, "modes.directions", lambda t: t * 1e6),
+        (FULL, "modes.directions", torch.zeros_like),
+        (0, "modes.directions", lambda t: t[:, :1].expand_as(t)),
+        (0, "flow.levels.1.layers.1.log_scale", lambda t: t * 1e6),
+        (0, "flow.levels.0.layers.2.weight", lambda t: t * 1e6),
+        (0, "flow.levels.0.layers.3.net.tail.weight", lambda t: t * 1e6),
     ],
 )
 def test_tensors_that_would_fail_at_the_first_use(

@@ -12,9 +12,11 @@ import pytest
 import torch
 from model_cases import TINY
 from PIL import Image
+from torch.utils.data import DataLoader, Subset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
 from glem_augment import GLEM, GLEMAugment, RealAndSynthetic, SyntheticDataset, open_data
-from glem_augment.classes.privacy import Privacy
 from glem_augment.cli import main
 from glem_augment.codec.levels import Levels, Values, draw_noise
 from glem_augment.codec.pixel_range import PixelRange
@@ -24,6 +26,7 @@ from glem_augment.evaluation.preview import preview
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.config import GLEMConfig
 from glem_augment.model.files import CONFIG
+from glem_augment.privacy import Privacy
 from glem_augment.training import TrainConfig, Trainer
 
 SIDE = 12
@@ -167,6 +170,31 @@ def test_other_images_are_refused(root: Path) -> None:
             call()
     normalised = GLEMAugment(model, "noise", p=1.0, mean=-50.0, std=200.0, seed=0)((x + 50) / 200, y)[0]
     assert torch.allclose(normalised * 200 - 50, GLEMAugment(model, "noise", p=1.0, seed=0)(x, y)[0], atol=0.05)
+
+
+def test_images_of_another_scale_are_refused_or_named(root: Path, tmp_path: Path) -> None:
+    data = open_data(root / "float12", value_range=RANGES["float12"])
+    model, x, y = GLEM.fit(data, rank=4), data.tensor()[:16], torch.from_numpy(data.targets[:16])
+    for other in ((x + 1000) / 2000, (x - x.mean()) / x.std()):
+        aug = GLEMAugment(model, "noise", p=1.0, classes=data)
+        with pytest.raises(ValueError, match=r"the first 16 images lie .*-1000 to 1000.*before any normalisation"):
+            aug(other, y)
+        for image, label in zip(other[:7], y, strict=False):  # too few to tell
+            aug(image[None], label[None])
+        with pytest.raises(ValueError, match="the first 8 images"):
+            aug(other[7:8], y[7:8])
+        aug(x, y)
+    (folder := tmp_path / "cat").mkdir()
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 4096, (8, 8)).astype(np.uint16)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    cut_off = ImageFolder(str(tmp_path), v2.PILToTensor())
+    with pytest.warns(UserWarning) as said:
+        data = open_data(cut_off)
+    assert [word in str(w.message) for w, word in zip(said, ("cuts their", "fewer bits"), strict=True)] == [True] * 2
+    assert int(cut_off[0][0].max()) == 255 < int(data[0][0].numpy().max())
+    with pytest.warns(UserWarning, match="cuts their values off at 255"):
+        GLEMAugment(GLEM.fit(data, rank=2), "noise").wrap(DataLoader(Subset(cut_off, [0, 1])))
 
 
 def test_hostile_ranges_are_refused(root: Path, tmp_path: Path) -> None:

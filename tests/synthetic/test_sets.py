@@ -73,6 +73,9 @@ def test_classes_that_do_not_match_name_the_fix(model: GLEM, tail: ImageData) ->
         with pytest.raises(ClassMismatchError, match="'zebra'.*adapt"):
             SyntheticDataset(model, real=more, **settings)
     assert RealAndSynthetic(more, SyntheticDataset(model, per_class=7)).targets[-2:] == [0, 0]
+    other = tail.with_targets(tail.targets, ["ape", "bear", "crow"])
+    with pytest.raises(ClassMismatchError, match="'ape'"):  # and not that there are too few images
+        RealAndSynthetic(other, SyntheticDataset(model, per_class=1))
 
 
 def test_real_and_synthetic_at_a_ratio(model: GLEM, image_folder: Path) -> None:
@@ -181,9 +184,25 @@ def test_class_maps(model: GLEM, tail: ImageData) -> None:
 
 
 def test_one_class_for_all_gives_no_labels_and_one_folder(tail: ImageData, tmp_path: Path) -> None:
-    pooled = GLEM.fit(tail, pooled=True)
+    one = GLEM.fit(tail.with_targets([0] * len(tail), ["image"]))
     with pytest.raises(DataError, match="several real classes"):
-        RealAndSynthetic(tail, SyntheticDataset(pooled, 6), ratio=None)
-    SyntheticDataset(pooled, 6, real=tail, source="mixup").export(tmp_path / "out")
+        RealAndSynthetic(tail, SyntheticDataset(one, 6), ratio=None)
+    SyntheticDataset(one, 6).export(tmp_path / "out")
     found = open_data(tmp_path / "out")
     assert found.classes == ["image"] and len(found) == 6
+
+
+def test_labels_are_the_class_numbers_of_the_real_data(model: GLEM) -> None:
+    """The model has cat, bird, dog in another order than the real data."""
+    names = [model.classes[k] for k in (2, 0, 1)]
+    y = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
+    real = ImageData.from_tensors(torch.zeros(10, *model.image_shape, dtype=torch.uint8), y, names)
+    drawn = SyntheticDataset(model, per_class="balance", real=real)
+    assert drawn.classes == names and sorted(drawn.targets) == [1] * 2 + [2] * 3
+    for index, label in enumerate(drawn.targets):
+        assert drawn[index][1] == label
+        same = SyntheticDataset(model, per_class={names[label]: 3})  # the same draws, with the model's numbers
+        place = drawn.targets[:index].count(label)
+        assert torch.equal(drawn.latents([index]), same.latents([place]))
+    both = RealAndSynthetic(real, drawn, ratio=None)
+    assert both.targets == [*y.tolist(), *drawn.targets]

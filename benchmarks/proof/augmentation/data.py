@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import TimeUpError, find_images
+from benchmarks.common import find_images
 from benchmarks.paper.research import ResearchTrainer, split_settings
 from benchmarks.proof.augmentation.settings import (
     BUNDLED,
@@ -33,7 +33,7 @@ PLACES = {
     "cifar10": ("cifar10", None, "test"),
     "imagenette": ("imagenette128", None, "val"),
     "mnist": ("mnist", None, "test"),
-    "notmnist": ("notmnist", None, "test"),  # made by make_notmnist.py
+    "notmnist": ("notmnist", None, "test"),  # glyphs of A to J; make_notmnist.py in commit 309e287 makes them
     "bundled": (None, "bundled:fashion-mnist", "test"),
 }
 VALIDATION_MOST, VALIDATION_SHARE = 200, 0.25  # images of a class
@@ -164,8 +164,9 @@ class Flows:
         x, y = (
             task.train if base.image_shape[1] == setting.size else make_task(setting, seed, base.image_shape[1]).train
         )
-        classes = None if pooled else task.classes
-        return base.adapt((x, y), classes=classes, rank=min(64, base.dim), pooled=pooled)
+        if pooled:  # one class of all images
+            return base.adapt((x, torch.zeros_like(y)), classes=["image"], rank=min(64, base.dim))
+        return base.adapt((x, y), classes=task.classes, rank=min(64, base.dim))
 
     def _train_own(self, out: Path, setting: Setting, task: Task) -> None:
         data = ImageData.from_tensors(*task.train, task.classes, name=setting.name)
@@ -175,8 +176,8 @@ class Flows:
         print(f"augmentation: training {out.name} on {len(data)} images", flush=True)
         ResearchTrainer(data, config, out, resume=has_checkpoint(out), research=research).fit()
 
-    def train(self, name: str, seconds: float | None) -> bool:
-        """Train a flow of `FLOWS`, or resume its training, within the time limit. Returns whether it is finished."""
+    def train(self, name: str) -> None:
+        """Train a flow of `FLOWS`, or resume its training."""
         if name not in FLOWS:
             raise SystemExit(f"augmentation: no recipe for a flow {name!r}; there are {', '.join(FLOWS)}")
         recipe, out = FLOWS[name], self.folder / name
@@ -186,11 +187,5 @@ class Flows:
             x, y, classes = x[rows], torch.zeros(len(rows), dtype=torch.int64), ["any"]
         settings = {**FLOW_SETTINGS, **recipe.settings, "epochs": recipe.epochs, "threads": torch.get_num_threads()}
         own, research = split_settings(settings)
-        config = TrainConfig(**own)
         data = ImageData.from_tensors(x, y, classes, name=recipe.data)
-        try:
-            ResearchTrainer(data, config, out, resume=has_checkpoint(out), research=research).fit_for(seconds)
-        except TimeUpError as stop:
-            print(f"augmentation: {stop}; the same command goes on")
-            return False
-        return True
+        ResearchTrainer(data, TrainConfig(**own), out, resume=has_checkpoint(out), research=research).fit()

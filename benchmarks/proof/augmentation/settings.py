@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-PROTOCOL = 1  # rows of another number are ignored: their measurement was different
-FINAL_SEEDS = (0, 1, 2, 3, 4)
-# Every trial is measured with the first seed. The best trials are measured with all seeds, and their means decide.
-TUNING_SEEDS = (1000, 1001, 1002)
-TUNING_SEED, FINALISTS = TUNING_SEEDS[0], 2
+FINAL_SEEDS = (0, 1, 2, 3, 4)  # validation rows have the seeds 1000 to 1002
 FM_FIVE, CIFAR_FIVE = (0, 2, 4, 6, 8), (0, 1, 2, 3, 4)  # training classes of the flows of "other classes"
 # English springer and garbage truck are similar to classes of CIFAR-10 (dog, truck).
 IMAGENETTE_APART = (0, 2, 3, 4, 5, 7, 8, 9)
@@ -30,7 +29,6 @@ class Setting:
             (oversampling), except for the opponent "natural".
         size, channels: of the classifier's images; flow_size: of the flows', by default the same.
         proof: flows that are trained on (a) these labelled images alone ("own") or (b) other images, and adapted.
-        leaking: flows that are trained with the labels of the full training set; they have a separate table.
         steps: of training, per classifier.
         flip: whether images may be mirrored; if not (digits), all stacks begin with the crop alone.
     """
@@ -41,7 +39,6 @@ class Setting:
     size: int
     channels: int
     proof: tuple[str, ...]
-    leaking: tuple[str, ...] = ()
     classes: tuple[int, ...] | None = None
     imbalance: float = 1.0
     steps: dict[str, int] = field(default_factory=lambda: {"cnn": 500, "resnet": 600})
@@ -61,48 +58,33 @@ def _rest(classes: tuple[int, ...]) -> tuple[int, ...]:
 
 # Flows trained on the other training images, without labels.
 UNLABELLED, CIFAR_UNLABELLED, MNIST_UNLABELLED = "fashion-unlabelled", "cifar10-unlabelled", "mnist-unlabelled"
-NOTMNIST_UNLABELLED, CIFAR_LATENTS = "notmnist-unlabelled", "cifar10-latents"
+NOTMNIST_UNLABELLED = "notmnist-unlabelled"
 GREY = "cifar10-grey28"
-LONG = {"cnn": 1000, "resnet": 1000}
+MANY, LONG = {"cnn": 800, "resnet": 800}, {"cnn": 1000, "resnet": 1000}
 _SETTINGS = (
     Setting("imagenette32-50", "imagenette", 50, 32, 3, ("cifar10",)),
     Setting("imagenette32-20", "imagenette", 20, 32, 3, ("cifar10",)),
-    Setting("imagenette32-100", "imagenette", 100, 32, 3, ("cifar10",), steps=LONG),
-    Setting("imagenette32-300", "imagenette", 300, 32, 3, ("cifar10",), steps=LONG),
     Setting("imagenette32-8of10-50", "imagenette", 50, 32, 3, ("cifar10",), classes=IMAGENETTE_APART),
-    Setting("imagenette64-100", "imagenette", 100, 64, 3, ("cifar10",), flow_size=32),
-    Setting(
-        "imagenette128-300",
-        "imagenette",
-        300,
-        128,
-        3,
-        ("cifar10-short",),
-        steps={"cnn": 800, "resnet": 800},
-        flow_size=32,
-    ),
+    Setting("imagenette128-300", "imagenette", 300, 128, 3, ("cifar10-short",), steps=MANY, flow_size=32),
     Setting("fashion-5", "fashion-mnist", 5, 28, 1, (UNLABELLED,)),
-    Setting("fashion-10", "fashion-mnist", 10, 28, 1, ("own", GREY, UNLABELLED), ("fashion-mnist",)),
+    Setting("fashion-10", "fashion-mnist", 10, 28, 1, ("own", GREY, UNLABELLED)),
     Setting("fashion-20", "fashion-mnist", 20, 28, 1, (UNLABELLED,)),
     Setting("fashion-50", "fashion-mnist", 50, 28, 1, (UNLABELLED,)),
-    Setting("fashion-100", "fashion-mnist", 100, 28, 1, (UNLABELLED, "own", GREY), ("fashion-mnist",), steps=LONG),
-    Setting("fashion-long-tail-100", "fashion-mnist", 500, 28, 1, (UNLABELLED,), (), None, 100.0),
-    Setting("fashion-long-tail-10", "fashion-mnist", 50, 28, 1, (UNLABELLED,), (), None, 10.0),
-    Setting("fashion-5of10-10", "fashion-mnist", 10, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
-    Setting("fashion-5of10-50", "fashion-mnist", 50, 28, 1, ("fashion-five", UNLABELLED), (), _rest(FM_FIVE)),
+    Setting("fashion-100", "fashion-mnist", 100, 28, 1, (UNLABELLED, "own", GREY), steps=LONG),
+    Setting("fashion-long-tail-100", "fashion-mnist", 500, 28, 1, (UNLABELLED,), None, 100.0),
+    Setting("fashion-long-tail-10", "fashion-mnist", 50, 28, 1, (UNLABELLED,), None, 10.0),
+    Setting("fashion-5of10-10", "fashion-mnist", 10, 28, 1, ("fashion-five", UNLABELLED), _rest(FM_FIVE)),
     Setting("mnist-10", "mnist", 10, 28, 1, (MNIST_UNLABELLED, "fashion-mnist"), flip=False),
     Setting("notmnist-10", "notmnist", 10, 28, 1, ("fashion-mnist", NOTMNIST_UNLABELLED), flip=False),
-    Setting(
-        "cifar10-50", "cifar10", 50, 32, 3, (CIFAR_UNLABELLED, "imagenette32", "own"), ("cifar10", "bundled:cifar10")
-    ),
-    Setting("cifar10-500", "cifar10", 500, 32, 3, ("imagenette32", CIFAR_UNLABELLED, "own"), ("cifar10",), steps=LONG),
-    Setting("cifar10-5of10-50", "cifar10", 50, 32, 3, ("cifar10-five",), (), _rest(CIFAR_FIVE)),
-    Setting("cifar10-long-tail-100", "cifar10", 500, 32, 3, ("imagenette32",), ("cifar10",), None, 100.0, LONG),
-    Setting("cifar10-long-tail-10", "cifar10", 500, 32, 3, ("imagenette32",), ("cifar10",), None, 10.0, LONG),
+    Setting("cifar10-50", "cifar10", 50, 32, 3, (CIFAR_UNLABELLED, "imagenette32", "own")),
+    Setting("cifar10-500", "cifar10", 500, 32, 3, ("imagenette32", CIFAR_UNLABELLED, "own"), steps=LONG),
+    Setting("cifar10-5of10-50", "cifar10", 50, 32, 3, ("cifar10-five",), _rest(CIFAR_FIVE)),
+    Setting("cifar10-long-tail-100", "cifar10", 500, 32, 3, ("imagenette32",), None, 100.0, LONG),
+    Setting("cifar10-long-tail-10", "cifar10", 500, 32, 3, ("imagenette32",), None, 10.0, LONG),
 )
 SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _SETTINGS}
 # For a test of the script: bundled images and flow, few steps. It runs only if --settings names it.
-SMOKE = Setting("smoke", "bundled", 10, 28, 1, (), ("fashion-mnist",), steps={"cnn": 12, "resnet": 4}, batch=16)
+SMOKE = Setting("smoke", "bundled", 10, 28, 1, (), steps={"cnn": 12, "resnet": 4}, batch=16)
 
 
 # ---- flows -----------------------------------------------------------------------------------------------------------
@@ -132,7 +114,6 @@ FLOW_SETTINGS: dict[str, Any] = dict(
     sample_every=0, val_fraction=0.02,
 )  # fmt: skip
 WITHOUT_LABELS: dict[str, Any] = {"objective": "mle", "beta": 0.0, "ce_scale": 1.0}
-IN_LATENTS: dict[str, Any] = {"preset": "latent", "autoencoder": "taef2", "latent_noise": 0.1, "precision": "fp32"}
 FLOWS: dict[str, FlowRecipe] = {
     "cifar10": FlowRecipe("cifar10", 32, 3, 8),
     "cifar10-short": FlowRecipe("cifar10", 32, 3, 4),
@@ -141,8 +122,6 @@ FLOWS: dict[str, FlowRecipe] = {
     "fashion-five": FlowRecipe("fashion-mnist", 28, 1, 10, FM_FIVE),
     "fashion-unlabelled": FlowRecipe("fashion-mnist", 28, 1, 6, settings=WITHOUT_LABELS, labels=False),
     "cifar10-unlabelled": FlowRecipe("cifar10", 32, 3, 6, settings=WITHOUT_LABELS, labels=False),
-    # In TAEF2's latents; for pretrained.py.
-    CIFAR_LATENTS: FlowRecipe("cifar10", 32, 3, 4, settings={**WITHOUT_LABELS, **IN_LATENTS}, labels=False),
     MNIST_UNLABELLED: FlowRecipe("mnist", 28, 1, 6, settings={**WITHOUT_LABELS, "augment": ()}, labels=False),
     NOTMNIST_UNLABELLED: FlowRecipe("notmnist", 28, 1, 40, settings={**WITHOUT_LABELS, "augment": ()}, labels=False),
     "imagenette32": FlowRecipe("imagenette", 32, 3, 80),
@@ -187,32 +166,69 @@ METHODS: dict[str, Method] = {
     "erasing": Method("opponent", _each("p", 0.25, 0.5, 0.75)),
     "pixel-adversarial": Method("opponent", _each("epsilon", 2, 4, 8, p=0.5)),
     "latent-noise": Method("opponent", _each("strength", 0.1, 0.2, 0.4, p=0.5), flow=True),
-    # Ours: GLEMAugment's policies, before crop + flip, and SyntheticDataset. The basis "shared" is a pooled model.
+    # Ours: GLEMAugment's policies, before crop + flip, and SyntheticDataset. The basis "shared" has one class.
     "adversarial": Method("ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", p=0.5), flow=True),
     "noise": Method("ours", _each("strength", 0.5, 1.0, 2.0, policy="noise", p=0.5), flow=True),
     "mode-mixup": Method("ours", _each("alpha", 0.3, 1.0, 4.0, policy="mixup", p=0.5), flow=True),
     "synthetic": Method("ours", _each("temperature", 0.5, 0.75, 1.0, p=0.25, source="rfcm"), flow=True),
     "mode-mixup-any": Method(
-        "ours",
-        (
-            {"policy": "mixup", "partner": "any", "labels": "mix", "alpha": 0.3, "p": 0.5},
-            {"policy": "mixup", "partner": "any", "labels": "mix", "alpha": 1.0, "p": 0.5},
-            {"policy": "mixup", "partner": "any", "labels": "mix", "alpha": 4.0, "p": 0.5},
-        ),
-        flow=True,
+        "ours", _each("alpha", 0.3, 1.0, 4.0, policy="mixup", partner="any", labels="mix", p=0.5), flow=True
     ),
     "noise-shared": Method("ours", _each("strength", 0.5, 1.0, 2.0, policy="noise", basis="shared", p=0.5), flow=True),
     "adversarial-shared": Method(
         "ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", basis="shared", p=0.5), flow=True
     ),
 }
-OPPONENTS = tuple(name for name, method in METHODS.items() if method.side == "opponent")
 # The moves along the pixels' modes that the pages advise: the least strengths that were tried.
 RECIPES = {name: {**METHODS[name].trials[0], "flow": "identity"} for name in ("adversarial", "noise")}
-# The moves that are measured through a pretrained flow, with nothing chosen.
-MOVES = {"adversarial": METHODS["adversarial"].trials[0], "mode-mixup": METHODS["mode-mixup"].trials[1]}
-# Methods that are tried by default (--methods).
-DEFAULT_OURS = ("adversarial", "noise", "mode-mixup", "synthetic", "mode-mixup-any", "noise-shared")
 # An augmented image is used this many times on average, with another crop and flip each time, because on a CPU the flow
 # costs more than a small classifier. This holds for every policy and for the control.
 REUSE = 4
+
+
+# ---- names of arms in the store --------------------------------------------------------------------------------------
+
+
+def _constant(method: str) -> dict[str, Any]:
+    """Parameters that all trials of a method share; a name leaves them out."""
+    trials = METHODS[method].trials
+    return {k: v for k, v in trials[0].items() if len(trials) > 1 and all(trial.get(k) == v for trial in trials)}
+
+
+def name_of(stack: Iterable[tuple[str, dict[str, Any]]]) -> str:
+    """The name of a stack of methods with parameters, such as "cropflip + jitter(strength=0.2)"."""
+    names = []
+    for method, params in stack:
+        same = {**_constant(method), "flow": params.get("flow")}
+        own = ",".join(f"{k}={v}" for k, v in params.items() if same.get(k) != v)
+        names.append(method + f"({own})" * bool(own) + (f"@{params['flow']}" if "flow" in params else ""))
+    return " + ".join(names)
+
+
+def stack_of(arm: str) -> list[tuple[str, dict[str, Any]]]:
+    """The methods and parameters of a name; `name_of` gives the name again.
+
+    Raises:
+        SystemExit: there is no such method.
+    """
+    stack = []
+    for text in arm.split(" + "):
+        found = re.fullmatch(r"([\w-]+)(?:\((.*)\))?(?:@(\S+))?", text)
+        if found is None or found[1] not in METHODS:
+            raise SystemExit(f"augmentation: no operation {text!r}; there are {', '.join(METHODS)}")
+        pairs = (pair.split("=") for pair in (found[2] or "").split(",") if pair)
+        own = {key: json.loads(value) if re.match(r"[-.\d]", value) else value for key, value in pairs}
+        stack.append((found[1], {**_constant(found[1]), **own, **({"flow": found[3]} if found[3] else {})}))
+    return stack
+
+
+def split_arm(arm: str) -> tuple[str, str, str]:
+    """The name below the last operation ("" if there is none), and method and flow ("") of that operation."""
+    base, _, last = arm.rpartition(" + ")
+    operation, _, flow = last.partition("@")
+    return base, operation.partition("(")[0], flow
+
+
+def fixed_move(method: str) -> str:
+    """The name of the advised move of a method."""
+    return name_of([(method, RECIPES[method])])

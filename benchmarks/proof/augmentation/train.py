@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import timm
@@ -85,15 +83,11 @@ def train(
     batch: int,
     seed: int,
     bf16: bool,
-) -> tuple[Classifier, dict[str, Any]]:
-    """Train one classifier from scratch.
+) -> Classifier:
+    """One classifier, trained from scratch, in eval mode.
 
     Args:
         images: uint8 [N,C,H,W], int64 [N]. components: see `Stack`.
-
-    Returns:
-        The network in eval mode, and `seconds_per_step`, the `augment_seconds_per_step` in it and the `train_loss` of
-        the last tenth of the steps. Seconds are CPU time, which leaves out other load.
     """
     x, y = images
     batch = min(batch, len(y))
@@ -105,23 +99,10 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=WARM_UP)
     rows = order_of(y, batch, steps, seed, oversampled="natural" not in dict(components))
     torch.manual_seed(seed + 1)  # torchvision's transforms draw from the global generator
-    began = time.process_time()
     stack = Stack(components, flows, network, len(y), num_classes, seed)
-    augmenting = [time.process_time() - began]
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for chosen in rows:
-            start = time.process_time()
-            made = stack(chosen, x[chosen], y[chosen])
-            augmenting.append(time.process_time() - start)
-            yield made
-
-    losses = descend(network, batches(), optimizer, lambda _: schedule.step())
-    return network.eval(), {
-        "seconds_per_step": (time.process_time() - began) / steps,
-        "augment_seconds_per_step": sum(augmenting) / steps,
-        "train_loss": float(losses[-max(1, steps // 10) :].mean()),
-    }
+    batches = (stack(chosen, x[chosen], y[chosen]) for chosen in rows)
+    descend(network, batches, optimizer, lambda _: schedule.step())
+    return network.eval()
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Scripts on top of the public names; benchmarks share `_quality`."""
