@@ -40,6 +40,25 @@ class SharedCoordinates(nn.Module):
         self.public = PublicFlow(shape) if public else None
         self.whiten = Whiten(math.prod(shape), rank)
 
+    @classmethod
+    def whitening(
+        cls,
+        shape: tuple[int, int, int],
+        public: PublicFlow | None,
+        scale: Tensor | float,
+        directions: Tensor,
+        ratios: Tensor,
+    ) -> SharedCoordinates:
+        """G that multiplies by `scale`, a number or [d], and then along the rows of `directions` [r, d] by the root of
+        `ratios` [r]."""
+        found = cls(shape, len(directions), public is not None)
+        found.public = public
+        found.whiten.scale.copy_(torch.as_tensor(scale))
+        found.whiten.directions.copy_(directions)
+        found.whiten.gain.copy_(ratios.sqrt())
+        found.whiten.initialised.fill_(True)
+        return found
+
     def forward(self, z: Tensor) -> Tensor:
         return self.whiten(to_public(z, self.public))
 

@@ -113,11 +113,10 @@ def estimate(
     statistics: ClassStatistics,
     shape: tuple[int, int, int],
     public: PublicFlow | None = None,
-    means: Tensor | None = None,
 ) -> ClassCovariances:
     """The means and covariances above; arguments and errors as for `fit_classes`.
 
-    `means` [K, d] are used in place of shrunk means of the statistics. A class of one image gets the covariance W.
+    A class of one image gets the covariance W.
     """
     pooled, dim, count = statistics.pooled, statistics.dim, statistics.pooled.count
     variance = pooled.squares / count
@@ -139,20 +138,16 @@ def estimate(
     # The variances of W along the directions, and outside them.
     along, outside = (nu0 + count * seen) / (nu0 + count), (nu0 + count * max(left, 0.0)) / (nu0 + count)
 
-    coordinates = SharedCoordinates(shape, len(directions), public is not None)
-    coordinates.public = public
-    whiten = coordinates.whiten
-    whiten.scale.copy_(1 / (root * math.sqrt(outside)))
-    whiten.directions.copy_(directions)
-    whiten.gain.copy_((outside / along).sqrt())
-    whiten.initialised.fill_(True)
+    scale = 1 / (root * math.sqrt(outside))
+    coordinates = SharedCoordinates.whitening(shape, public, scale, directions, outside / along)
 
     classes = len(statistics.classes)
     found = ClassCovariances(classes, directions_of_class(classes, dim), coordinates)
-    if means is None:
-        means = torch.stack([each.mean for each in statistics.classes])
+    means = torch.stack([each.mean for each in statistics.classes])
+    if classes > 1:
+        middle, noise = means.mean(0), 1 / statistics.counts().double()[:, None]
         between = means.new_zeros(dim) if public is None else public.between.double()
-        means = shrunk_means(means / root, 1 / statistics.counts().double()[:, None], between) * root
+        means = middle + shrunk((means - middle) / root, noise, between, classes / (classes - 1))[0] * root
     found.mean.copy_(from_public(means.float(), public))
     for y, each in enumerate(statistics.classes):
         _add_class(found, y, each)
@@ -182,31 +177,23 @@ def _add_class(found: ClassCovariances, y: int, each: Moments) -> None:
         variances[y, : len(lengths)] = (nu1 + lengths.square()).float() / total
 
 
-def shrunk_means(
-    means: Tensor, noise: Tensor, between: Tensor, middle: Tensor | None = None, trust: Tensor | None = None
-) -> Tensor:
-    """Means [K, d] shrunk towards `middle` [d], in coordinates of unit variance within classes.
+def shrunk(
+    away: Tensor, noise: Tensor, between: Tensor, freedom: float = 1.0, trust: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Differences [K, d] from a middle, shrunk to zero, and the variances of what remains unknown of them.
 
     Args:
-        noise: variances of the means' errors, [K, d] or [K, 1]; of plain means, 1 over the images of the class.
-        between: the public variances of class means, [d]; zeros for none.
-        middle: by default the mean of the means.
+        noise: variances of the errors of `away`, [K, d] or [K, 1]; of plain means in coordinates of unit variance
+            within classes, 1 over the images of the class.
+        between: the public variances of class means, [d]; zeros for none. The prior f is `between` plus one number.
+        freedom: K / (K - 1) for differences from the mean of K.
         trust: weights [K, d] of the squares that show how much the means vary; by default equal.
     """
-    freedom = 1.0
-    if middle is None:
-        if len(means) == 1:
-            return means
-        middle, freedom = means.mean(0), len(means) / (len(means) - 1)
-    prior = between_and_more((means - middle).square() * freedom, noise, between, trust)
-    return middle + (means - middle) * prior / (prior + noise)
-
-
-def between_and_more(squares: Tensor, noise: Tensor, between: Tensor, trust: Tensor | None = None) -> Tensor:
-    """f [d], `between` plus one number, from squared differences [K, d] whose noise has the variances `noise`."""
-    more = squares - noise - between
+    more = away.square() * freedom - noise - between
     more = more.mean() if trust is None else (more * trust).sum() / trust.sum()
-    return between + more.clamp_min(0)
+    prior = between + more.clamp_min(0)
+    share = prior / (prior + noise)
+    return away * share, noise * share
 
 
 # ---- the paper's RFCM ------------------------------------------------------------------------------------------------

@@ -4,15 +4,18 @@ The noise's variance takes the place of sampling variance, and public knowledge 
 (`privacy.coordinates`). Of the promise's mu^2,
 
 - counts take `COUNTS`: how much noise the classes bear. The rest follows from their median times mu, the size.
-- sums of weighted coordinates give the class means. They are shrunk by f / (f + s / n + noise), f the public variance
-  of class means plus a number, and the overall mean to the public centre in the same way.
-- the mean square about these means takes `SCALE`: the variance s within classes.
+- the sum over all images takes `MIDDLE`: the overall mean, shrunk to the public centre. Images unlike photographs are
+  far from that centre, and clipping about it would cut the differences between their classes.
+- sums of weighted coordinates about the overall mean give the class means. They are shrunk by f / (f + s / n + noise),
+  with f the public variance of class means plus a number.
+- squares about the class means, added up over all classes, take `SQUARES`: the variance s within classes, and the
+  variance of each leading coordinate, shrunk to s. They are the target T.
 - from the size `_LEAST_SIZE` on, the scatter of each class in its leading coordinates about its mean takes `CLASSES`.
   It adds up to the pooled one, S.
-- from the size `_LEAST_POOLED` of all classes on, a part of the budget buys S of all coordinates directly.
+- from the size `_LEAST_POOLED` of all classes on, a part of the budget buys S of all leading coordinates directly.
 
-W = (nu0 s T + N S) / (nu0 + N) as in `classes.fit`, with N the images that would have as much sampling variance as S
-has noise and sampling variance together. A class has W + a (S_y - W) in its leading m coordinates, with
+W = (nu0 T + N S) / (nu0 + N) as in `classes.fit`, with N the images that would have as much sampling variance as S has
+noise and sampling variance together. A class has W + a (S_y - W) in its leading m coordinates, with
 a = N_y / (nu1 + N_y) and nu1 = 2 m + 4 N_y, or 2 m for samples and moves, and W elsewhere. The parts were chosen on
 training images of CIFAR-10 and Fashion-MNIST.
 """
@@ -27,30 +30,28 @@ import torch
 from torch import Tensor
 
 from glem_augment.classes.classes import Classes
-from glem_augment.classes.covariances import ClassCovariances
+from glem_augment.classes.covariances import ClassCovariances, SharedCoordinates, from_public
 from glem_augment.classes.fit import (
+    NU0,
     NU1,
     NU1_IMAGES,
-    between_and_more,
     classes_of,
     directions_of_class,
-    estimate,
-    shrunk_means,
+    shrunk,
 )
-from glem_augment.classes.statistics import ClassStatistics, Moments
 from glem_augment.names import DEFAULT_MODES
 from glem_augment.privacy.coordinates import ReleaseCoordinates
 from glem_augment.privacy.mechanism import Privacy
 from glem_augment.privacy.record import describe
 from glem_augment.privacy.sums import PrivateSums, Statistic
 
-COUNTS, SCALE, CLASSES, POOLED = 0.02, 0.02, 0.4, 0.3  # parts of mu^2; sums have the rest
+COUNTS, MIDDLE, SQUARES, CLASSES, POOLED = 0.02, 0.1, 0.05, 0.4, 0.3  # parts of mu^2; sums have the rest
 _LEAST_SIZE, _LEAST_POOLED = 150, 5000
-_LEADING, _MOST_LEADING, _MOST_POOLED = 64, 192, 1024  # coordinates: of classes of the size 600, at most, and pooled
-_MOST_SQUARE = 2.0  # to which the mean square of an image is clipped; photographs have about 1
+_LEADING, _MOST_LEADING, _MOST_POOLED = 64, 192, 512  # coordinates: of classes of the size 600, at most, and pooled
+_MOST_SQUARE = 1.25  # of the expected norm of squares, to which they are clipped; photographs have about 1
 _CLIP = 0.9  # of scatter, in the expected squared norm
 _LEAST_VARIANCE = 0.05  # within classes, and along any direction of a class as a share of W / 2
-_MIDDLE = 10  # the variance of the overall mean about the public centre, in variances of class means
+_SPREAD = 10  # the variance of the overall mean about the public centre, in variances of class means
 _TEMPERATURE = 3.0  # of the posterior: the best were 2 to 8 on held-out training images
 _LOST = 0.25  # a class that keeps less, or whose count is below two deviations of its noise, is mostly noise
 
@@ -116,22 +117,21 @@ def private_classes(
     size = float(n.median()) * privacy.mu_per_image
     plan = Plan.of(size, num_classes, dim)
 
-    weights, between = coordinates.weights, coordinates.between
-    rest = 1 - COUNTS - SCALE - plan.classes - plan.pooled
+    weights, between, images = coordinates.weights, coordinates.between, float(n.sum())
+    sums, sd = released("middle", "sums", u * weights.to(u), everyone, coordinates.norm, MIDDLE)
+    error = (sd / images / weights[None]).square() + 1 / images
+    middle, unsure = shrunk(sums / images / weights, error, _SPREAD * between, trust=error**-2)
+    u = u - middle.to(u)
+    rest = 1 - COUNTS - MIDDLE - SQUARES - plan.classes - plan.pooled
     sums, sd = released("sums", "sums", u * weights.to(u), y, coordinates.norm, rest)
     mean, noise = sums / n[:, None] / weights, (sd / n[:, None] / weights).square()
-    means, _ = _shrunk(mean, noise + 1 / n[:, None], between)
+    means, posterior = _shrunk(mean, noise + 1 / n[:, None], between, unsure)
 
-    away = u.double() - means[y]
-    square = torch.zeros_like(away[:, 0])
-    for column in away.unbind(1):  # sums of columns: no row depends on another
-        square = square + column.square() / dim
-    squares, _ = released("scale", "sums", square[:, None], everyone, _MOST_SQUARE, SCALE)
-    images = float(n.sum())
-    means, posterior = _shrunk(mean, noise + 1 / n[:, None], between)
-    s = max(float(squares) / images - float(posterior.mean()), _LEAST_VARIANCE)
+    rows, clip = _squares(u.double() - means[y])
+    squares, sd = released("squares", "sums", rows, everyone, clip, SQUARES)
+    s, target = _variances(squares[0] / images, sd / images, images, posterior.mean(0))
     error = noise + s / n[:, None]
-    means, posterior = _shrunk(mean, error, between)
+    means, posterior = _shrunk(mean, error, between, unsure)
     kept = (posterior / error * between).sum(1) / between.sum()
 
     away = u.double() - means[y]
@@ -146,7 +146,7 @@ def private_classes(
         own, sd = released("scatter of classes", "scatter", away[:, : plan.leading], y, clip, plan.classes)
         pooled = pooled or (own.sum(0), sd * math.sqrt(num_classes))
 
-    covariances = _covariances(coordinates, means, pooled, images, s)
+    covariances = _covariances(coordinates, means + middle, pooled, images, s, target)
     if own is not None:
         _add_classes(covariances, coordinates, own, n, sd, s)
     classes = classes_of(covariances, n.round().long(), min(DEFAULT_MODES, dim))
@@ -162,14 +162,42 @@ def _likely_counts(noisy: Tensor, sd: float) -> Tensor:
     return (noisy.mean() + (noisy - noisy.mean()) * share).clamp_min(max(sd, 1.0))
 
 
-def _shrunk(mean: Tensor, error: Tensor, between: Tensor) -> tuple[Tensor, Tensor]:
-    """Means [K, d] from noisy ones, whose errors have the variances `error` [K, d], and what remains of them."""
+def _shrunk(mean: Tensor, error: Tensor, between: Tensor, unsure: Tensor) -> tuple[Tensor, Tensor]:
+    """Means [K, d] from noisy ones, whose errors have the variances `error` [K, d], and what remains of them.
+
+    `unsure` [1, d] are the variances of the means' middle about zero.
+    """
     weight = 1 / (error + between)
-    middle, unsure = ((mean * weight).sum(0) / weight.sum(0))[None], 1 / weight.sum(0)[None]
-    nothing, freedom = torch.zeros_like(between), len(mean) / max(1, len(mean) - 1)
-    middle = shrunk_means(middle, unsure, _MIDDLE * between, nothing, unsure**-2)[0]
-    prior = between_and_more((mean - middle).square() * freedom, error, between, error**-2)
-    return middle + (mean - middle) * prior / (prior + error), prior * error / (prior + error)
+    middle, wrong = ((mean * weight).sum(0) / weight.sum(0))[None], 1 / weight.sum(0)[None]
+    middle, _ = shrunk(middle, wrong, unsure, trust=wrong**-2)
+    away, left = shrunk(mean - middle, error, between, len(mean) / max(1, len(mean) - 1), error**-2)
+    return middle + away, left
+
+
+def _squares(away: Tensor) -> tuple[Tensor, float]:
+    """Squares of the leading coordinates of differences [n, d], and a multiple of their mean square: [n, m + 1].
+
+    And the norm to clip to. The multiple has half the norm that is expected of the squares, so it bears little noise.
+    """
+    known, dim = min(away.shape[1], _MOST_POOLED), away.shape[1]
+    length = math.sqrt(2 * known + dim)
+    rows, whole = away[:, :known].square(), torch.zeros_like(away[:, :1])
+    for column in away.unbind(1):  # sums of columns: no row depends on another
+        whole[:, 0] += column.square() * (length / 2 / dim)
+    return torch.cat([rows, whole], 1), _MOST_SQUARE * length
+
+
+def _variances(squares: Tensor, sd: float, images: float, unsure: Tensor) -> tuple[float, Tensor]:
+    """The variance s within classes, and the variance [m] of each leading coordinate, from mean squares [m + 1].
+
+    `sd` is the noise's deviation, and `unsure` [d] the variance of the means about which the squares were taken.
+    """
+    known, dim = len(squares) - 1, len(unsure)
+    s = float(squares[-1]) / (math.sqrt(2 * known + dim) / 2) - float(unsure.mean())
+    s = max(s, _LEAST_VARIANCE)
+    varied, error = squares[:-1] - unsure[:known] - s, sd * sd + 2 * s * s / images
+    spread = max(0.0, float(varied.square().mean()) - error)
+    return s, (s + varied * spread / (spread + error)).clamp_min(_LEAST_VARIANCE * s)
 
 
 def _alike(images: float, noise: float) -> float:
@@ -178,23 +206,29 @@ def _alike(images: float, noise: float) -> float:
 
 
 def _covariances(
-    coordinates: ReleaseCoordinates, means: Tensor, pooled: tuple[Tensor, float] | None, images: float, s: float
+    coordinates: ReleaseCoordinates,
+    means: Tensor,
+    pooled: tuple[Tensor, float] | None,
+    images: float,
+    s: float,
+    target: Tensor,
 ) -> ClassCovariances:
-    """The means, and W for all classes, from the noisy pooled scatter [m, m] with its noise; None: s T alone."""
-    dim, public = means.shape[1], coordinates.public
-    scatter, sd = (torch.zeros(0, 0, dtype=torch.float64), 0.0) if pooled is None else pooled
-    known = len(scatter)
-    values, vectors = torch.linalg.eigh(scatter / images)
-    values = values.flip(0).clamp_min(0)
-    count = _alike(images, (sd / images / s) ** 2 / 2)
-    directions = coordinates.to_public(torch.nn.functional.pad(vectors.flip(1).T, (0, dim - known)))
-    middle = coordinates.centre_in_public()
-    squares = torch.full_like(middle, count * (float(values.sum()) + (dim - known) * s) / dim)
-    v = coordinates.to_public(means) + middle
-    alone = Moments(1, middle, directions[:0], values[:0], torch.zeros_like(middle))
-    whole = Moments(count, middle, directions, (count * values).sqrt(), squares)
-    statistics = ClassStatistics([alone] * len(means), whole, False)
-    return estimate(statistics, public.image_shape, public, v)
+    """The means, and W for all classes, from T [m] and the noisy pooled scatter with its noise; None: T alone."""
+    dim, public, known = means.shape[1], coordinates.public, len(target)
+    shared = target.diag()
+    if pooled is not None:
+        scatter, sd = pooled
+        m, nu0, count = len(scatter), NU0 * dim, _alike(images, (sd / images / s) ** 2 / 2)
+        shared[:m, :m] = (nu0 * shared[:m, :m] + count * scatter / images) / (nu0 + count)
+    values, vectors = torch.linalg.eigh(shared)
+    values = values.clamp_min(_LEAST_VARIANCE * s)
+    outside = max((s * dim - float(target.sum())) / max(1, dim - known), _LEAST_VARIANCE * s)
+    directions = coordinates.to_public(torch.nn.functional.pad(vectors.T, (0, dim - known)))
+    whitening = SharedCoordinates.whitening(public.image_shape, public, outside**-0.5, directions, outside / values)
+    found = ClassCovariances(len(means), 0, whitening)
+    v = coordinates.to_public(means) + coordinates.centre_in_public()
+    found.mean.copy_(from_public(v.float(), public))
+    return found
 
 
 def _add_classes(
