@@ -1,7 +1,7 @@
 """The register of parts: a kind, the name in a config, stands for a class and the options of its constructor.
 
-Flows, couplings, codecs and policies are parts. An object of a registered class records its options, so that a saved
-model can be built again.
+Flows, couplings, codecs, class models and policies are parts. An object of a registered class records its options, so
+that a saved model can be built again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from glem_augment.checks import closest
 
 # The arguments that a model gives to parts of a room; all others are options. A flow and a coupling share their place
 # in a config, so no flow has the name of a coupling.
-GIVEN = {"flow": ("image_shape",), "coupling": ("channels", "subnet"), "codec": ("image_shape",), "policy": ()}
+GIVEN = {
+    "flow": ("image_shape",),
+    "coupling": ("channels", "subnet"),
+    "codec": ("image_shape",),
+    "class model": ("num_classes", "shape"),
+    "policy": (),
+}
 _TOGETHER = {"flow": ("flow", "coupling"), "coupling": ("flow", "coupling")}
 # The settings of a flow; options have other names.
 SETTINGS = {"preset", "image_shape", "coupling", "whiten", "depth", "blocks", "width"}

@@ -16,12 +16,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from glem_augment.classes.gaussians import ClassSampler
+from glem_augment.classes.gaussians import ClassModel, register_class_model
 from glem_augment.flows.linear import Whiten
 from glem_augment.flows.public import PublicFlow
 from glem_augment.precision import full_precision
 from glem_augment.tensors import send
 
+OWN, PUBLIC = "own", "public"  # targets of the shared covariance
 _ROUNDS, _MORE = 3, 16  # of subspace iteration, and the directions that it adds to the wanted ones
 
 
@@ -40,24 +41,14 @@ class SharedCoordinates(nn.Module):
         self.public = PublicFlow(shape) if public else None
         self.whiten = Whiten(math.prod(shape), rank)
 
-    @classmethod
-    def whitening(
-        cls,
-        shape: tuple[int, int, int],
-        public: PublicFlow | None,
-        scale: Tensor | float,
-        directions: Tensor,
-        ratios: Tensor,
-    ) -> SharedCoordinates:
-        """G that multiplies by `scale`, a number or [d], and then along the rows of `directions` [r, d] by the root of
-        `ratios` [r]."""
-        found = cls(shape, len(directions), public is not None)
-        found.public = public
-        found.whiten.scale.copy_(torch.as_tensor(scale))
-        found.whiten.directions.copy_(directions)
-        found.whiten.gain.copy_(ratios.sqrt())
-        found.whiten.initialised.fill_(True)
-        return found
+    def set(self, public: PublicFlow | None, scale: Tensor | float, directions: Tensor, ratios: Tensor) -> None:
+        """Let G multiply public coordinates by `scale`, a number or [d], and then along the rows of `directions` [r, d]
+        by the root of `ratios` [r]."""
+        self.public = public
+        self.whiten.scale.copy_(torch.as_tensor(scale))
+        self.whiten.directions.copy_(directions)
+        self.whiten.gain.copy_(ratios.sqrt())
+        self.whiten.initialised.fill_(True)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.whiten(to_public(z, self.public))
@@ -89,8 +80,16 @@ def from_public(v: Tensor, public: PublicFlow | None) -> Tensor:
     return v if public is None else public.inverse(v)[0].flatten(1)
 
 
-class ClassCovariances(ClassSampler):
+@register_class_model("covariances")
+class ClassCovariances(ClassModel):
     """Means and covariances of K classes, see above.
+
+    Args:
+        num_classes, shape: K, and (C, H, W) of the numbers.
+        rank, shared_rank: k and r.
+        target: PUBLIC, with public coordinates, or OWN.
+        nu0, nu1, nu1_images: the strengths of the estimate, for the record: nu1 plus `nu1_images` times the images of a
+            class.
 
     Buffers:
         mean: [K, d], of z.
@@ -107,10 +106,22 @@ class ClassCovariances(ClassSampler):
     drawn_variances: Tensor
     drawn_rest: Tensor
 
-    def __init__(self, num_classes: int, rank: int, coordinates: SharedCoordinates) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        shape: tuple[int, int, int],
+        rank: int = 0,
+        shared_rank: int = 0,
+        target: str = OWN,
+        nu0: float = 0.0,
+        nu1: float = 0.0,
+        nu1_images: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.coordinates, self.rank = coordinates, rank
-        self.dim = self.noise_size = math.prod(coordinates.shape)
+        if target not in (OWN, PUBLIC):
+            raise ValueError(f"target must be {OWN!r} or {PUBLIC!r}, got {target[:40]!r}")
+        self.coordinates, self.rank = SharedCoordinates(shape, shared_rank, target == PUBLIC), rank
+        self.dim = self.noise_size = math.prod(shape)
         self.register_buffer("mean", torch.zeros(num_classes, self.dim))
         self.register_buffer("directions", torch.zeros(num_classes, rank, self.dim))
         self.register_buffer("variances", torch.ones(num_classes, rank))

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from glem_augment.classes.classes import Classes
-from glem_augment.classes.covariances import ClassCovariances, SharedCoordinates, from_public
+from glem_augment.classes.covariances import OWN, PUBLIC, ClassCovariances, SharedCoordinates, from_public
 from glem_augment.classes.gaussians import INNER, ClassGaussians
 from glem_augment.classes.modes import ClassModes
 from glem_augment.classes.statistics import ClassStatistics, Moments, leading_rows, orthonormal
@@ -105,7 +105,7 @@ def classes_of(covariances: ClassCovariances, counts: Tensor, rank: int, psi: Ps
     gaussians = ClassGaussians(classes, dim, psi=psi_that_holds(variance, psi))
     gaussians.mu.copy_(covariances.mean)
     gaussians.set_variance(variance, inner=(0.0, 1.0))
-    return Classes(gaussians, modes, covariances=covariances)
+    return Classes(gaussians, modes, fitted=covariances)
 
 
 @torch.no_grad()
@@ -138,41 +138,50 @@ def estimate(
     # The variances of W along the directions, and outside them.
     along, outside = (nu0 + count * seen) / (nu0 + count), (nu0 + count * max(left, 0.0)) / (nu0 + count)
 
-    scale = 1 / (root * math.sqrt(outside))
-    coordinates = SharedCoordinates.whitening(shape, public, scale, directions, outside / along)
+    shared = SharedCoordinates(shape, len(directions), public is not None)
+    shared.set(public, 1 / (root * math.sqrt(outside)), directions, outside / along)
 
     classes = len(statistics.classes)
-    found = ClassCovariances(classes, directions_of_class(classes, dim), coordinates)
     means = torch.stack([each.mean for each in statistics.classes])
     if classes > 1:
         middle, noise = means.mean(0), 1 / statistics.counts().double()[:, None]
         between = means.new_zeros(dim) if public is None else public.between.double()
         means = middle + shrunk((means - middle) / root, noise, between, classes / (classes - 1))[0] * root
+    most = directions_of_class(classes, dim)
+    scatters = [_scatter(shared, each, most) for each in statistics.classes]
+    rank = max(len(lengths) for _, lengths, _ in scatters)
+    found = ClassCovariances(classes, shape, rank, len(directions), OWN if public is None else PUBLIC, *strengths(dim))
+    found.coordinates = shared
     found.mean.copy_(from_public(means.float(), public))
-    for y, each in enumerate(statistics.classes):
-        _add_class(found, y, each)
-    used = int((found.directions.square().sum(2) > 0.5).sum(1).max())
-    for name in ("directions", "variances", "drawn_variances"):
-        setattr(found, name, getattr(found, name)[:, :used].clone())
-    found.rank = used
+    for y, (count, scatter) in enumerate(zip(statistics.counts().tolist(), scatters, strict=True)):
+        _set_class(found, y, count, *scatter)
     return found
 
 
-def _add_class(found: ClassCovariances, y: int, each: Moments) -> None:
-    """Set the covariance W_y of class y from its moments."""
-    whiten = found.coordinates.whiten
+def strengths(dim: int) -> tuple[float, float, float]:
+    """nu0, nu1 and nu1 for each image of a class, for `ClassCovariances`."""
+    return float(NU0 * dim), float(NU1 * dim), float(NU1_IMAGES)
+
+
+def _scatter(shared: SharedCoordinates, each: Moments, most: int) -> tuple[Tensor, Tensor, float]:
+    """Of a class, where W is the identity: directions [k, d], root scatter along them [k], and the mean beside them."""
+    whiten = shared.whiten
     rows = whiten(each.rows().float())
     hidden = float(((each.squares - each.rows().square().sum(0)) * whiten.scale.double().square()).sum())
-    directions, lengths = orthonormal(leading_rows(rows, found.rank))
+    directions, lengths = orthonormal(leading_rows(rows, most))
     left = float(rows.double().square().sum() - lengths.square().sum()) + max(hidden, 0.0)
-    left = max(left, 0.0) / max(1, found.dim - len(lengths))
+    return directions, lengths, max(left, 0.0) / max(1, len(whiten.scale) - len(lengths))
+
+
+def _set_class(found: ClassCovariances, y: int, count: int, directions: Tensor, lengths: Tensor, left: float) -> None:
+    """Set the covariance W_y of class y from its scatter."""
     found.directions[y, : len(lengths)] = directions.float()
     drawn = NU1 * found.dim
     for nu1, variances, rest in (
-        (drawn + NU1_IMAGES * each.count, found.variances, found.rest),
+        (drawn + NU1_IMAGES * count, found.variances, found.rest),
         (drawn, found.drawn_variances, found.drawn_rest),
     ):
-        total = nu1 + each.count - 1
+        total = nu1 + count - 1
         rest[y] = variances[y] = (nu1 + left) / total
         variances[y, : len(lengths)] = (nu1 + lengths.square()).float() / total
 

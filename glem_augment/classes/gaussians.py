@@ -16,6 +16,8 @@ Equation numbers refer to GLEM (Enescu & Sahbi, ACCV 2024).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 
 import torch
@@ -24,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from glem_augment.checks import check_number
 from glem_augment.names import INITIAL_VARIANCE, LOWEST_SHARE
+from glem_augment.parts import register
 from glem_augment.precision import full_precision
 from glem_augment.tensors import send
 
@@ -58,6 +61,25 @@ class ClassSampler(nn.Module):
         noise = torch.randn(len(y), self.noise_size, generator=generator, dtype=some.dtype).to(some.device)
         with full_precision(some.device.type):
             return self.sample_from_noise(y, noise, temperature)
+
+
+class ClassModel(ClassSampler):
+    """Densities and samples of K classes of latents in place of the Gaussians'. `register_class_model` makes it a part.
+
+    A model builds it as `Kind(num_classes, shape, **options)`, with (C, H, W) of the numbers that the flow takes, and
+    loads its parameters and buffers. All of these must exist then, in their final shapes.
+    """
+
+    def fit(self, latents: Callable[[int], Tensor]) -> None:
+        """Learn from latents [n_y, d] of each class y, for `GLEM.fit(class_model=)`. Each call encodes them anew."""
+        raise NotImplementedError(f"{type(self).__name__} has no fit(latents), so GLEM.fit can't make it")
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z | y) of latents z [B, d] under every class, [B, K] nats."""
+        raise NotImplementedError
+
+
+register_class_model = partial(register, "class model", base=ClassModel)
 
 
 class ClassGaussians(ClassSampler):

@@ -59,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_out(parser, "folder for the model")
     common.add_count(parser, "--rank", f"modes per class; {EXCLUDED}", 64)
     common.add_count(parser, "--max-per-class", f"images of a class at most; {EXCLUDED} (default: all)")
+    kind = f"a registered class model of --import in place of Gaussians; {EXCLUDED}"
+    parser.add_argument("--class-model", metavar="KIND", help=kind)
     common.add_device(parser)
     group = parser.add_argument_group("differential privacy")
     epsilon = "make the model private: from 0.01 to 50; 1 is strong, 10 is weak; state --image-size and --channels, too"
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     if found:
         raise FileExistsError(f"{args.out} holds {min(found)}: give a new folder")
     names = (
-        "split", "image_size", "channels", "value_range", "autoencoder", "flow", "rank", "max_per_class",
+        "split", "image_size", "channels", "value_range", "autoencoder", "flow", "rank", "max_per_class", "class_model",
     )  # fmt: skip
     given = {name: getattr(args, name) for name in names}
     if args.epsilon is not None:
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         "split": args.split,
         "classes": model.classes,
         "modes_per_class": model.modes.fewest_and_most if model.modes else (0, 0),
-        "covariances": model.config.covariances,
+        "class_model": model.config.classes,
         "posterior_temperature": model.latent_classes.temperature,
         "seconds": round(time.monotonic() - began, 3),
     }

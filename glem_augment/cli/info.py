@@ -94,7 +94,7 @@ def model_facts(name: str) -> dict[str, Any]:
                 file.name: file.stat().st_size for file in (model.origin_file, folder / CONFIG) if file.is_file()
             },
             "psi": None if config.psi is None else list(config.psi),
-            "covariances": config.covariances,
+            "class_model": config.classes,
             "posterior_temperature": config.posterior_temperature,
             "num_classes": model.num_classes,
             "classes": model.classes,

@@ -10,21 +10,20 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import PurePath
 from typing import Any
 
-from glem_augment.classes.covariances import ClassCovariances
-from glem_augment.classes.fit import NU0, NU1, NU1_IMAGES, directions_of_class
+from glem_augment.classes.gaussians import ClassModel
 from glem_augment.classes.statistics import can_be_whole
 from glem_augment.codec.pixel_range import UINT8, PixelRange
 from glem_augment.errors import GLEMError, ModelFileError
 from glem_augment.flows.build import check_spec, is_whole
 from glem_augment.images.sources import TIMM_PREFIXES
 from glem_augment.names import HIGHEST_TEMPERATURE
+from glem_augment.parts import check_options, find, kind_of, recorded
 from glem_augment.privacy.record import promise, promised
 
 FORMAT_VERSION = 1
 # Far above any real use. The limits keep a hostile config from demanding absurd amounts of memory.
 MAX_CLASSES, MAX_MODES, LARGEST_SIDE = 200_000, 4096, 2**14
 MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 8 * 2**20, 600_000  # the names of 200,000 classes fit
-PUBLIC, OWN = "public", "own"  # targets of covariances
 LOWEST_VARIANCE, HIGHEST_VARIANCE = 1e-30, 1e6  # float32 holds such numbers and their inverses
 
 
@@ -43,7 +42,8 @@ class GLEMConfig:
         posterior_temperature: T >= 1 of the posterior, softmax of log p(x|y) / T; left out of the file where it is 1.
         modes_common: all classes have the same modes.
         covariance: "diagonal" (the class densities are the Gaussians'), or "full" (`ClassModes.log_prob`).
-        covariances: of classes that `classes.fit` estimated, `covariance_facts`; None for any other.
+        classes: the class model that was fitted to images, `kind` and its options; None for any other. What
+            `classes.fit` estimates has the kind "covariances", with the target and the strengths of the estimate.
         autoencoder: for a flow in an autoencoder's latents, `name`, `sha256` (see `open_autoencoder`; "custom" and ""
             for a module of the user's, the registered name and "" for a codec, with its `options`) and the
             `image_shape` [3, H, W]; None for a flow of pixels.
@@ -64,7 +64,7 @@ class GLEMConfig:
     posterior_temperature: float = 1.0
     modes_common: bool = False
     covariance: str = "diagonal"
-    covariances: dict[str, Any] | None = None
+    classes: dict[str, Any] | None = None
     autoencoder: dict[str, Any] | None = None
     privacy: dict[str, Any] | None = None
     pixel_range: PixelRange = UINT8
@@ -78,8 +78,11 @@ class GLEMConfig:
                 self.pixel_range = PixelRange(*(self.pixel_range[name] for name in ("dtype", "low", "high")))
             if self.privacy is not None:
                 promised(self.privacy)
+            if self.classes is not None:
+                kind, given = find("class model", self.classes["kind"]), dict(self.classes)
+                check_options(kind, "class model", {name: value for name, value in given.items() if name != "kind"})
         except (LookupError, TypeError, AttributeError, ValueError, GLEMError) as error:  # other types as well
-            raise ModelFileError(f"the flow, pixel_range or privacy is not valid: {error}") from None
+            raise ModelFileError(f"the flow, pixel_range, privacy or classes is not valid: {error}") from None
         psi, rank, t, found = self.psi, self.modes_rank, self.posterior_temperature, self.autoencoder
         bits, hot, names = self.pixel_range.bits, HIGHEST_TEMPERATURE, "a list of different names, as many as class_ids"
         least = 1 if bits == 8 else bits
@@ -92,7 +95,6 @@ class GLEMConfig:
             ("posterior_temperature", _are_numbers([t] * 3, 1, hot), f"from 1 to {hot:g}"),
             ("modes_common", type(self.modes_common) is bool, "true or false"),
             ("covariance", self.covariance in ("diagonal", "full"), "'diagonal' or 'full'"),
-            ("covariances", self.covariances is None or self._are_covariances(), "null, or as `glem fit` writes them"),
             ("autoencoder", found is None or _is_autoencoder(found), "null, or have name, sha256 and image_shape"),
             ("pixel_range", found is None or bits == 8, "uint8 with an autoencoder"),
             ("privacy", isinstance((self.privacy or {"sha256": ""}).get("sha256"), str), "null or a promise"),
@@ -105,12 +107,6 @@ class GLEMConfig:
         if psi is not None:
             self.psi = float(psi[0]), float(psi[1]), float(psi[2])
         self.posterior_temperature = float(t)
-
-    def _are_covariances(self) -> bool:
-        value: Any = self.covariances
-        good = isinstance(value, dict) and set(value) == {"target", "nu0", "nu1", "shared_rank", "rank"}
-        good = good and value["target"] in (PUBLIC, OWN) and is_whole(value["shared_rank"], 0, self.dim)
-        return good and is_whole(value["rank"], 0, directions_of_class(len(self.class_ids), self.dim))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -172,19 +168,10 @@ class GLEMConfig:
         return cls(**values)
 
 
-def covariance_facts(covariances: ClassCovariances) -> dict[str, Any]:
-    """What config.json says of estimated covariances: the target T, the strengths, and the numbers of directions.
-
-    nu1 is the first number plus the second times the images of the class.
-    """
-    dim, coordinates = covariances.dim, covariances.coordinates
-    return {
-        "target": OWN if coordinates.public is None else PUBLIC,
-        "nu0": NU0 * dim,
-        "nu1": [NU1 * dim, NU1_IMAGES],
-        "shared_rank": coordinates.rank,
-        "rank": covariances.rank,
-    }
+def class_facts(fitted: ClassModel | None) -> dict[str, Any] | None:
+    """What config.json says of a class model. ValueError: options that a config can't hold."""
+    kind = kind_of("class model", fitted)
+    return None if fitted is None or kind is None else {"kind": kind, **recorded(fitted)}
 
 
 def licence_id(value: object) -> str | None:

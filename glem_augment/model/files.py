@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from glem_augment.classes.classes import Classes
 from glem_augment.classes.covariances import ClassCovariances
-from glem_augment.classes.gaussians import ClassGaussians
+from glem_augment.classes.gaussians import ClassGaussians, ClassModel
 from glem_augment.classes.modes import SHRUNK, ClassModes
 from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
 from glem_augment.codec.published import open_autoencoder
@@ -168,14 +168,15 @@ def check_parts(model: Any) -> None:
         (model.latent_classes, Classes),
         (model.gaussians, ClassGaussians),
         (model.modes, ClassModes),
-        (model.latent_classes.covariances, ClassCovariances),
     ]
+    if (fitted := model.latent_classes.fitted) is not None:
+        pairs.append((fitted, kinds("class model").get(str(kind_of("class model", fitted)), ClassModel)))
     pairs += [(model.flow, wanted), *([] if named is None or named["name"] == CUSTOM else [(model.codec, codec)])]
     for part, kind in pairs:
         if part is not None and kind is not None and type(part) is not kind:
             raise ModelFileError(
-                f"{type(part).__name__} would be loaded as {kind.__name__}: register the class of a flow or a codec, "
-                "and make the model with it; classes of other kinds can't be saved"
+                f"{type(part).__name__} would be loaded as {kind.__name__}: register the class of a flow, a codec or a "
+                "class model, and make the model with it; other objects can't be saved"
             )
 
 
@@ -260,11 +261,11 @@ def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], Mod
         # A user's flow and an autoencoder have their weights already.
         load_weights(path, weights, model, partial(stored, config), _limits(config))
     classes: Any = model.latent_classes
-    modes, fitted = classes.modes, classes.covariances
+    modes, fitted = classes.modes, classes.fitted
     if modes is not None:
         _check_directions(path, modes.directions, modes.scales)
         _check_directions(path, modes.shared_directions[None], modes.shared_scales[None])
-    if fitted is not None:
+    if isinstance(fitted, ClassCovariances):
         whiten = fitted.coordinates.whiten
         _check_directions(path, fitted.directions, torch.zeros_like(fitted.variances))
         _check_directions(path, whiten.directions[None], torch.ones_like(whiten.gain[None]))
@@ -299,16 +300,10 @@ def _limits(config: GLEMConfig) -> dict[str, Limits]:
     limits = dict.fromkeys(("modes.scales", "modes.rest", "modes.shared_scales"), (0.0, math.inf))
     limits["modes.counts"] = 0.0, 2.0**40
     limits["autoencoder.std"] = SCALES
-    coordinates = "covariances.coordinates.whiten"
-    of_samples = ("covariances.drawn_variances", "covariances.drawn_rest")
-    for name in (
-        "covariances.variances",
-        "covariances.rest",
-        *of_samples,
-        f"{coordinates}.scale",
-        f"{coordinates}.gain",
-    ):
-        limits[name] = SCALES
+    if (config.classes or {}).get("kind") == "covariances":
+        whiten = "coordinates.whiten"
+        for name in ("variances", "rest", "drawn_variances", "drawn_rest", f"{whiten}.scale", f"{whiten}.gain"):
+            limits[f"fitted.{name}"] = SCALES
     if config.psi is None:
         limits["gaussians.s"] = LOWEST_VARIANCE, math.inf
     if config.flow.get("whiten"):

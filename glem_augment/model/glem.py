@@ -18,7 +18,7 @@ from torch import nn
 
 from glem_augment.checks import check_whole
 from glem_augment.classes.classes import Classes
-from glem_augment.classes.covariances import ClassCovariances, SharedCoordinates, to_public
+from glem_augment.classes.covariances import to_public
 from glem_augment.classes.fit import directions_of_class, fit_classes, fit_modes
 from glem_augment.classes.gaussians import ClassGaussians
 from glem_augment.classes.modes import ClassModes
@@ -34,7 +34,7 @@ from glem_augment.flows import Flow, build_flow, check_flow, flow_facts, resolve
 from glem_augment.flows.public import PublicFlow
 from glem_augment.images.dataset import ImageData, LabelledImages, Limits, as_image_data, images_for, open_data
 from glem_augment.images.matching import ONE_CLASS, ClassMap
-from glem_augment.model.config import PUBLIC, GLEMConfig, covariance_facts
+from glem_augment.model.config import GLEMConfig, class_facts
 from glem_augment.model.files import (
     WEIGHTS,
     autoencoder_of,
@@ -52,7 +52,7 @@ from glem_augment.model.files import (
 )
 from glem_augment.model.latent_model import LatentModel
 from glem_augment.names import DEFAULT_MODES, Preset
-from glem_augment.parts import CUSTOM
+from glem_augment.parts import CUSTOM, find
 from glem_augment.privacy.coordinates import ReleaseCoordinates
 from glem_augment.privacy.fit import private_classes
 from glem_augment.privacy.latents import check_arguments, check_images, latents_alone, public_codec
@@ -100,11 +100,11 @@ class GLEM(LatentModel):
             if config.modes_rank is not None:
                 shared = self.dim if full else None
                 modes = ClassModes(self.num_classes, config.modes_rank, self.dim, shared, config.modes_common)
-            covariances = None
-            if found := config.covariances:
-                coordinates = SharedCoordinates(config.flow_shape, found["shared_rank"], found["target"] == PUBLIC)
-                covariances = ClassCovariances(self.num_classes, found["rank"], coordinates)
-            latent_classes = Classes(gaussians, modes, full, config.posterior_temperature, covariances)
+            fitted = None
+            if config.classes is not None:
+                named = dict(config.classes)
+                fitted = find("class model", named.pop("kind"))(self.num_classes, config.flow_shape, **named)
+            latent_classes = Classes(gaussians, modes, full, config.posterior_temperature, fitted)
         dtype = next((p.dtype for p in self.flow.parameters()), torch.float32)
         self.latent_classes = latent_classes.to(dtype)
         if codec is None and config.autoencoder is not None:
@@ -273,7 +273,7 @@ class GLEM(LatentModel):
             "modes_rank": None if modes is None else modes.rank,
             "modes_common": modes is not None and modes.common,
             "covariance": "full" if classes.full else "diagonal",
-            "covariances": None if classes.covariances is None else covariance_facts(classes.covariances),
+            "classes": class_facts(classes.fitted),
             "posterior_temperature": classes.temperature,
         }
 
@@ -312,6 +312,7 @@ class GLEM(LatentModel):
         split: str = "train",
         rank: int = 64,
         max_per_class: int | None = None,
+        class_model: str | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
     ) -> GLEM:
@@ -336,12 +337,14 @@ class GLEM(LatentModel):
             rank: k modes per class, fewer if no class has so many (n images have n - 1); the variation outside them
                 is kept as a variance per dimension.
             max_per_class: use only the first images of every class, at most this many; at least 2.
+            class_model: kind of a registered `ClassModel`, which learns from a second pass and gives densities and
+                samples in place of the covariances below.
             seed: of the dequantisation noise.
             device: where the model computes.
 
         Every class gets a mean, a covariance, and the leading directions of this covariance (`classes.fit`). What one
         class lacks in images comes from all classes, and what these lack from public photographs in the latents of
-        "taef2". `config.covariances` says how. The posterior's temperature is fitted to latents that are left out.
+        "taef2". `config.classes` says how. The posterior's temperature is fitted to latents that are left out.
 
         Returns:
             A new GLEM in eval mode. `config.training["adapted_from"]` names the model of the flow.
@@ -357,7 +360,7 @@ class GLEM(LatentModel):
         # The variation of a class needs two images.
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
         if privacy is not None:
-            stated = dict(flow=flow, max_per_class=max_per_class, rank=rank, seed=seed)
+            stated = dict(flow=flow, max_per_class=max_per_class, class_model=class_model, rank=rank, seed=seed)
             prior = check_arguments(privacy, autoencoder, **stated)
         base = None if flow is None else copy.deepcopy(as_model(flow))
         opening = dict(image_size=image_size, channels=channels, value_range=value_range)
@@ -389,6 +392,8 @@ class GLEM(LatentModel):
             latent_shape(base.codec, shape)  # what it says of itself can be tried now
         public = base._public_coordinates()
         found = base._fit_classes(base._statistics(images, rank, public, max_per_class, seed), rank, public)
+        if class_model is not None:
+            found = base._with_class_model(found, class_model, images, max_per_class, seed)
         assert found.modes is not None
         totals = np.bincount(images.targets, minlength=len(images.classes)).tolist()
         counts = [min(total, max_per_class or total) for total in totals]
@@ -396,13 +401,14 @@ class GLEM(LatentModel):
             base.config,
             privacy=None,  # a private model's promise says nothing about these images
             covariance="diagonal",  # until the facts of the new classes are known
+            classes=None,
             class_ids=list(named.class_ids),
             class_names=list(named.classes),
             training={
                 "data": images.name,
                 "images": sum(counts),
                 "images_per_class": [min(counts), max(counts)],
-                "adapt": dict(rank=found.modes.rank, max_per_class=max_per_class, seed=seed),
+                "adapt": dict(rank=found.modes.rank, max_per_class=max_per_class, class_model=class_model, seed=seed),
                 "adapted_from": dict(
                     weights_sha256=weights_sha256(base), origin=base.origin, training=base.config.training
                 ),
@@ -450,6 +456,8 @@ class GLEM(LatentModel):
         if isinstance(made, dict):  # the Gaussians come from images, too
             public = self._public_coordinates()
             found = self._fit_classes(self._statistics(images, rank, public, max_per_class, seed), rank, public)
+            if made.get("class_model") is not None:
+                found = self._with_class_model(found, made["class_model"], images, max_per_class, seed)
             made = {**made, "rank": found.modes and found.modes.rank, "max_per_class": max_per_class, "seed": seed}
             self.config.training = {**self.config.training, "adapt": made}
         else:
@@ -473,6 +481,16 @@ class GLEM(LatentModel):
 
     def _fit_classes(self, statistics: ClassStatistics, rank: int, public: PublicFlow | None) -> Classes:
         return fit_classes(statistics, self.config.flow_shape, rank, public, self.config.psi)
+
+    def _with_class_model(self, classes: Classes, kind: str, images: ImageData, most: int | None, seed: int) -> Classes:
+        """The Gaussians and modes of `classes` with a class model of this kind, fitted to the images."""
+        part, rows = (
+            find("class model", kind)(len(images.classes), self.config.flow_shape),
+            images.rows_of_classes(most),
+        )
+        with progress_bar(kind, total=sum(map(len, rows))) as bar:
+            part.fit(self.latents_of_classes(images, rows, seed, bar.update))
+        return Classes(classes.gaussians, classes.modes, fitted=part)
 
     def _public_coordinates(self) -> PublicFlow | None:
         """Coordinates in which public photographs are uncorrelated; None for pixels and behind a trained flow."""

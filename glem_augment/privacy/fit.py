@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from glem_augment.classes.classes import Classes
-from glem_augment.classes.covariances import ClassCovariances, SharedCoordinates, from_public
+from glem_augment.classes.covariances import PUBLIC, ClassCovariances, from_public
 from glem_augment.classes.fit import (
     NU0,
     NU1,
@@ -38,6 +38,7 @@ from glem_augment.classes.fit import (
     classes_of,
     directions_of_class,
     shrunk,
+    strengths,
 )
 from glem_augment.names import DEFAULT_MODES
 from glem_augment.privacy.coordinates import ReleaseCoordinates
@@ -146,7 +147,7 @@ def private_classes(
         own, sd = released("scatter of classes", "scatter", away[:, : plan.leading], y, clip, plan.classes)
         pooled = pooled or (own.sum(0), sd * math.sqrt(num_classes))
 
-    covariances = _covariances(coordinates, means + middle, pooled, images, s, target)
+    covariances = _covariances(coordinates, means + middle, pooled, images, s, target, plan.leading)
     if own is not None:
         _add_classes(covariances, coordinates, own, n, sd, s)
     classes = classes_of(covariances, n.round().long(), min(DEFAULT_MODES, dim))
@@ -212,6 +213,7 @@ def _covariances(
     images: float,
     s: float,
     target: Tensor,
+    rank: int,
 ) -> ClassCovariances:
     """The means, and W for all classes, from T [m] and the noisy pooled scatter with its noise; None: T alone."""
     dim, public, known = means.shape[1], coordinates.public, len(target)
@@ -224,8 +226,8 @@ def _covariances(
     values = values.clamp_min(_LEAST_VARIANCE * s)
     outside = max((s * dim - float(target.sum())) / max(1, dim - known), _LEAST_VARIANCE * s)
     directions = coordinates.to_public(torch.nn.functional.pad(vectors.T, (0, dim - known)))
-    whitening = SharedCoordinates.whitening(public.image_shape, public, outside**-0.5, directions, outside / values)
-    found = ClassCovariances(len(means), 0, whitening)
+    found = ClassCovariances(len(means), public.image_shape, rank, known, PUBLIC, *strengths(dim))
+    found.coordinates.set(public, outside**-0.5, directions, outside / values)
     v = coordinates.to_public(means) + coordinates.centre_in_public()
     found.mean.copy_(from_public(v.float(), public))
     return found
@@ -243,9 +245,6 @@ def _add_classes(
     shared = whiten.inverse(unit)
     shared = shared @ shared.T
     found.coordinates.whiten.float()
-    found.rank = leading
-    found.directions = torch.zeros(len(n), leading, dim)
-    found.variances, found.drawn_variances = torch.ones(2, len(n), leading).unbind()
     for y, count in enumerate(n.tolist()):
         alike = _alike(count, (sd / count / s) ** 2 / 2)
         values, vectors = torch.linalg.eigh(r @ (scatter[y] / count - shared) @ r.T)

@@ -22,7 +22,7 @@ from glem_augment.privacy.mechanism import Privacy
 
 Encode = Callable[[Tensor], Tensor]
 BATCH = 16  # images per pass; every pass has so many, so that no image's latent depends on the number of images
-_DEFAULTS = {"flow": None, "max_per_class": None, "rank": 64, "seed": 0}
+_DEFAULTS = {"flow": None, "max_per_class": None, "class_model": None, "rank": 64, "seed": 0}
 _STATED = {
     "image_size": "image_size= (--image-size)",
     "channels": "channels= (--channels)",

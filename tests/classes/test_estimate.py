@@ -81,7 +81,7 @@ def test_the_estimate_is_its_formula(counts: tuple[int, ...], public: PublicFlow
     latents = latents_of(counts)
     wanted = by_the_formula(latents, public)
     found = fit_classes(statistics_of(latents, public), SHAPE, 12, public)
-    z, modes, covariances = torch.cat(latents), found.modes, found.covariances
+    z, modes, covariances = torch.cat(latents), found.modes, found.fitted
     assert modes is not None and covariances is not None
     scores = torch.stack([each.log_prob(z) for each in wanted], 1)
     torch.testing.assert_close(found.log_prob(z.float()).double(), scores, rtol=1e-4, atol=1e-3)
@@ -187,7 +187,8 @@ def test_a_model_is_fitted_to_its_latents() -> None:
     wanted = by_the_formula([each.double() for each in z], None)
     scores = torch.stack([each.log_prob(torch.cat(z).double()) for each in wanted], 1)
     torch.testing.assert_close(adapted.latent_classes.log_prob(torch.cat(z)).double(), scores, rtol=1e-4, atol=1e-2)
-    assert adapted.config.covariances == {"target": "own", "nu0": 192, "nu1": [128, 4], "shared_rank": 8, "rank": 8}
+    kind = {"kind": "covariances", "rank": 8, "shared_rank": 8, "target": "own"}
+    assert adapted.config.classes == kind | {"nu0": 192.0, "nu1": 128.0, "nu1_images": 4.0}
     changed = GLEMAugment(adapted, Noise(), p=1.0, modes=3, seed=0)(x, y)[0]
     assert (changed != x).flatten(1).any(1).all()
     few = model.adapt((x, y), max_per_class=4, rank=2)

@@ -120,7 +120,9 @@ def test_many_images_give_a_model_that_is_saved_whole(photos: tuple[Tensor, Tens
     many = (x.repeat(8, 1, 1, 1).float() + 12 * torch.randn(320, 3, 8, 8, generator=g)).clamp(0, 255)
     full = GLEM.create("identity", (3, 8, 8), ["a", "b"], autoencoder="taef2")
     full = full.adapt((many.to(torch.uint8), y.repeat(8)), rank=16)
-    assert full.config.covariances == {"target": "public", "nu0": 96, "nu1": [64, 4], "shared_rank": 32, "rank": 32}
+    strengths = {"nu0": 96.0, "nu1": 64.0, "nu1_images": 4.0}
+    kind = {"kind": "covariances", "rank": 32, "shared_rank": 32, "target": "public"}
+    assert full.config.classes == kind | strengths
     assert full.modes is not None and (full.modes.rank, full.modes.num_classes) == (16, 2)
     assert torch.equal(full.log_prob(x, y), full.log_prob_per_class(x).gather(1, y[:, None])[:, 0])
     assert float((full.predict(x) == y).float().mean()) > 0.9

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from glem_augment import GLEM, GLEMAugment, SyntheticDataset
+from glem_augment.classes import ClassModel, register_class_model
 from glem_augment.classes.classes import Classes
 from glem_augment.codec import Codec, register_codec, to_unit
 from glem_augment.errors import ModelFileError
@@ -320,3 +321,49 @@ def test_options_and_names_of_couplings_are_checked(scaled: None) -> None:
             register_coupling("many")(type("Many", (Coupling,), {"__init__": init}))
     with pytest.raises(TypeError, match="Linear"):
         register_coupling("many")(nn.Linear)
+
+
+@register_class_model("student")
+class Student(ClassModel):
+    """Classes with heavy tails."""
+
+    def __init__(self, num_classes: int, shape: tuple[int, int, int], freedom: int = 5) -> None:
+        super().__init__()
+        self.freedom, self.dim = freedom, math.prod(shape)
+        self.noise_size = self.dim + freedom
+        self.register_buffer("mean", torch.zeros(num_classes, self.dim))
+        self.register_buffer("scale", torch.ones(num_classes, self.dim))
+
+    def fit(self, latents: Callable[[int], Tensor]) -> None:
+        for y in range(len(self.mean)):
+            z = latents(y)
+            self.mean[y], self.scale[y] = z.mean(0), z.std(0) * math.sqrt(1 - 2 / self.freedom)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return torch.distributions.StudentT(self.freedom, self.mean, self.scale).log_prob(z[:, None]).sum(2)
+
+    def sample_from_noise(self, y: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+        normal, chi = noise[:, : self.dim], noise[:, self.dim :].square().mean(1, keepdim=True)
+        return self.mean[y] + temperature * self.scale[y] * normal / chi.sqrt()
+
+
+def test_a_users_class_model_is_fitted_saved_and_drawn_from(tmp_path: Path) -> None:
+    x, y = torch.randint(0, 256, (40, *SHAPE), dtype=torch.uint8), torch.arange(40) % 2
+    x[y == 1] = x[y == 1] // 4
+    model = GLEM.fit(ImageData.from_tensors(x, y, ["bright", "dark"]), class_model="student")
+    assert model.config.classes == {"kind": "student", "freedom": 5}
+    model.save(tmp_path)
+    again = GLEM.from_pretrained(tmp_path)
+    assert torch.equal(again.log_prob(x), model.log_prob(x)) and bool((again.predict(x) == y).all())
+    assert (
+        SyntheticDataset(again, 3).images([0]).float().mean()
+        > 2 * SyntheticDataset(again, 3).images([5]).float().mean()
+    )
+    again.fit_modes((x, y), rank=3)
+    assert isinstance(again.latent_classes.fitted, Student) and again.modes is not None and again.modes.rank == 3
+    kinds("class model").pop("student")
+    with pytest.raises(ModelFileError, match="no class model 'student': import the module"):
+        GLEM.from_pretrained(tmp_path)
+    with pytest.raises(ModelFileError, match="Student would be loaded as ClassModel"):
+        model.save(tmp_path)
+    register_class_model("student")(Student)

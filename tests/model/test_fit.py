@@ -46,7 +46,7 @@ def test_mistakes_are_one_clear_error() -> None:
         lambda: GLEM.fit((torch.zeros(2, 32, 32, 3, dtype=torch.uint8), [0, 1])),
         lambda: GLEM.fit(images(shape=(1, 8, 8)), flow=flow),
         lambda: GLEM.fit(data, torch.nn.Identity()),
-        lambda: GLEM.fit(data, parts=2),
+        lambda: GLEM.fit(data, class_model="parts"),
         lambda: GLEM.create("identity", (1, 4, 4), "cat"),
     ):
         with pytest.raises((TypeError, ValueError)):
@@ -65,7 +65,7 @@ def test_classes_fitted_again_are_replaced_as_a_whole() -> None:
     trained = tiny_model(shape=(1, 8, 8), classes=data.classes)
     gaussians = trained.gaussians
     trained.fit_modes(data, rank=4)
-    assert trained.gaussians is gaussians and trained.latent_classes.covariances is None  # learned with the flow
+    assert trained.gaussians is gaussians and trained.latent_classes.fitted is None  # learned with the flow
 
 
 def accuracy(model: GLEM, data: ImageData) -> float:

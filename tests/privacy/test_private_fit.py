@@ -165,7 +165,7 @@ def test_samples_look_like_their_class_and_files_have_the_promise(model: GLEM, d
     assert float((found - wanted).abs().max()) < 0.25  # images so unlike photographs are clipped
     assert found.diff().min() > 0.1
     assert float((model.predict(data.tensor()) == torch.from_numpy(data.targets)).double().mean()) > 0.9
-    assert isinstance(model.latent_classes.covariances, ClassCovariances)
+    assert isinstance(model.latent_classes.fitted, ClassCovariances)
     model.save(tmp_path)
     facts = json.loads((tmp_path / "config.json").read_text())["privacy"]
     assert math.hypot(*(1 / each["noise"] for each in facts["rounds"])) == pytest.approx(Privacy(10).mu)
