@@ -323,7 +323,7 @@ def test_options_and_names_of_couplings_are_checked(scaled: None) -> None:
         register_coupling("many")(nn.Linear)
 
 
-@register_class_model("student")
+@register_class_model("heavy")
 class Student(ClassModel):
     """Classes with heavy tails."""
 
@@ -350,8 +350,8 @@ class Student(ClassModel):
 def test_a_users_class_model_is_fitted_saved_and_drawn_from(tmp_path: Path) -> None:
     x, y = torch.randint(0, 256, (40, *SHAPE), dtype=torch.uint8), torch.arange(40) % 2
     x[y == 1] = x[y == 1] // 4
-    model = GLEM.fit(ImageData.from_tensors(x, y, ["bright", "dark"]), class_model="student")
-    assert model.config.classes == {"kind": "student", "freedom": 5}
+    model = GLEM.fit(ImageData.from_tensors(x, y, ["bright", "dark"]), class_model="heavy")
+    assert model.config.classes == {"kind": "heavy", "freedom": 5}
     model.save(tmp_path)
     again = GLEM.from_pretrained(tmp_path)
     assert torch.equal(again.log_prob(x), model.log_prob(x)) and bool((again.predict(x) == y).all())
@@ -361,9 +361,9 @@ def test_a_users_class_model_is_fitted_saved_and_drawn_from(tmp_path: Path) -> N
     )
     again.fit_modes((x, y), rank=3)
     assert isinstance(again.latent_classes.fitted, Student) and again.modes is not None and again.modes.rank == 3
-    kinds("class model").pop("student")
-    with pytest.raises(ModelFileError, match="no class model 'student': import the module"):
+    kinds("class model").pop("heavy")
+    with pytest.raises(ModelFileError, match="no class model 'heavy': import the module"):
         GLEM.from_pretrained(tmp_path)
     with pytest.raises(ModelFileError, match="Student would be loaded as ClassModel"):
         model.save(tmp_path)
-    register_class_model("student")(Student)
+    register_class_model("heavy")(Student)
