@@ -49,7 +49,7 @@ LEAST_SHARE = 1e-5
 REST_FLOOR = 1e-8
 # config.json holds numbers of psi up to 1e6; a flow can't invert latents of that size anyway.
 _LARGEST_VARIANCE = 1e5
-_MOST_NUMBERS, _MOST_MODES = 2**22, 2**26  # in the directions of all classes, and in their modes
+_MOST_NUMBERS, _MOST_MODES = 2**22, 2**24  # in the directions of all classes, and in their modes
 
 Psi = tuple[float, float, float] | None
 
@@ -213,16 +213,18 @@ def fit_modes(statistics: ClassStatistics, rank: int, full: bool = False) -> Cla
     """Means, principal modes and remaining variances of each class alone, on the CPU (RFCM).
 
     A class keeps min(rank, n - 1, d) modes of the unbiased covariance of its images, fewer where its latents span fewer
-    directions. A class of one image gets the pooled modes.
+    directions. A class of one image gets the pooled modes, and so do all classes where their modes would be more than
+    `_MOST_MODES` numbers.
     """
-    dim, pooled = statistics.dim, statistics.pooled
-    shown_parts = (each if each.count > 1 else pooled for each in statistics.classes)
+    dim, pooled, classes = statistics.dim, statistics.pooled, statistics.classes
     # More modes than any class has would cost memory and time in every move.
-    rank = max(1, min(rank, max(len(each.directions) for each in shown_parts)))
-    modes = ClassModes(len(statistics.classes), rank, dim, shared_rank=dim if full else None)
-    for row, each in enumerate(statistics.classes):
-        modes.mean[row], modes.counts[row] = each.mean, each.count
-        shown, degrees = (each, each.count - 1) if each.count > 1 else (pooled, pooled.count)
+    rank = max(1, min(rank, max(len((each if each.count > 1 else pooled).directions) for each in classes)))
+    common = len(classes) * rank * dim > _MOST_MODES
+    modes = ClassModes(len(classes), rank, dim, shared_rank=dim if full else None, common=common)
+    modes.mean.copy_(torch.stack([each.mean for each in classes]))
+    modes.counts.copy_(statistics.counts())
+    for row, each in enumerate([pooled] if common else classes):
+        shown, degrees = (pooled, pooled.count) if common or each.count < 2 else (each, each.count - 1)
         directions, scales = shown.directions[:rank], shown.values[:rank] / math.sqrt(degrees)
         modes.directions[row, : len(scales)] = directions.float()
         modes.scales[row, : len(scales)] = scales.float()
