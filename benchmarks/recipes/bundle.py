@@ -6,8 +6,8 @@
 
 Classes of CIFAR-10 and Imagenette are fitted to the training images that are not held out: on the held-out images,
 these were more accurate and more likely than the Gaussians that were learned with the flow. The 200 classes of Tiny
-ImageNet keep the learned Gaussians and share their modes, so that the file has at most 8 MiB. TINY_IMAGENET/val/<class>/*
-are its validation images, sorted by val_annotations.txt.
+ImageNet keep the learned Gaussians and share their modes, so that the file has at most 8 MiB. The images in
+TINY_IMAGENET/val/<class>/ are its validation images, sorted by val_annotations.txt.
 
 Weights of the flow's networks and modes, and the Gaussians of many classes, are stored in half precision, all other
 tensors in full. The test images are measured with these weights, and the record gets the result.

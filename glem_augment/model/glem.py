@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -354,51 +354,71 @@ class GLEM(LatentModel):
                 codec that says it is exact and is not. DataError: images of another shape, a class without images, no
                 class with two, latents off any scale. TypeError: arguments that make no sense.
         """
-        if flow is not None and autoencoder is not None:
-            raise ValueError("give an autoencoder or a flow, not both: a flow has its codec already")
-        rank, seed = check_whole("rank", rank, 1), check_whole("seed", seed, 0)
-        # The variation of a class needs two images.
-        max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
-        if privacy is not None:
-            stated = dict(flow=flow, max_per_class=max_per_class, class_model=class_model, rank=rank, seed=seed)
-            prior = check_arguments(privacy, autoencoder, **stated)
-        base = None if flow is None else copy.deepcopy(as_model(flow))
         opening = dict(image_size=image_size, channels=channels, value_range=value_range)
-        given = [name for name, value in opening.items() if value is not None]
-        if given and isinstance(data, ImageData):
-            raise ValueError(f"these images are opened already: give {' and '.join(given)} to open_data")
-        if given and base is not None:
-            raise ValueError(f"{' and '.join(given)}: the flow's model has them: leave them out")
-        images = data
-        if base is None:
-            if not isinstance(images, ImageData):
-                images = open_data(images, split=split, **opening)  # type: ignore[arg-type]
-            shape, pixel_range = images.image_shape, images.pixel_range
-        else:
-            shape, pixel_range = base.image_shape, base.pixel_range
-        images = as_image_data(images, shape, classes, pixel_range, split=split)
+        given = {name: value for name, value in opening.items() if value is not None}
+        rank, max_per_class, seed = _checked(rank, max_per_class, seed)  # before images are read
+        how: dict[str, Any] = dict(rank=rank, max_per_class=max_per_class, class_model=class_model, seed=seed)
         if privacy is not None:
-            pixel_range.need_8_bits("a private model")
-            assert isinstance(autoencoder, str)
-            return cls._fit_private(images, autoencoder, prior, privacy, device)
+            prior = check_arguments(privacy, autoencoder, flow=flow, **how)
+            images = _opened(data, split, classes, given)
+            return cls._fit_private(images, str(autoencoder), prior, privacy, device)
+        if flow is not None:
+            if autoencoder is not None:
+                raise ValueError("give an autoencoder or a flow, not both: a flow has its codec already")
+            if given:
+                raise ValueError(f"{' and '.join(given)}: the flow's model has them: leave them out")
+            return as_model(flow).adapt(data, classes=classes, split=split, device=device, **how)
+        images = _opened(data, split, classes, given)
+        shape, pixel_range = images.image_shape, images.pixel_range
+        base = cls.create("identity", shape, images.classes, autoencoder=autoencoder, pixel_range=pixel_range)
+        return base.to(device)._fitted(images, images, **how)
+
+    def adapt(
+        self,
+        data: LabelledImages,
+        *,
+        classes: Sequence[str] | None = None,
+        split: str = "train",
+        device: str | torch.device | None = None,
+        **how: Any,
+    ) -> GLEM:
+        """A new model with this codec and flow for other images and classes. They are converted to this model's size.
+
+        `data`, `classes`, `split` and `how` (rank, max_per_class, class_model, seed) as in `fit`, where errors are
+        listed, too. `device`: where to compute; None: where this model is.
+        """
+        images = as_image_data(data, self.image_shape, classes, self.pixel_range, split=split)
         named: GLEM | ImageData = images
-        if base is None:
-            base = cls.create("identity", shape, images.classes, autoencoder=autoencoder, pixel_range=pixel_range)
-        elif classes is None and isinstance(data, tuple) and not base.config.training:
-            named = base if base.num_classes == len(images.classes) else images  # just made, for these classes
-        base.to(device).eval()
-        if not base.codec.ready:
-            base.codec.fit(images.some(STANDARDISED_BY))
-            latent_shape(base.codec, shape)  # what it says of itself can be tried now
-        public = base._public_coordinates()
-        found = base._fit_classes(base._statistics(images, rank, public, max_per_class, seed), rank, public)
-        if class_model is not None:
-            found = base._with_class_model(found, class_model, images, max_per_class, seed)
-        assert found.modes is not None
+        if classes is None and isinstance(data, tuple) and not self.config.training:  # just made, for these classes
+            named = self if self.num_classes == len(images.classes) else images
+        return copy.deepcopy(self).to(device or self.device)._fitted(images, named, **how)
+
+    @torch.no_grad()
+    def _fitted(
+        self,
+        images: ImageData,
+        named: GLEM | ImageData,
+        rank: int = 64,
+        max_per_class: int | None = None,
+        class_model: str | None = None,
+        seed: int = 0,
+    ) -> GLEM:
+        """A model of the images with this codec, which is fitted to them if it needs it, and this flow.
+
+        `named` has the names of the classes. The other arguments are as for `fit`.
+        """
+        how = rank, max_per_class, seed = _checked(rank, max_per_class, seed)
+        self.eval()
+        if not self.codec.ready:
+            self.codec.fit(images.some(STANDARDISED_BY))
+            latent_shape(self.codec, self.image_shape)  # what it says of itself can be tried now
+        found = self._classes_of(images, class_model, *how)
         totals = np.bincount(images.targets, minlength=len(images.classes)).tolist()
         counts = [min(total, max_per_class or total) for total in totals]
+        of_flow = dict(weights_sha256=weights_sha256(self), origin=self.origin, training=self.config.training)
+        rank = 0 if found.modes is None else found.modes.rank
         config = replace(
-            base.config,
+            self.config,
             privacy=None,  # a private model's promise says nothing about these images
             covariance="diagonal",  # until the facts of the new classes are known
             classes=None,
@@ -408,19 +428,13 @@ class GLEM(LatentModel):
                 "data": images.name,
                 "images": sum(counts),
                 "images_per_class": [min(counts), max(counts)],
-                "adapt": dict(rank=found.modes.rank, max_per_class=max_per_class, class_model=class_model, seed=seed),
-                "adapted_from": dict(
-                    weights_sha256=weights_sha256(base), origin=base.origin, training=base.config.training
-                ),
+                "adapt": dict(rank=rank, max_per_class=max_per_class, class_model=class_model, seed=seed),
+                "adapted_from": of_flow,
             },
         )
-        model = cls(config, base.flow, found, base.codec)
+        model = GLEM(config, self.flow, found, self.codec)
         model.config = replace(config, **model._facts())
-        return model.to(base.device).eval().requires_grad_(False)
-
-    def adapt(self, data: LabelledImages, **options: Any) -> GLEM:
-        """A new model with this codec and flow for other images and classes; `options` as in `fit`."""
-        return GLEM.fit(data, flow=self, **{"device": self.device, **options})
+        return model.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def fit_modes(
@@ -449,27 +463,38 @@ class GLEM(LatentModel):
                 below 1 or `max_per_class` below 2.
         """
         self.refuse_if_private("fit_modes")
-        rank, seed = check_whole("rank", rank, 1), check_whole("seed", seed, 0)
-        max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
+        how = rank, max_per_class, seed = _checked(rank, max_per_class, seed)
         made = self.config.training.get("adapt")
         images = images_for(self, data, class_map)
         if isinstance(made, dict):  # the Gaussians come from images, too
-            public = self._public_coordinates()
-            found = self._fit_classes(self._statistics(images, rank, public, max_per_class, seed), rank, public)
-            if made.get("class_model") is not None:
-                found = self._with_class_model(found, made["class_model"], images, max_per_class, seed)
+            found = self._classes_of(images, made.get("class_model"), *how)
             made = {**made, "rank": found.modes and found.modes.rank, "max_per_class": max_per_class, "seed": seed}
             self.config.training = {**self.config.training, "adapt": made}
         else:
-            statistics = self._statistics(images, rank, None, max_per_class, seed)
+            statistics = self._statistics(images, None, *how)
             found = Classes(self.gaussians, fit_modes(statistics, rank), False, self.latent_classes.temperature)
         self.latent_classes = found.to(self.device, self.dtype)
         self.config = replace(self.config, **self._facts())
         assert self.modes is not None
         return self.modes
 
+    def _classes_of(
+        self, images: ImageData, class_model: str | None, rank: int, max_per_class: int | None, seed: int
+    ) -> Classes:
+        """The classes of the images as `classes.fit` estimates them, with a class model of this kind, if any."""
+        kind = None if class_model is None else find("class model", class_model)
+        public = self._public_coordinates()
+        statistics = self._statistics(images, public, rank, max_per_class, seed)
+        found = fit_classes(statistics, self.config.flow_shape, rank, public, self.config.psi)
+        if kind is None:
+            return found
+        part, rows = kind(len(images.classes), self.config.flow_shape), images.rows_of_classes(max_per_class)
+        with progress_bar("class model", total=sum(map(len, rows))) as bar:
+            part.fit(self.latents_of_classes(images, rows, seed, bar.update))
+        return Classes(found.gaussians, found.modes, fitted=part)
+
     def _statistics(
-        self, images: ImageData, rank: int, public: PublicFlow | None, max_per_class: int | None, seed: int
+        self, images: ImageData, public: PublicFlow | None, rank: int, max_per_class: int | None, seed: int
     ) -> ClassStatistics:
         """Counts, means and scatter of the latents of each class of the images, in public coordinates if there are."""
         rows = images.rows_of_classes(max_per_class)
@@ -478,19 +503,6 @@ class GLEM(LatentModel):
         with progress_bar("fit", total=total) as bar:
             latents = self.latents_of_classes(images, rows, seed, bar.update)
             return class_statistics(lambda y: to_public(latents(y), public), images.classes, self.dim, rank)
-
-    def _fit_classes(self, statistics: ClassStatistics, rank: int, public: PublicFlow | None) -> Classes:
-        return fit_classes(statistics, self.config.flow_shape, rank, public, self.config.psi)
-
-    def _with_class_model(self, classes: Classes, kind: str, images: ImageData, most: int | None, seed: int) -> Classes:
-        """The Gaussians and modes of `classes` with a class model of this kind, fitted to the images."""
-        part, rows = (
-            find("class model", kind)(len(images.classes), self.config.flow_shape),
-            images.rows_of_classes(most),
-        )
-        with progress_bar(kind, total=sum(map(len, rows))) as bar:
-            part.fit(self.latents_of_classes(images, rows, seed, bar.update))
-        return Classes(classes.gaussians, classes.modes, fitted=part)
 
     def _public_coordinates(self) -> PublicFlow | None:
         """Coordinates in which public photographs are uncorrelated; None for pixels and behind a trained flow."""
@@ -506,6 +518,7 @@ class GLEM(LatentModel):
         cls, images: ImageData, autoencoder: str, prior: Path, privacy: Privacy, device: str | torch.device
     ) -> GLEM:
         shape = images.image_shape
+        images.pixel_range.need_8_bits("a private model")
         check_images(images)
         base = cls.create("identity", shape, images.classes, images.class_ids, autoencoder=autoencoder)
         base.codec = public_codec(base.codec)
@@ -552,6 +565,20 @@ class GLEM(LatentModel):
                 "with more images than modes in a class"
             )
         return modes
+
+
+def _checked(rank: int, max_per_class: int | None, seed: int) -> tuple[int, int | None, int]:
+    """Arguments of `GLEM.fit` as Python's numbers. The variation of a class needs two images."""
+    most = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
+    return check_whole("rank", rank, 1), most, check_whole("seed", seed, 0)
+
+
+def _opened(data: LabelledImages, split: str, classes: Sequence[str] | None, opening: Mapping[str, Any]) -> ImageData:
+    """The images of `GLEM.fit`, opened with the arguments `opening` of `open_data`."""
+    if opening and isinstance(data, ImageData):
+        raise ValueError(f"these images are opened already: give {' and '.join(opening)} to open_data")
+    images = data if isinstance(data, ImageData) else open_data(data, split=split, **opening)
+    return as_image_data(images, images.image_shape, classes, images.pixel_range, split=split)
 
 
 def _found(
