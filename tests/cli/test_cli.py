@@ -138,7 +138,6 @@ def test_fit_makes_a_model_of_pixels(trained: Path, tmp_path: Path, output: Outp
     fails(other, output, "image_size", "flow")
     wrong = ["fit", str(tmp_path / "no images"), "--out", str(tmp_path / "d")]  # said before images are read
     fails([*wrong, "--flow", str(trained), "--autoencoder", "taef2"], output, "--autoencoder", "not allowed with")
-    fails([*wrong, "--parts", "300"], output, "parts", "256")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     fails([*argv, str(tmp_path / "full")], output, "holds notes.txt: give a new folder")

@@ -46,7 +46,6 @@ def test_mistakes_are_one_clear_error() -> None:
         lambda: GLEM.fit((torch.zeros(2, 32, 32, 3, dtype=torch.uint8), [0, 1])),
         lambda: GLEM.fit(images(shape=(1, 8, 8)), flow=flow),
         lambda: GLEM.fit(data, torch.nn.Identity()),
-        lambda: GLEM.fit(data, parts=2),
         lambda: GLEM.create("identity", (1, 4, 4), "cat"),
     ):
         with pytest.raises((TypeError, ValueError)):
