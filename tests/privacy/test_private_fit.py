@@ -60,7 +60,11 @@ def model(data: ImageData) -> GLEM:
     return GLEM.fit(data, "taef2", privacy=Privacy(10))
 
 
-BRANCHES = {20: ["counts", "middle", "sums", "squares"], 200: ["scatter of classes"], 1200: ["scatter", "scatter of classes"]}
+BRANCHES = {
+    20: ["counts", "middle", "sums", "squares"],
+    200: ["scatter of classes"],
+    1200: ["scatter", "scatter of classes"],
+}
 
 
 @pytest.mark.parametrize("per_class", list(BRANCHES))
