@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +14,14 @@ from torch import Tensor
 
 from glem_augment.codec.autoencoder import Latents
 from glem_augment.codec.codec import Codec
-from glem_augment.distributed import progress_bar
+from glem_augment.distributed import is_primary, progress_bar
 from glem_augment.images.dataset import ImageData
+from glem_augment.io import atomic_write
 from glem_augment.model.glem import GLEM
 from glem_augment.training.augmentation import augment_batch
 from glem_augment.training.batches import seeded
 
+LATENTS = "latents.pt"  # in the folder of a run, until the run ends
 _PIXELS = 2**19  # images of so many pixels in all are encoded at a time
 
 
@@ -40,6 +44,22 @@ def latent_views(
             parts.append(torch.stack([codec.encode(v.to(device)).half().cpu() for v in (x, *others)], 1))
             bar.update(len(x))
     return torch.cat(parts)
+
+
+def kept_views(path: Path, made_of: dict[str, Any], make: Callable[[], Tensor]) -> Tensor:
+    """The latents in the file `path`, or, if it has none that are made of the same, the result of `make`, kept there.
+
+    Encoding may take hours, which a stopped run would lose. `made_of` identifies the images and how they are encoded.
+    """
+    if path.is_file():
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if found["made_of"] == made_of:
+            return found["views"]
+    views = make()
+    if is_primary():
+        with atomic_write(path) as file:
+            torch.save({"made_of": made_of, "views": views}, file)
+    return views
 
 
 def model_of_latents(model: GLEM) -> GLEM:

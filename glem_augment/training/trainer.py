@@ -34,7 +34,7 @@ from glem_augment.training.checkpoint import (
 )
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.initialisation import INIT_IMAGES, initialise, new_model
-from glem_augment.training.latents import latent_views, model_of_images, model_of_latents
+from glem_augment.training.latents import LATENTS, kept_views, latent_views, model_of_images, model_of_latents
 from glem_augment.training.log import Callback, MetricsLog
 from glem_augment.training.objective import Objective, Progress, objective_of
 from glem_augment.training.steps import EStep, GaussianSteps, MStep, training_mode
@@ -129,7 +129,11 @@ class Trainer:
         """Replace the run's images by their latents, so that they are encoded only once; the model of latents."""
         config, model = self.config, self._original
         model.codec.fit(data.some(INIT_IMAGES))
-        views = latent_views(model.codec, data, config.augment, config.views, config.seed, self.device)
+        how = config.augment, config.views, config.seed
+        made_of = {"fingerprint": self.identity["fingerprint"], "codec": model.config.autoencoder, "how": how}
+        views = kept_views(
+            self.out / LATENTS, made_of, lambda: latent_views(model.codec, data, *how, device=self.device)
+        )
         self.batches.data, self.batches.views = data.with_numbers(views[:, 0]), data.with_numbers(views)
         return model_of_latents(model)
 
@@ -351,6 +355,7 @@ class Trainer:
         model = self.whole(model).eval().requires_grad_(False)
         if is_primary():
             model.save(self.out)
+            (self.out / LATENTS).unlink(missing_ok=True)
         wait()
         return model
 
