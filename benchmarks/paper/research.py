@@ -32,7 +32,7 @@ from glem_augment.images.dataset import ImageData
 from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.checkpoint import has_checkpoint
 from glem_augment.training.moments import LatentStatistics
-from glem_augment.training.objective import Objective, Progress, Repulsion, encode_with_noise, falling
+from glem_augment.training.objective import Objective, Progress, Repulsion, falling, with_noise
 from glem_augment.training.steps import latent_pass
 
 REFIT_STEPS, REFIT_LR = 200, 3e-3
@@ -210,12 +210,12 @@ class ResearchObjective(Objective):
         gaussians.s.add_(self.research.random_init[1] * noise.to(gaussians.s))
         gaussians.project()
 
-    def encode(
+    def numbers(
         self, model: GLEM, x: Tensor, generator: torch.Generator, share: Share, latent_noise: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        if not model.codec.levels or self.research.objective != "ib":
-            return super().encode(model, x, generator, share, latent_noise)
-        return encode_with_noise(model, x, NOISE_STD * 2.0**-model.bits, generator, share)
+    ) -> Tensor:
+        if x.dtype != torch.uint8 or self.research.objective != "ib":
+            return super().numbers(model, x, generator, share, latent_noise)
+        return with_noise(model.numbers(x), NOISE_STD * 2.0**-model.bits, generator, share)
 
     def e_loss(
         self, gaussians: ClassGaussians, z: Tensor, logdet: Tensor, y: Tensor, progress: Progress

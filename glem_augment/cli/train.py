@@ -140,7 +140,7 @@ def summary(trainer: Trainer) -> str:
     """A table for people: data, model and steps of the training."""
     from glem_augment.distributed import world_size
 
-    model, config, batches = trainer.whole(trainer.model), trainer.config, trainer.batches
+    model, config, batches = trainer.model, trainer.config, trainer.batches
     data, held_out = batches.data, len(batches.split.val)
     shape = "x".join(str(side) for side in model.image_shape)
     parameters = sum(p.numel() for p in model.flow.parameters())

@@ -58,7 +58,7 @@ def initialise(model: GLEM, batches: Batches, objective: Objective, init_model: 
     if whiten is not None and not whiten.initialised:
         numbers = partial(numbers_of_class, model, batches)
         whiten.fit(*pooled_covariance(numbers, model.classes, len(whiten.gain), model.dim))
-    model.initialise(x, seeded(config.seed, 1))
+    model.flow.initialise(batches.numbers(model, x, seeded(config.seed, 1)))
 
     def statistics() -> LatentStatistics:
         return latent_pass(model, batches, objective, batches.split.g, -1, "start: latents")
@@ -77,7 +77,7 @@ def numbers_of_class(model: GLEM, batches: Batches, y: int) -> Tensor:
     rows = batches.split.nf[batches.data.targets[batches.split.nf] == y]
     rows = rows[: max(LEAST_IMAGES, MOST_NUMBERS // model.dim)]
     read = batches.data.batches(rows, EVAL_BATCH, batches.config.workers)
-    return torch.cat([model.numbers(x.to(batches.device)).flatten(1).cpu() for x, _ in read])
+    return torch.cat([batches.numbers(model, x.to(batches.device)).flatten(1).cpu() for x, _ in read])
 
 
 def independent_pixels(x: Tensor, bits: int) -> float:

@@ -1,10 +1,9 @@
-"""Training in an autoencoder's latents, which are computed once per run, so that a step costs only the flow."""
+"""The latents of a run's images, which are encoded once per run, so that a step costs only the flow."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glem_augment.codec.autoencoder import Latents
 from glem_augment.codec.codec import Codec
 from glem_augment.distributed import is_primary, progress_bar
 from glem_augment.images.dataset import ImageData
 from glem_augment.io import atomic_write
-from glem_augment.model.glem import GLEM
 from glem_augment.training.augmentation import augment_batch
 from glem_augment.training.batches import seeded
 
@@ -60,16 +57,3 @@ def kept_views(path: Path, made_of: dict[str, Any], make: Callable[[], Tensor]) 
         with atomic_write(path) as file:
             torch.save({"made_of": made_of, "views": views}, file)
     return views
-
-
-def model_of_latents(model: GLEM) -> GLEM:
-    """`model` with its flow and Gaussians, for latents that are encoded already."""
-    named = {"name": "latents", "sha256": "", "image_shape": list(model.config.flow_shape)}
-    config = replace(model.config, autoencoder=named)
-    return GLEM(config, model.flow, model.latent_classes, Latents(model.codec)).to(model.device)
-
-
-def model_of_images(model: GLEM, original: GLEM) -> GLEM:
-    """Undoes `model_of_latents`, with the flow, Gaussians and modes that `model` has now."""
-    config = replace(model.config, autoencoder=original.config.autoencoder)
-    return GLEM(config, model.flow, model.latent_classes, original.codec)

@@ -102,7 +102,8 @@ class EStep:
             if self.config.dropout:  # M-steps and measurements are without
                 torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
                 model.flow.set_dropout(self.config.dropout)
-            z, logdet = objective.encode(model, shown, generator, share, self.config.latent_noise)
+            h = objective.numbers(model, shown, generator, share, self.config.latent_noise)
+            z, logdet = model.encode_numbers(h)
             # Means over the batch are sums of the ranks' means, each times its part of the images.
             means = objective.e_loss(model.gaussians, z, logdet, y, progress)
             loss, nll = (len(x) / share.total * mean for mean in means)
@@ -188,7 +189,8 @@ def latent_pass(
     generator = seeded(batches.config.seed, 3, number + 1)
     with progress_bar(title, total=len(rows)) as bar:
         for x, y, share in batches.read(rows, EVAL_BATCH, batches.views):
-            z, logdet = objective.encode(model, batches.augmented(x, generator, share), generator, share)
+            shown = batches.augmented(x, generator, share)
+            z, logdet = model.encode_numbers(objective.numbers(model, shown, generator, share))
             statistics.add(z, y, -(model.gaussians.log_prob_of(z, y) + logdet))
             bar.update(share.total)
     statistics.add_ranks()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from glem_augment.distributed import add_up, is_primary, progress_bar, wait
 from glem_augment.errors import TrainingError
@@ -34,7 +35,7 @@ from glem_augment.training.checkpoint import (
 )
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.initialisation import INIT_IMAGES, initialise, new_model
-from glem_augment.training.latents import LATENTS, kept_views, latent_views, model_of_images, model_of_latents
+from glem_augment.training.latents import LATENTS, kept_views, latent_views
 from glem_augment.training.log import Callback, MetricsLog
 from glem_augment.training.objective import Objective, Progress, objective_of
 from glem_augment.training.steps import EStep, GaussianSteps, MStep, training_mode
@@ -62,7 +63,7 @@ class Trainer:
 
     Attributes:
         batches, objective, gaussians, e_step, m_step, log: the parts of the run.
-        model: in training; for latents, if there is an autoencoder. step: E-steps taken, of `total_steps`.
+        model: in training. step: E-steps taken, of `total_steps`.
         bad_steps: E-steps that were skipped because they were not finite.
         independent: bits per number of independent pixels, or latents.
 
@@ -108,9 +109,9 @@ class Trainer:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.batches = Batches(data, config, self.device, augment)
-        # With an autoencoder, the run is one on latents, and `whole` makes a model of images.
-        self._original = new_model(data, config, self.objective, init_model).to(self.device)
-        self.model = self._original if self._original.codec.levels else self._take_latents(data)
+        self.model = new_model(data, config, self.objective, init_model).to(self.device)
+        if not self.model.codec.levels:
+            self._encode_once()
         self.steps_per_epoch = self.count_steps()
         self.total_steps = self.steps_per_epoch * config.epochs
         self.gaussians = GaussianSteps(self.model.gaussians, self.objective)
@@ -125,17 +126,14 @@ class Trainer:
             self.restore(begun)
             ready(self)
 
-    def _take_latents(self, data: ImageData) -> GLEM:
-        """Replace the run's images by their latents, so that they are encoded only once; the model of latents."""
-        config, model = self.config, self._original
-        model.codec.fit(data.some(INIT_IMAGES))
+    def _encode_once(self) -> None:
+        """Let the batches hold the images' latents, so that they are encoded only once."""
+        config, codec, data = self.config, self.model.codec, self.batches.data
+        codec.fit(data.some(INIT_IMAGES))
         how = config.augment, config.views, config.seed
-        made_of = {"fingerprint": self.identity["fingerprint"], "codec": model.config.autoencoder, "how": how}
-        views = kept_views(
-            self.out / LATENTS, made_of, lambda: latent_views(model.codec, data, *how, device=self.device)
-        )
+        made_of = {"fingerprint": self.identity["fingerprint"], "codec": self.model.config.autoencoder, "how": how}
+        views = kept_views(self.out / LATENTS, made_of, lambda: latent_views(codec, data, *how, device=self.device))
         self.batches.data, self.batches.views = data.with_numbers(views[:, 0]), data.with_numbers(views)
-        return model_of_latents(model)
 
     def count_steps(self) -> int:
         """E-steps of an epoch."""
@@ -235,14 +233,11 @@ class Trainer:
         model, ema = self.model, self.e_step.ema
         return GLEM(model.config, model.flow if ema is None else ema.module, model.latent_classes, model.codec)
 
-    def whole(self, model: GLEM) -> GLEM:
-        """`model` for images, where it is one for latents."""
-        return model if self._original.codec.levels else model_of_images(model, self._original)
-
     def measure(self) -> dict[str, float]:
         """Metrics of the held-out images, or of D_g if none are held out."""
         split = self.batches.split
-        return held_out(self.evaluated(), self.batches.read(split.val if len(split.val) else split.g, EVAL_BATCH))
+        rows = split.val if len(split.val) else split.g
+        return held_out(self.evaluated(), self.batches.data, self.batches.read(rows, EVAL_BATCH))
 
     def seconds(self) -> float:
         """Wall-clock seconds of the run so far, over all its pieces, without steps lost to kills."""
@@ -288,7 +283,7 @@ class Trainer:
         """Draw samples of each class, always from the same noise, if they are due after this epoch."""
         every = self.config.sample_every
         if is_primary() and every and (epochs % every == 0 or epochs == self.config.epochs):
-            picture = compose(f"After epoch {epochs}", [class_samples(self.whole(self.evaluated()), seed=0)])
+            picture = compose(f"After epoch {epochs}", [class_samples(self.evaluated(), seed=0)])
             save_png(picture, self.out / "samples" / f"epoch_{epochs:04d}.png")
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
@@ -302,6 +297,11 @@ class Trainer:
             self.saved_step = self.step
         wait()
 
+    @property
+    def learned(self) -> nn.ModuleDict:
+        """The parts of the model that a run changes."""
+        return nn.ModuleDict({"flow": self.model.flow, "latent_classes": self.model.latent_classes})
+
     def state(self) -> dict[str, Any]:
         """The state of the run, nested.
 
@@ -312,7 +312,7 @@ class Trainer:
             **{name: getattr(self, name) for name in _COUNTED},
             "m_done": self.m_step.done,
             "seconds": self.seconds(),
-            "model": self.model.state_dict(),
+            "model": self.learned.state_dict(),
             "ema": {} if self.e_step.ema is None else self.e_step.ema.state_dict(),
             "flow_optimizer": self.e_step.optimizer.state_dict(),
             "m_optimizer": self.gaussians.optimizer.state_dict(),
@@ -322,7 +322,7 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. TrainingError: it does not fit this run."""
         try:
-            self.model.load_state_dict(state["model"])
+            self.learned.load_state_dict(state["model"])
             if self.e_step.ema is not None:
                 self.e_step.ema.load_state_dict(state["ema"])
             self.e_step.optimizer.load_state_dict(state["flow_optimizer"])
@@ -352,7 +352,6 @@ class Trainer:
         if config.modes_rank:
             data = batches.data.subset(batches.some_of_each_class(np.arange(len(batches.data)), model.dim))
             model.fit_modes(data, config.modes_rank)
-        model = self.whole(model).eval().requires_grad_(False)
         if is_primary():
             model.save(self.out)
             (self.out / LATENTS).unlink(missing_ok=True)

@@ -23,13 +23,13 @@ from glem_augment.training.initialisation import independent_pixels
 
 def change_latents(trainer: Trainer, change: Callable[[Tensor, Tensor], Any], steps: set[int]) -> None:
     """Change the latents and log-determinants of these E-steps."""
-    real = trainer.model.encode
+    real = trainer.model.encode_numbers
 
-    def encode(x: Tensor, generator: torch.Generator | None = None) -> Any:
-        found = real(x, generator)
+    def encode(h: Tensor) -> Any:
+        found = real(h)
         return change(*found) if trainer.step in steps and torch.is_grad_enabled() else found
 
-    trainer.model.encode = encode
+    trainer.model.encode_numbers = encode
 
 
 def with_a_bad_gradient(z: Tensor) -> Tensor:
