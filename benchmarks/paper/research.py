@@ -267,8 +267,8 @@ class ResearchTrainer(Trainer):
     def __init__(self, data: ImageData, config: TrainConfig, *args: Any, research: Research, **options: Any) -> None:
         self.research, self.own_objective = research, ResearchObjective(research)
         super().__init__(data, config, *args, objective=self.own_objective, **options)
-        if self.e_step.ema is not None and research.averaging == "none":
-            self.e_step.ema.decay = 0.0
+        if self.ema is not None and research.averaging == "none":
+            self.ema.decay = 0.0
 
     def count_steps(self) -> int:
         if not self.research.equal_steps:
@@ -277,8 +277,8 @@ class ResearchTrainer(Trainer):
 
     def refit(self, model: GLEM) -> bool:
         """After M-steps without repulsion, fit the Gaussians to latents of the training images."""
-        objective, m_step, beta = self.own_objective, self.m_step, self.research.refit_beta
-        if not m_step.total or objective.repels or (objective.crossed and beta == 0):
+        objective, beta = self.own_objective, self.research.refit_beta
+        if not self.m_total or objective.repels or (objective.crossed and beta == 0):
             return False
         rows = np.concatenate([self.batches.split.nf, self.batches.split.g])
         if not objective.crossed:
@@ -286,15 +286,15 @@ class ResearchTrainer(Trainer):
             return True
         rows = self.batches.some_of_each_class(rows, model.dim * model.num_classes)  # all classes are in memory
         statistics = self.last_pass(model, rows)
-        self.gaussians.optimizer.state.clear()
+        self.gaussian_optimizer.state.clear()
         objective.fixed_beta = self.research.beta if beta is None else beta
         for step in range(REFIT_STEPS):
-            m_step.descend(statistics, REFIT_LR * (1 - step / REFIT_STEPS), self.so_far)
+            self.descend(statistics, REFIT_LR * (1 - step / REFIT_STEPS))
         return True
 
     def last_pass(self, model: GLEM, rows: np.ndarray) -> LatentStatistics:
         """Statistics of the latents of `rows` under the flow of `model`, for a refit after the last step."""
-        return latent_pass(model, self.batches, self.objective, rows, self.m_step.total, "encoding for the refit")
+        return latent_pass(model, self.batches, self.objective, rows, self.m_total, "encoding for the refit")
 
 
 def main() -> int:

@@ -151,7 +151,7 @@ def summary(trainer: Trainer) -> str:
         ("split", f"{len(data) - held_out} to train on, {held_out} held out"),
         ("flow", f"{model.config.flow['preset']}, {parameters:,} parameters, {model.numbers_are}"),
         ("objective", config.objective),
-        ("batch", f"{config.batch_size} images on {world_size()} processes, learning rate {trainer.e_step.lr:g}"),
+        ("batch", f"{config.batch_size} images on {world_size()} processes, learning rate {trainer.lr:g}"),
         ("steps", f"{trainer.total_steps} ({config.epochs} epochs of {trainer.steps_per_epoch}){where}"),
         ("out", str(trainer.out)),
     ]

@@ -72,6 +72,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_model_of_images(
 
 def test_a_flow_starts_from_whitened_latents(photos: ImageData, tmp_path: Path) -> None:
     config = TrainConfig(epochs=1, **OPTIONS)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="augment changes pixels"):
+        Trainer(photos, config, tmp_path, augment=lambda x, *_: x)
     trainer = Trainer(photos, config, tmp_path)
     assert bool(trainer.model.flow.whiten.initialised)  # type: ignore[union-attr]
 
