@@ -34,7 +34,7 @@ from glem_augment.flows import Flow, build_flow, check_flow, flow_facts, resolve
 from glem_augment.flows.public import PublicFlow
 from glem_augment.images.dataset import ImageData, LabelledImages, Limits, as_image_data, images_for, open_data
 from glem_augment.images.matching import ONE_CLASS, ClassMap
-from glem_augment.model.config import PUBLIC, GLEMConfig, covariance_facts
+from glem_augment.model.config import MAX_MODES, PUBLIC, GLEMConfig, covariance_facts
 from glem_augment.model.files import (
     WEIGHTS,
     autoencoder_of,
@@ -356,7 +356,7 @@ class GLEM(LatentModel):
         """
         if flow is not None and autoencoder is not None:
             raise ValueError("give an autoencoder or a flow, not both: a flow has its codec already")
-        rank, seed = check_whole("rank", rank, 1), check_whole("seed", seed, 0)
+        rank, seed = check_whole("rank", rank, 1, MAX_MODES), check_whole("seed", seed, 0)
         parts = None if parts is None else check_whole("parts", parts, 1, MAX_PARTS)
         if parts is not None and privacy is None:
             raise ValueError("parts are for private models: leave them out")
@@ -450,7 +450,7 @@ class GLEM(LatentModel):
                 below 1 or `max_per_class` below 2.
         """
         self.refuse_if_private("fit_modes")
-        rank, seed = check_whole("rank", rank, 1), check_whole("seed", seed, 0)
+        rank, seed = check_whole("rank", rank, 1, MAX_MODES), check_whole("seed", seed, 0)
         max_per_class = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
         made = self.config.training.get("adapt")
         images = images_for(self, data, class_map)

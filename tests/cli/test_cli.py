@@ -553,6 +553,6 @@ def test_a_run_says_what_it_trains_before_the_flow_is_initialised(
     run = str(tmp_path / "run")
     argv = ["train", str(image_folder), "--out", run, "--epochs", "1", "--batch-size", "4", *TINY]
     with monkeypatch.context() as patch:
-        patch.setattr(GLEM, "initialise", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("glem_augment.training.trainer.initialise", Mock(side_effect=KeyboardInterrupt))
         assert main(argv) == 130
     assert "12 images, 3x8x8" in output()[0]
