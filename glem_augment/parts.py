@@ -17,7 +17,8 @@ from glem_augment.checks import closest
 
 # The arguments that a model gives to parts of a room; all others are options. A flow and a coupling share their place
 # in a config, so no flow has the name of a coupling.
-GIVEN = {"flow": ("image_shape",), "coupling": ("channels", "subnet"), "codec": ("image_shape",), "policy": ()}
+_OF_COUPLINGS = ("channels", "subnet", "shape", "index")
+GIVEN = {"flow": ("image_shape",), "coupling": _OF_COUPLINGS, "codec": ("image_shape",), "policy": ()}
 _TOGETHER = {"flow": ("flow", "coupling"), "coupling": ("flow", "coupling")}
 # The settings of a flow; options have other names.
 SETTINGS = {"preset", "image_shape", "coupling", "whiten", "depth", "blocks", "width"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
 from contextlib import nullcontext
 from functools import partial
@@ -116,13 +118,17 @@ def build_flow(spec: dict[str, Any]) -> Flow:
         with nullcontext() if kind.__module__.startswith(__package__) else torch.device("cpu"):
             return kind(image_shape, **given)
     full = {**DEFAULTS, **spec}
-    levels, side = [], full["patch"]
+    levels, side, numbers, names = [], full["patch"], itertools.count(), inspect.signature(kind.__init__).parameters
     for depth, blocks, net_width in zip(spec["depth"], spec["blocks"], spec["width"], strict=True):
         channels, height, width = side * side * channels, height // side, width // side
         net = dict(width=net_width, blocks=blocks, activation=full["activation"])
         norm = partial(ActNorm, channels, height, width, spec["actnorm"])
-        coupling = partial(kind, channels, partial(Subnet, full["subnet"], **net), **given)
-        steps = [(norm(), Mixing1x1(channels), coupling()) for _ in range(depth)]
+        about = dict(channels=channels, subnet=partial(Subnet, full["subnet"], **net), shape=(channels, height, width))
+        steps = []
+        for _ in range(depth):
+            known = {**about, "index": next(numbers)}
+            taken = {name: value for name, value in known.items() if name in names}
+            steps.append((norm(), Mixing1x1(channels), kind(**taken, **given)))
         levels.append(Level(steps, (channels, height, width), side))
         channels, side = channels // 2, 2  # half of the channels leave
     return MultiscaleFlow(image_shape, levels)
