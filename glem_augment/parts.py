@@ -19,7 +19,7 @@ from glem_augment.checks import closest
 # in a config, so no flow has the name of a coupling.
 GIVEN = {
     "flow": ("image_shape",),
-    "coupling": ("channels", "subnet"),
+    "coupling": ("channels", "subnet", "shape", "index"),
     "codec": ("image_shape",),
     "class model": ("num_classes", "shape"),
     "policy": (),

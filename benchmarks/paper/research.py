@@ -32,7 +32,7 @@ from glem_augment.images.dataset import ImageData
 from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.checkpoint import has_checkpoint
 from glem_augment.training.moments import LatentStatistics
-from glem_augment.training.objective import Objective, Progress, Repulsion, encode_with_noise, falling
+from glem_augment.training.objective import Objective, Progress, Repulsion, falling, with_noise
 from glem_augment.training.steps import latent_pass
 
 REFIT_STEPS, REFIT_LR = 200, 3e-3
@@ -210,12 +210,12 @@ class ResearchObjective(Objective):
         gaussians.s.add_(self.research.random_init[1] * noise.to(gaussians.s))
         gaussians.project()
 
-    def encode(
+    def numbers(
         self, model: GLEM, x: Tensor, generator: torch.Generator, share: Share, latent_noise: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        if not model.codec.levels or self.research.objective != "ib":
-            return super().encode(model, x, generator, share, latent_noise)
-        return encode_with_noise(model, x, NOISE_STD * 2.0**-model.bits, generator, share)
+    ) -> Tensor:
+        if x.dtype != torch.uint8 or self.research.objective != "ib":
+            return super().numbers(model, x, generator, share, latent_noise)
+        return with_noise(model.numbers(x), NOISE_STD * 2.0**-model.bits, generator, share)
 
     def e_loss(
         self, gaussians: ClassGaussians, z: Tensor, logdet: Tensor, y: Tensor, progress: Progress
@@ -267,8 +267,8 @@ class ResearchTrainer(Trainer):
     def __init__(self, data: ImageData, config: TrainConfig, *args: Any, research: Research, **options: Any) -> None:
         self.research, self.own_objective = research, ResearchObjective(research)
         super().__init__(data, config, *args, objective=self.own_objective, **options)
-        if self.e_step.ema is not None and research.averaging == "none":
-            self.e_step.ema.decay = 0.0
+        if self.ema is not None and research.averaging == "none":
+            self.ema.decay = 0.0
 
     def count_steps(self) -> int:
         if not self.research.equal_steps:
@@ -277,8 +277,8 @@ class ResearchTrainer(Trainer):
 
     def refit(self, model: GLEM) -> bool:
         """After M-steps without repulsion, fit the Gaussians to latents of the training images."""
-        objective, m_step, beta = self.own_objective, self.m_step, self.research.refit_beta
-        if not m_step.total or objective.repels or (objective.crossed and beta == 0):
+        objective, beta = self.own_objective, self.research.refit_beta
+        if not self.m_total or objective.repels or (objective.crossed and beta == 0):
             return False
         rows = np.concatenate([self.batches.split.nf, self.batches.split.g])
         if not objective.crossed:
@@ -286,15 +286,15 @@ class ResearchTrainer(Trainer):
             return True
         rows = self.batches.some_of_each_class(rows, model.dim * model.num_classes)  # all classes are in memory
         statistics = self.last_pass(model, rows)
-        self.gaussians.optimizer.state.clear()
+        self.gaussian_optimizer.state.clear()
         objective.fixed_beta = self.research.beta if beta is None else beta
         for step in range(REFIT_STEPS):
-            m_step.descend(statistics, REFIT_LR * (1 - step / REFIT_STEPS), self.so_far)
+            self.descend(statistics, REFIT_LR * (1 - step / REFIT_STEPS))
         return True
 
     def last_pass(self, model: GLEM, rows: np.ndarray) -> LatentStatistics:
         """Statistics of the latents of `rows` under the flow of `model`, for a refit after the last step."""
-        return latent_pass(model, self.batches, self.objective, rows, self.m_step.total, "encoding for the refit")
+        return latent_pass(model, self.batches, self.objective, rows, self.m_total, "encoding for the refit")
 
 
 def main() -> int:

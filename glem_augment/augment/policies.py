@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -39,6 +39,7 @@ from glem_augment.tensors import evaluating, frozen, send
 
 Partner = Literal["same", "any"]
 Labels = Literal["auto", "hard", "mix"]
+Function = Callable[[Tensor], Tensor]
 HALF_SCALE = 1024.0  # float16 gradients of a loss of order 1 underflow; only their direction matters
 
 
@@ -145,28 +146,29 @@ class Batch:
     Attributes:
         model: the GLEM, in eval mode.
         z: latents [n, d].
-        cls: int64 [n], the model's classes.
-        drawn: what `Policy.draw` has drawn.
         partner: latents [n, d] of the rows that `drawn["partner"]`, int64 [n], names; z itself without this name.
-        labels: int64 [n], or soft [n, K'].
         soft: soft labels [B, K'] of the whole batch if `Policy.softens` says so, else None.
         selected, params: the arguments and results of the draw, on the CPU.
-        images: a differentiable function from latents [n, d] to images [n, C, H, W] as users get them; uint8 ones are
-            floats in [0, 1].
-        classifier: from `GLEMAugment.attach`, or None.
+        loss_gradient: the gradient of the attached classifier's loss: a function of a function from coefficients to
+            latents, and of the coefficients, which have n rows.
+        cls, drawn: the model's classes, int64 [n], and what `Policy.draw` has drawn.
     """
 
     model: GLEM
     z: Tensor
-    cls: Tensor
-    drawn: dict[str, Tensor]
     partner: Tensor
-    labels: Tensor
     soft: Tensor | None
     selected: Selected
     params: AugmentParams
-    images: Callable[[Tensor], Tensor]
-    classifier: Classifier | None
+    loss_gradient: Callable[[Function, Tensor], Tensor]
+
+    @cached_property
+    def cls(self) -> Tensor:
+        return send(self.params.cls, self.z.device)
+
+    @cached_property
+    def drawn(self) -> dict[str, Tensor]:
+        return {name: send(value, self.z.device) for name, value in self.params.drawn.items()}
 
     def basis(self) -> Basis:
         """The top modes of each row's class."""
@@ -174,11 +176,6 @@ class Batch:
         assert modes is not None
         scales = modes.scales[modes.rows(self.cls), :k]
         return Basis(modes.directions[:, :k], modes.rows(self.params.cls), scales, modes.mean, self.cls)
-
-    def loss_gradient(self, latents: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-        """The gradient of the attached classifier's loss in the argument of `latents`, at `at`, which has n rows."""
-        assert self.classifier is not None
-        return self.classifier.gradient(lambda value: self.images(latents(value)), at, self.labels, self.model)
 
 
 # ---- policies --------------------------------------------------------------------------------------------------------
@@ -393,7 +390,7 @@ class Classifier:
         self.module: nn.Module = unwrap_model(classifier)
         self.loss, self.autocast = loss, autocast
 
-    def gradient(self, images_at: Callable[[Tensor], Tensor], at: Tensor, labels: Tensor, model: nn.Module) -> Tensor:
+    def gradient(self, images_at: Function, at: Tensor, labels: Tensor, model: nn.Module) -> Tensor:
         """The gradient of the loss, summed over rows, in the argument of `images_at`, at `at`; in the shape of `at`.
 
         `images_at` makes images with `model`. Parameters of both models are frozen meanwhile.

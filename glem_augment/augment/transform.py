@@ -14,6 +14,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -29,6 +30,7 @@ from glem_augment.augment.policies import (
     Batch,
     Classifier,
     ClassIndex,
+    Function,
     Policy,
     Selected,
     as_policy,
@@ -236,59 +238,53 @@ class GLEMAugment(nn.Module):
         softens = self.policy.softens(y.ndim == 2)
         target = soft_labels(y, self.num_classes) if softens else y
         selected, params = len(params.rows), params.where(params.cls >= 0)
-        n = len(params.rows)
-        if n == 0:
+        if len(params.rows) == 0:
             self._counts.add(selected, selected, torch.zeros((), dtype=torch.int64, device="cpu"))
             return x, target
-        device, model = x.device, self._model_on(x.device)
-        index, place = _rows_to_encode(params, len(x))
-        rows = send(params.rows, device)
-        # Torch has few operations for uint16, so rows are copied as int16 of the same bits.
-        bits = torch.int16 if x.dtype == torch.uint16 else x.dtype
-        images = self.pixels.to_floats(x.view(bits).index_select(0, send(index, device)).view(x.dtype))
-        small = self.pixels.to_model(images)
+        model = self._model_on(x.device)
         with evaluating(model):
-            h, encoded, _ = model.numbers_and_latents(small)
-            images, z = images[:n], encoded[:n]
-            # Information lost in encoding is invisible in z, so z is decoded. The limit is half of 1/255 of the range.
-            unmoved = model.inverse(z)
-            back = largest_change(h[:n], unmoved) < 0.5 / 255
-            # An autoencoder does not decode z to `small`, and its error is no part of the change.
-            base = small[:n] if model.codec.exact else model.pixel_range.clamp(model.decode_numbers(unmoved))
-            shown = x.dtype if x.is_floating_point() else torch.float32
-            batch = Batch(
-                model=model,
-                z=z,
-                cls=send(params.cls, device),
-                drawn={name: send(value, device) for name, value in params.drawn.items()},
-                partner=z if place is None else encoded[send(place, device)],
-                labels=send(y, device).index_select(0, rows),
-                soft=target if softens else None,
-                selected=Selected(params.rows, data_cls, self._classes, self.modes),
-                params=params,
-                images=lambda z: self._images(model.decode(z, clamp=False), images, base, shown),
-                classifier=self._classifier,
-            )
+            images, base, z, partner, back = self._encoded(model, x, params)
+            chosen = Selected(params.rows, data_cls, self._classes, self.modes)
+            seen = partial(self._images, images, base, x.dtype if x.is_floating_point() else torch.float32)
+            gradient = partial(self._loss_gradient, model, seen, y, params.rows)
+            batch = Batch(model, z, partner, target if softens else None, chosen, params, gradient)
             found = self.policy.move(batch)
             moved, labels = found if isinstance(found, tuple) else (found, None)
             if moved.shape != z.shape:
                 raise ValueError(f"{self.policy!r}.move gives {list(moved.shape)}: give latents {list(z.shape)}")
             decoded = model.decode(moved, clamp=False)
         good = model.pixel_range.near(decoded) & back
-        self._counts.add(selected, selected - n, (~good).sum())
-        changed = good & ((moved - z).abs().amax(1) > 0)
-        new = self._images(decoded, images, base, x.dtype).view(bits)
+        self._counts.add(selected, selected - len(params.rows), (~good).sum())
         if labels is not None:
             there = send(params.rows, target.device)
             own, kept = target.index_select(0, there), good.to(target.device)[:, None]
             target = target.index_copy(0, there, torch.where(kept, labels.to(target.dtype), own))
-        # One copy of rows takes less time than torch.where and index_copy.
-        sources = torch.arange(len(x), device=device)
-        number = torch.arange(len(x), len(x) + n, device=device)
-        sources = sources.index_copy(0, rows, torch.where(changed, number, rows))
-        out = torch.empty_like(x)  # which keeps the memory format
-        torch.index_select(torch.cat([x.view(bits), new]), 0, sources, out=out.view(bits))
-        return out, target
+        changed, new = good & ((moved - z).abs().amax(1) > 0), self._images(images, base, x.dtype, decoded)
+        return _replaced(x, new, send(params.rows, x.device), changed), target
+
+    def _encoded(self, model: GLEM, x: Tensor, params: AugmentParams) -> tuple[Tensor, ...]:
+        """The selected rows of a batch x: floats [n, C, H, W], at the user's size; the same at the model's size, as the
+        model decodes them; latents [n, d]; latents of the partners; and whether the flow gives the row back, bool [n].
+        """
+        n, (index, place) = len(params.rows), _rows_to_encode(params, len(x))
+        images = self.pixels.to_floats(x.view(_bits(x)).index_select(0, send(index, x.device)).view(x.dtype))
+        small = self.pixels.to_model(images)
+        h, encoded, _ = model.numbers_and_latents(small)
+        # Information lost in encoding is invisible in z, so z is decoded. The limit is half of 1/255 of the range.
+        unmoved = model.inverse(encoded[:n])
+        back = largest_change(h[:n], unmoved) < 0.5 / 255
+        # An autoencoder does not decode z to `small`, and its error is no part of the change.
+        base = small[:n] if model.codec.exact else model.pixel_range.clamp(model.decode_numbers(unmoved))
+        partner = encoded[:n] if place is None else encoded[send(place, x.device)]
+        return images[:n], base, encoded[:n], partner, back
+
+    def _loss_gradient(
+        self, model: GLEM, seen: Function, y: Tensor, rows: Tensor, latents: Function, at: Tensor
+    ) -> Tensor:
+        """`Batch.loss_gradient`: `seen` makes images from decoded ones, and y[rows] are their labels."""
+        assert self._classifier is not None
+        labels = send(y, at.device).index_select(0, send(rows, at.device))
+        return self._classifier.gradient(lambda c: seen(model.decode(latents(c), clamp=False)), at, labels, model)
 
     def _model_on(self, device: torch.device) -> GLEM:
         """The model, or a copy on another device. A copy is made again when the weights have changed."""
@@ -300,9 +296,9 @@ class GLEMAugment(nn.Module):
                 self._copies[device] = version, self.model.on(device)
         return self._copies[device][1]
 
-    def _images(self, decoded: Tensor, images: Tensor, small: Tensor, dtype: torch.dtype) -> Tensor:
+    def _images(self, images: Tensor, base: Tensor, dtype: torch.dtype, decoded: Tensor) -> Tensor:
         """Images of the user's size and range, from decoded ones at the model's size; differentiable."""
-        return self.pixels.from_model(images, small, self.model.pixel_range.clamp(decoded), dtype)
+        return self.pixels.from_model(images, base, self.model.pixel_range.clamp(decoded), dtype)
 
     # ---- labels and classes ----------------------------------------------------------------------------------
 
@@ -414,6 +410,22 @@ class GLEMAugment(nn.Module):
     def extra_repr(self) -> str:
         settings = {"policy": self.policy, **self._settings()}
         return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+
+
+def _bits(x: Tensor) -> torch.dtype:
+    """The dtype as which rows of x are copied: torch has few operations for uint16."""
+    return torch.int16 if x.dtype == torch.uint16 else x.dtype
+
+
+def _replaced(x: Tensor, new: Tensor, rows: Tensor, changed: Tensor) -> Tensor:
+    """A batch x with new images [n, C, H, W] in place of `rows`, int64 [n], where they are `changed`, bool [n]."""
+    # One copy of rows takes less time than torch.where and index_copy.
+    sources = torch.arange(len(x), device=x.device)
+    number = torch.arange(len(x), len(x) + len(rows), device=x.device)
+    sources = sources.index_copy(0, rows, torch.where(changed, number, rows))
+    out = torch.empty_like(x)  # which keeps the memory format
+    torch.index_select(torch.cat([x.view(_bits(x)), new.view(_bits(x))]), 0, sources, out=out.view(_bits(x)))
+    return out
 
 
 def _choose_rows(batch: int, p: float, generator: torch.Generator) -> Tensor:

@@ -37,7 +37,7 @@ def add_model(parser: argparse.ArgumentParser, **optional: Any) -> None:
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:
-    text = "import this module of yours first, for codecs, flows and couplings that it registers; repeatable"
+    text = "import this module of yours first, for codecs, flows, couplings and policies that it registers; repeatable"
     parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=text)
 
 

@@ -10,7 +10,8 @@ from glem_augment.cli import common
 DESCRIPTION = """\
 Draw one labelled picture: real images and their moves at rising strength, samples of each class at several
 temperatures, and interpolations within and between classes. Images are shown at the model's size. Look at the picture
-before you train with a model: a moved image should still show its class. Without DATA it shows samples alone.
+before you train with a model: a moved image should still show its class. Policies that --import registers are shown
+with their defaults. Without DATA it shows samples alone.
 """
 EXAMPLES = """\
   glem preview bundled:fashion-mnist bundled:fashion-mnist --out preview.png
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from glem_augment.evaluation.preview import preview
     from glem_augment.images.dataset import images_for
     from glem_augment.io import save_png
+    from glem_augment.parts import kinds
 
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {args.out}")
@@ -41,6 +43,9 @@ def run(args: argparse.Namespace) -> None:
     if args.data is not None:
         common.uncovered(args, model, args.out)
         data = images_for(model, args.data, split=args.split, cache_bytes=0)  # it shows few of the images
-    picture = preview(model, data, name=args.model, channels=args.channels)
+    # Policies of --import, but for policies that need a classifier.
+    own = [name for name, kind in kinds("policy").items() if kind.__module__.partition(".")[0] != "glem_augment"]
+    own = [name for name in own if not kinds("policy")[name].wants_classifier]
+    picture = preview(model, data, name=args.model, channels=args.channels, policies=own)
     save_png(picture, args.out)
     common.note(f"wrote {args.out} ({picture.width}x{picture.height})")

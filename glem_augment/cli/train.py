@@ -140,7 +140,7 @@ def summary(trainer: Trainer) -> str:
     """A table for people: data, model and steps of the training."""
     from glem_augment.distributed import world_size
 
-    model, config, batches = trainer.whole(trainer.model), trainer.config, trainer.batches
+    model, config, batches = trainer.model, trainer.config, trainer.batches
     data, held_out = batches.data, len(batches.split.val)
     shape = "x".join(str(side) for side in model.image_shape)
     parameters = sum(p.numel() for p in model.flow.parameters())
@@ -151,7 +151,7 @@ def summary(trainer: Trainer) -> str:
         ("split", f"{len(data) - held_out} to train on, {held_out} held out"),
         ("flow", f"{model.config.flow['preset']}, {parameters:,} parameters, {model.numbers_are}"),
         ("objective", config.objective),
-        ("batch", f"{config.batch_size} images on {world_size()} processes, learning rate {trainer.e_step.lr:g}"),
+        ("batch", f"{config.batch_size} images on {world_size()} processes, learning rate {trainer.lr:g}"),
         ("steps", f"{trainer.total_steps} ({config.epochs} epochs of {trainer.steps_per_epoch}){where}"),
         ("out", str(trainer.out)),
     ]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glem_augment.codec.codec import Codec, Dequantisation, check_images, to_unit
+from glem_augment.codec.codec import Codec, Dequantisation, to_unit
 from glem_augment.precision import full_precision
 from glem_augment.tensors import evaluating
 
@@ -104,28 +104,6 @@ class StandardisedAutoencoder(Codec):
         x = to_unit(x, self.dtype).expand(-1, 3, -1, -1)
         with full_precision(x.device.type):
             return self.autoencoder.encode(F.pad(x, self._edges, "replicate"))  # type: ignore[operator]
-
-
-class Latents(Codec):
-    """Stands in for a codec while the data are its numbers already, as in training."""
-
-    exact = True
-
-    def __init__(self, codec: Codec) -> None:
-        super().__init__(codec.shape, codec.shape)
-        self.key, self.unit, self._logdet = codec.key, codec.unit, float(codec.logdet())
-
-    def encode(self, x: Tensor, noise: Dequantisation = None) -> Tensor:
-        return x.to(self.dtype)
-
-    def decode(self, h: Tensor) -> Tensor:
-        return h
-
-    def logdet(self) -> float:
-        return self._logdet
-
-    def check(self, x: Tensor) -> None:
-        check_images(x, self.image_shape)
 
 
 def latent_shape(autoencoder: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:

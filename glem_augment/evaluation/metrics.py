@@ -58,7 +58,7 @@ def calibrate(model: GLEM, data: LabelledImages) -> float:
     scores, labels = [], []
     with progress_bar("calibrate", total=len(images)) as bar:
         for x, y in images.batches(np.arange(len(images)), 256):
-            scores.append(model.latent_classes.log_prob(model.encode(x)[0]).cpu())
+            scores.append(model.latent_classes.log_prob(model.encode_batch(images, x)[0]).cpu())
             labels.append(y)
             bar.update(len(y))
     model.latent_classes.temperature = fit_temperature(torch.cat(scores), torch.cat(labels))
@@ -116,14 +116,15 @@ def evaluate(model: GLEM, data: ImageData, batch_size: int = 256, round_trip: in
 
 
 @torch.no_grad()
-def held_out(model: GLEM, batches: Iterable[tuple[Tensor, Tensor, Share]]) -> dict[str, float]:
+def held_out(model: GLEM, data: ImageData, batches: Iterable[tuple[Tensor, Tensor, Share]]) -> dict[str, float]:
     """Number of images, NF accuracy unless there is one class, and the likelihood given the class.
 
-    The numbers are over the images of all ranks. `batches` come from `ImageData.shared_batches`.
+    The numbers are over the images of all ranks. `batches` of `data` come from `ImageData.shared_batches`.
     """
     sums, (key, _, unit) = torch.zeros(3, dtype=torch.float64), model.likelihood
     for x, y, _ in batches:
-        scores = model.log_prob_per_class(x)
+        z, logdet = model.encode_batch(data, x, 0)
+        scores = model.latent_classes.log_prob(z) + logdet[:, None]
         nll = float(-scores.gather(1, y[:, None]).double().sum()) / unit
         sums += torch.tensor([len(y), int((scores.argmax(1) == y).sum()), nll], dtype=torch.float64)
     add_up(sums)

@@ -17,7 +17,7 @@ from glem_augment.images.dataset import ImageData
 from glem_augment.model.glem import GLEM
 
 KEPT = (0.9, 0.7, 0.5)
-NOISE_STRENGTHS = (0.25, 0.5, 1.0)
+NOISE_STRENGTHS, DRAWS = (0.25, 0.5, 1.0), 3
 TEMPERATURES = (0.5, 0.8, 1.0)
 LINES, STEPS = 4, 8  # interpolations of a kind, and images of each
 MAX_CLASSES, EACH = 10, 3  # classes with samples, and samples of each at each temperature
@@ -31,6 +31,7 @@ def preview(
     seed: int = 0,
     name: str = "",
     channels: Sequence[int] | None = None,
+    policies: Sequence[str] = (),
 ) -> Image.Image:
     """Moves at rising strength, samples and interpolations in one picture.
 
@@ -41,6 +42,7 @@ def preview(
         seed: the same call gives the same picture.
         name: of the model, for the title.
         channels: three channels to show as red, green and blue, or one. None: the first three, or the first of two.
+        policies: names of further policies, whose moves with their defaults are shown.
 
     Raises:
         DataError: no images. ValueError: channels that the images lack.
@@ -53,7 +55,7 @@ def preview(
         raise ValueError(f"channels must be one or three of 0 to {c - 1}, got {shown}")
     sections = [class_samples(model, seed)]
     if data is not None:
-        kinds = () if model.modes is None else ("mixup", "noise")
+        kinds = () if model.modes is None else ("mixup", "noise", *policies)
         moves = [_moves(model, data, rows, kind, seed) for kind in kinds]
         sections = [*moves, *sections, *_interpolations(model, data, seed)]
     for section in sections:
@@ -78,11 +80,15 @@ def _moves(model: GLEM, data: ImageData, rows: int, policy: str, seed: int) -> S
         for keep in KEPT:
             columns[f"{keep:g}"] = aug.replay(x, y, drawn.having(keep=torch.full((n,), keep)))[0][:n]
         columns["partner"] = x[n:]
-    else:
+    elif policy == "noise":
         title = "Noise along the modes, in standard deviations"
         for strength in NOISE_STRENGTHS:
             aug = GLEMAugment(model, Noise(strength), p=1.0, class_map=range(model.num_classes), seed=seed)
             columns[f"{strength:g}"] = aug(x[:n], y[:n])[0]
+    else:
+        title = f"Policy {policy}"
+        aug = GLEMAugment(model, {"name": policy}, p=1.0, class_map=range(model.num_classes), seed=seed)
+        columns |= {f"draw {number}": aug(x, y)[0][:n] for number in range(1, DRAWS + 1)}
     cells = torch.stack([unit(images, model.pixel_range) for images in columns.values()], 1)
     return Section(title, cells, list(columns), [model.classes[i] for i in y[:n].tolist()])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
 from contextlib import nullcontext
 from functools import partial
@@ -38,42 +40,41 @@ def is_flow(coupling: object) -> bool:
 
 def check_spec(spec: dict[str, Any]) -> None:
     """Raise ValueError, naming the value, where `spec` does not describe a flow that can be built."""
-
-    def require(good: bool, demand: str, value: Any) -> None:
-        if not good:
-            raise ValueError(f"{demand}, got {str(value)[:80]!r}")
-
     coupling: Any = spec.get("coupling")
-    whole = is_flow(coupling)
-    kind: Any = None if coupling == CUSTOM else find("flow" if whole else "coupling", coupling)
-    lists = ["image_shape"] if whole else list(_LARGEST)
-    extra = {"module"} if kind is None else set(options(kind, "flow" if whole else "coupling"))
-    known = {"preset", "coupling", "whiten", *lists, *extra, *(() if whole else _CHOICES)}
-    require(known.issuperset(spec), f"the flow has unknown settings; known are {sorted(known)}", sorted(spec))
+    room = "flow" if is_flow(coupling) else "coupling"
+    kind: Any = None if coupling == CUSTOM else find(room, coupling)
+    lists = ["image_shape"] if room == "flow" else list(_LARGEST)
+    extra = {"module"} if kind is None else set(options(kind, room))
+    known = {"preset", "coupling", "whiten", *lists, *extra, *(() if room == "flow" else _CHOICES)}
+    _require(known.issuperset(spec), f"the flow has unknown settings; known are {sorted(known)}", sorted(spec))
     if kind is not None:
-        check_options(kind, "flow" if whole else "coupling", {name: spec[name] for name in extra & set(spec)})
+        check_options(kind, room, {name: spec[name] for name in extra & set(spec)})
     for key in lists:
         value, most = spec.get(key), _LARGEST[key]
         good = isinstance(value, list | tuple) and 1 <= len(value) <= _MOST_LEVELS
         good = good and all(is_whole(v, 1, most) for v in value)  # type: ignore[union-attr]
-        require(good, f"{key} must be a list of whole numbers from 1 to {most}", value)
-    shape = spec["image_shape"]
-    require(len(shape) == 3, "image_shape must be (channels, height, width)", shape)
-    whiten = spec.get("whiten", 0)
-    require(is_whole(whiten, 0, math.prod(shape)), f"whiten must be from 0 to {math.prod(shape)} directions", whiten)
-    if whole:
-        return
+        _require(good, f"{key} must be a list of whole numbers from 1 to {most}", value)
+    shape, whiten = spec["image_shape"], spec.get("whiten", 0)
+    _require(len(shape) == 3, "image_shape must be (channels, height, width)", shape)
+    _require(is_whole(whiten, 0, math.prod(shape)), f"whiten must be from 0 to {math.prod(shape)} directions", whiten)
+    if room == "coupling":
+        full = {**DEFAULTS, **options(kind, room), **spec}
+        _check_levels(full)
+        kind.check(full)
+
+
+def _check_levels(spec: dict[str, Any]) -> None:
+    """ValueError: levels that can't be built, or do not divide the images; `spec` has all settings."""
     levels = {len(spec[key]) for key in ("depth", "blocks", "width")}
-    require(len(levels) == 1, "depth, blocks and width must have one entry per level", levels)
+    _require(len(levels) == 1, "depth, blocks and width must have one entry per level", levels)
     total = sum(depth * blocks for depth, blocks in zip(spec["depth"], spec["blocks"], strict=True))
-    require(total <= _MOST_BLOCKS, f"depth times blocks, over all levels, may be at most {_MOST_BLOCKS}", total)
-    full = {**DEFAULTS, **options(kind, "coupling"), **spec}
+    _require(total <= _MOST_BLOCKS, f"depth times blocks, over all levels, may be at most {_MOST_BLOCKS}", total)
     for key, choices in _CHOICES.items():
-        value = full.get(key)
+        value = spec.get(key)
         good = type(value) is type(choices[0]) and value in choices
-        require(good, f"{key} must be one of {', '.join(map(str, choices))}", value)
-    patch, (channels, height, width) = full["patch"], shape
-    require(patch * channels % 2 == 0, "without a squeeze (patch 1) the number of channels must be even", channels)
+        _require(good, f"{key} must be one of {', '.join(map(str, choices))}", value)
+    patch, (channels, height, width) = spec["patch"], spec["image_shape"]
+    _require(patch * channels % 2 == 0, "without a squeeze (patch 1) the number of channels must be even", channels)
     factor = patch * 2 ** (len(spec["depth"]) - 1)
     if height % factor or width % factor:
         near = [max(1, round(v / factor)) * factor for v in (height, width)]
@@ -81,7 +82,11 @@ def check_spec(spec: dict[str, Any]) -> None:
             f"a flow of {len(spec['depth'])} levels with patch {patch} needs height and width divisible by {factor}, "
             f"got {height}x{width}; resize to {near[0]}x{near[1]}, or use fewer levels"
         )
-    kind.check(full)
+
+
+def _require(good: bool, demand: str, value: Any) -> None:
+    if not good:
+        raise ValueError(f"{demand}, got {str(value)[:80]!r}")
 
 
 def flow_facts(flow: Flow, image_shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -116,13 +121,17 @@ def build_flow(spec: dict[str, Any]) -> Flow:
         with nullcontext() if kind.__module__.startswith(__package__) else torch.device("cpu"):
             return kind(image_shape, **given)
     full = {**DEFAULTS, **spec}
-    levels, side = [], full["patch"]
+    levels, side, numbers, names = [], full["patch"], itertools.count(), inspect.signature(kind.__init__).parameters
     for depth, blocks, net_width in zip(spec["depth"], spec["blocks"], spec["width"], strict=True):
         channels, height, width = side * side * channels, height // side, width // side
         net = dict(width=net_width, blocks=blocks, activation=full["activation"])
         norm = partial(ActNorm, channels, height, width, spec["actnorm"])
-        coupling = partial(kind, channels, partial(Subnet, full["subnet"], **net), **given)
-        steps = [(norm(), Mixing1x1(channels), coupling()) for _ in range(depth)]
+        about = dict(channels=channels, subnet=partial(Subnet, full["subnet"], **net), shape=(channels, height, width))
+        steps = []
+        for _ in range(depth):
+            known = {**about, "index": next(numbers)}
+            taken = {name: value for name, value in known.items() if name in names}
+            steps.append((norm(), Mixing1x1(channels), kind(**taken, **given)))
         levels.append(Level(steps, (channels, height, width), side))
         channels, side = channels // 2, 2  # half of the channels leave
     return MultiscaleFlow(image_shape, levels)

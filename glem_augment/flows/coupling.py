@@ -19,8 +19,9 @@ _LARGEST_BOUND = 8
 class Coupling(nn.Module):
     """Splits the channels in halves x1, x2; x1 passes unchanged, x2 is mapped with parameters made from x1.
 
-    A new coupling is a subclass with `__init__(channels, subnet, ...)`, which sets `net`, and `transform`. With the
-    decorator `register_coupling(name)`, presets, `create_flow` and saved models know it by that name.
+    A new coupling is a subclass with `__init__(channels, ...)`, which sets `net`, and `transform`; or `couple`, for a
+    layer without halves. With the decorator `register_coupling(name)`, presets, `create_flow` and saved models know it
+    by that name. Its constructor may take `subnet`, `shape`, the (c, H, W) of x, and `index`, its number in the flow.
     `subnet(inputs, outputs)` makes a network whose last layer is zero, so `net` gives zeros at the start. The further
     arguments, each with a default, are options, which presets, saved models and users may set.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from glem_augment.flows.subnets import Subnet
 from glem_augment.parts import register
 
 
@@ -25,7 +25,6 @@ class Flow(nn.Module):
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.image_shape: tuple[int, int, int] = image_shape
-        self.autocast: torch.dtype | None = None
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -34,17 +33,26 @@ class Flow(nn.Module):
         """Set the layers that depend on the first batch `x` [B,C,H,W], once."""
 
     def set_dropout(self, part: float) -> None:
-        """Leave out that part of the channels of the subnets, at random. See `Subnet`."""
-        for module in self.modules():
-            if isinstance(module, Subnet):
-                module.dropout = part
+        """Leave out that part of the networks' channels at random, 0 for none; see `Subnet`.
+
+        ValueError: no module of the flow, such as a coupling or a `Subnet`, has this method.
+        """
+        _set(self, "set_dropout", part, "dropout")
 
     def set_autocast(self, dtype: torch.dtype | None) -> None:
-        """Run the subnets in `dtype` (float16 or bfloat16) or, with None, in float32. See `Subnet`."""
-        self.autocast = dtype
-        for module in self.modules():
-            if isinstance(module, Subnet):
-                module.autocast = dtype
+        """Run the networks in `dtype` (float16 or bfloat16) or, with None, in float32; errors as in `set_dropout`."""
+        _set(self, "set_autocast", dtype, "precision bf16")
+
+
+def _set(flow: Flow, method: str, value: Any, setting: str) -> None:
+    parts = [part for part in flow.modules() if part is not flow and hasattr(part, method)]
+    if value and not parts:
+        raise ValueError(
+            f"{type(flow).__name__} can't be trained with {setting}: leave it out, or give the flow, its couplings or "
+            f"their networks a method {method}"
+        )
+    for part in parts:
+        getattr(part, method)(value)
 
 
 register_flow = partial(register, "flow", base=Flow)

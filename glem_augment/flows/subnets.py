@@ -39,9 +39,9 @@ class Subnet(nn.Module):
 
     `forward(x)` maps [B, in_channels, H, W], float32 or float64, to [B, out_channels, H, W] in channels_last format.
 
-    Two attributes are switches for training. `dropout` is the part of the channels before the last convolution that is
-    left out, per image. With `autocast` (a dtype or None), the first convolution and the blocks run in that dtype, the
-    rest in the dtype of x. Encoding and decoding must use the same value. Only float32 meets the round-trip promise.
+    Two methods are switches for training. `set_dropout` leaves out a part of the channels before the last convolution,
+    per image. After `set_autocast` of a dtype, the first convolution and the blocks run in it, the rest in the dtype of
+    x. Encoding and decoding must use the same dtype. Only float32, with None, meets the round-trip promise.
 
     Args:
         kind: of the blocks, one of `SUBNETS`. The last convolution is 3x3 for "residual", as published, and 1x1
@@ -72,6 +72,12 @@ class Subnet(nn.Module):
         for weight in self.tail.parameters():
             nn.init.zeros_(weight)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
+
+    def set_dropout(self, part: float) -> None:
+        self.dropout = part
+
+    def set_autocast(self, dtype: torch.dtype | None) -> None:
+        self.autocast = dtype
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)

@@ -15,12 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    CommitInfo,
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 
 from glem_augment.errors import GLEMError, HubError, ModelFileError
 from glem_augment.evaluation.pictures import Section, compose, unit
 from glem_augment.hub.cards import LIBRARY, SAMPLES, model_card
 from glem_augment.io import expand, save_png
+from glem_augment.model.config import licence_id
 from glem_augment.model.files import CONFIG, WEIGHTS, bundled_models, read_config
 from glem_augment.model.glem import GLEM
 from glem_augment.tensors import evaluating
@@ -48,6 +58,9 @@ def download_model(text: str | os.PathLike[str], *, revision: str | None = None,
     # A mistyped folder looks like a name on the Hub.
     hint = "" if os.fspath(text).startswith(PREFIX) else f"there is no folder {os.fspath(text)!r} here, and "
     with hub_errors(f"the model {_full(repo_id, revision)!r} can't be downloaded", hint):
+        if not isinstance(try_to_load_from_cache(repo_id, CONFIG, client["cache_dir"], revision), str):
+            # Without an answer, the download would try five more times, for half a minute.
+            get_hf_file_metadata(hf_hub_url(repo_id, CONFIG, revision=revision), token=client["token"])
         folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision, **client)).parent
         found = _full(repo_id, folder.name)
         try:
@@ -149,8 +162,10 @@ def push_to_hub(
 
     Raises:
         HubError: no network, no permission, ...; nothing has been committed then.
-        ModelFileError: the weights are not finite.
+        ModelFileError: the weights are not finite. ValueError: a licence that is no identifier.
     """
+    if license is not None and licence_id(license) is None:
+        raise ValueError(f"license must be as the Hub names it, such as mit, cc-by-4.0 or other, got {license!r}")
     with tempfile.TemporaryDirectory(prefix="glem-push-") as name, hub_errors(f"{repo_id!r} was not uploaded"):
         folder, api = Path(name), HfApi(token=token, library_name=LIBRARY)
         write_repository(model, repo_id, folder, license)  # what can't be uploaded leaves no empty repository behind

@@ -46,7 +46,10 @@ class ImageData(Dataset):
         pixel_range: the dtype of the images and the range of their values.
         name: the folder or data set, as text.
         unstated: of "image_size" and "channels", what `open_data` read from the images, so that one may change it.
+        encoded: whether batches hold a flow's numbers in place of pixels, see `with_numbers`.
     """
+
+    encoded = False
 
     def __init__(
         self,
@@ -163,10 +166,9 @@ class ImageData(Dataset):
         return other
 
     def with_numbers(self, numbers: torch.Tensor) -> ImageData:
-        """The same labels with other tensors [N, ...] in place of images, for example their latents."""
+        """The same images, whose batches hold their `numbers` [N, ...] for a flow, such as latents encoded once."""
         other = copy.copy(self)
-        other._pixels, other._rows = numbers, np.arange(len(self))
-        other.image_shape = (numbers.shape[-3], numbers.shape[-2], numbers.shape[-1])
+        other._pixels, other._rows, other.encoded = numbers, np.arange(len(self)), True
         return other
 
     def rows_of_classes(self, max_per_class: int | None = None) -> list[np.ndarray]:

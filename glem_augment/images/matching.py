@@ -62,11 +62,16 @@ def match_classes(
         raise TypeError(f"class_map must be None, 'order' or a mapping of names, got {class_map!r}")
     if model.ids == [ONE_CLASS] and not class_map:
         return np.zeros(len(data.ids), dtype=np.int64)
-    stated = {} if class_map is None else {str(theirs): str(ours) for theirs, ours in class_map.items()}
-    found = {data.find(theirs): model.find(ours) for theirs, ours in stated.items()}
+    found = {data.find(str(theirs)): model.find(str(ours)) for theirs, ours in (class_map or {}).items()}
     for form in _FORMS:
         ours, theirs = _unique(model.columns(data), form), _unique(data.columns(model), form)
         found = {i: ours[name] for name, i in theirs.items() if name in ours} | found
+    _check_match(model, data, found, partial, fix)
+    return np.asarray([found.get(i, -1) for i in range(len(data.ids))], dtype=np.int64)
+
+
+def _check_match(model: _Side, data: _Side, found: dict[int, int], partial: bool, fix: str | None) -> None:
+    """ClassMismatchError: a class of the data is not `found`, unless this may be `partial`, or two are the same."""
     missing = [data.label(i) for i in range(len(data.ids)) if i not in found]
     if missing and (not partial or not found):
         raise ClassMismatchError(
@@ -79,7 +84,6 @@ def match_classes(
             f"{same} of the data are one class of the model, {model.label(twice[0])}. "
             f"{fix or 'Give class_map with a different model class for each.'}"
         )
-    return np.asarray([found.get(i, -1) for i in range(len(data.ids))], dtype=np.int64)
 
 
 def check_class_map(class_map: Any, model_classes: int) -> tuple[int, ...] | None:
@@ -113,19 +117,25 @@ def named_classes(data: Any) -> tuple[list[str], list[str]] | None:
                 + " and ".join(_listed(named[1]) for named in found)
             )
         return found[0] if found else None
-    listed = isinstance(data, list) and all(isinstance(name, str) for name in data)
-    names = data if listed else getattr(data, "classes", None)
-    if of_hugging_face(data):
-        names = getattr(data.features[feature_column(data.features, "ClassLabel")], "names", None)
-    reader = getattr(data, "reader", None)  # of timm's ImageDataset
-    lookup = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
-    if names is None and lookup:
-        names = sorted(lookup, key=lookup.__getitem__)
+    names = _stated_names(data)
     if not isinstance(names, list | tuple) or not names:
         return None
     names = [str(name[0] if isinstance(name, tuple) else name) for name in names]  # torchvision's ImageNet has synonyms
     ids = [str(i) for i in getattr(data, "class_ids", getattr(data, "wnids", names))]
     return ids, unique_names(names, ids)
+
+
+def _stated_names(data: Any) -> Any:
+    """What `data` states as the names of its classes, by the conventions of lists and libraries; or None."""
+    if isinstance(data, list):
+        return data if all(isinstance(name, str) for name in data) else None
+    if of_hugging_face(data):
+        return getattr(data.features[feature_column(data.features, "ClassLabel")], "names", None)
+    if (names := getattr(data, "classes", None)) is not None:
+        return names
+    reader = getattr(data, "reader", None)  # of timm's ImageDataset
+    lookup = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+    return sorted(lookup, key=lookup.__getitem__) if lookup else None
 
 
 def readable_names(class_ids: list[str]) -> list[str]:

@@ -428,27 +428,44 @@ def _data_set(data: Any, name: str | None = None) -> Source:
         data, label = data.with_format(None), feature_column(data.features, "ClassLabel")
         return Source(name, data, data[label], ids, names, feature_column(data.features, "Image"))
     if (reader := getattr(data, "reader", None)) is not None:  # of timm, whose items would be transformed
-        if hasattr(reader, "dataset"):
-            return Source(name, reader, reader.dataset[reader.label_key], ids, names, 0)
-        labels = reader.targets if hasattr(reader, "targets") else [label for _, label in reader.samples]
-        return Source(name, reader, labels, ids, names, 0)
+        return Source(name, reader, _labels_of_reader(reader), ids, names, 0)
     if isinstance(data, VisionDataset):
         data = copy.copy(data)
         data.transform = data.target_transform = data.transforms = None
     if isinstance(data, DatasetFolder) and data.loader is default_loader:
         return Source(str(data.root), [path for path, _ in data.samples], data.targets, ids, names)
-    labels = getattr(data, "targets", getattr(data, "labels", None))
-    if labels is None:
-        try:
-            labels = [int(data[row][1]) for row in range(len(data))]
-        except (TypeError, ValueError, LookupError, RuntimeError) as error:
-            raise DataError(f"{name} has no `targets`, and its items are not (image, int): {error}") from error
-    if isinstance(data, VisionDataset) and hasattr(data, "data"):  # CIFAR and MNIST families hold all their pixels
-        x = np.asarray(data.data)
-        if x.dtype == np.uint8 and (x.ndim == 3 or x.shape[-1:] == (3,)):
-            images = torch.from_numpy(x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2))
-            return Source(name, images, labels, [str(i) for i in range(len(names))], names)
+    labels = _labels(data, name)
+    if (images := _held_pixels(data)) is not None:
+        return Source(name, images, labels, [str(i) for i in range(len(names))], names)
     return Source(name, data, labels, ids, names, 0, pixel_range=getattr(data, "pixel_range", None))
+
+
+def _labels_of_reader(reader: Any) -> Any:
+    """The labels of one of timm's readers."""
+    if hasattr(reader, "dataset"):
+        return reader.dataset[reader.label_key]
+    return reader.targets if hasattr(reader, "targets") else [label for _, label in reader.samples]
+
+
+def _labels(data: Any, name: str) -> Any:
+    """The labels of a data set, from its items if it does not list them. DataError: the items have none."""
+    labels = getattr(data, "targets", getattr(data, "labels", None))
+    if labels is not None:
+        return labels
+    try:
+        return [int(data[row][1]) for row in range(len(data))]
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        raise DataError(f"{name} has no `targets`, and its items are not (image, int): {error}") from error
+
+
+def _held_pixels(data: Any) -> Tensor | None:
+    """All images [N,C,H,W] of torchvision's CIFAR and MNIST families, which hold their pixels; None for other data."""
+    if not (isinstance(data, VisionDataset) and hasattr(data, "data")):
+        return None
+    x = np.asarray(data.data)
+    if x.dtype != np.uint8 or not (x.ndim == 3 or x.shape[-1:] == (3,)):
+        return None
+    return torch.from_numpy(x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2))
 
 
 def warn_of_lost_bits(data: Any, pixel_range: PixelRange) -> None:

@@ -34,7 +34,7 @@ from glem_augment.flows import Flow, build_flow, check_flow, flow_facts, resolve
 from glem_augment.flows.public import PublicFlow
 from glem_augment.images.dataset import ImageData, LabelledImages, Limits, as_image_data, images_for, open_data
 from glem_augment.images.matching import ONE_CLASS, ClassMap
-from glem_augment.model.config import GLEMConfig, class_facts
+from glem_augment.model.config import MAX_MODES, GLEMConfig, class_facts
 from glem_augment.model.files import (
     WEIGHTS,
     autoencoder_of,
@@ -570,7 +570,7 @@ class GLEM(LatentModel):
 def _checked(rank: int, max_per_class: int | None, seed: int) -> tuple[int, int | None, int]:
     """Arguments of `GLEM.fit` as Python's numbers. The variation of a class needs two images."""
     most = None if max_per_class is None else check_whole("max_per_class", max_per_class, 2)
-    return check_whole("rank", rank, 1), most, check_whole("seed", seed, 0)
+    return check_whole("rank", rank, 1, MAX_MODES), most, check_whole("seed", seed, 0)
 
 
 def _opened(data: LabelledImages, split: str, classes: Sequence[str] | None, opening: Mapping[str, Any]) -> ImageData:

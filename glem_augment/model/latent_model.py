@@ -143,6 +143,10 @@ class LatentModel(nn.Module):
         z, logdet = self.flow(h)
         return z, logdet + self.codec.logdet()
 
+    def encode_batch(self, data: ImageData, x: Tensor, noise: Dequantisation = None) -> tuple[Tensor, Tensor]:
+        """`encode` for a batch x of `data`, which may hold the flow's numbers already (`ImageData.with_numbers`)."""
+        return self.encode_numbers(x.to(self.device, self.dtype)) if data.encoded else self.encode(x, noise)
+
     def decode(self, z: Tensor, clamp: bool = True) -> Tensor:
         """Latents z [B, d] to float images [B,C,H,W], clamped to the range; with `clamp=False` the exact inverse.
 
@@ -309,7 +313,7 @@ class LatentModel(nn.Module):
             nothing, parts = torch.empty(0, self.dim, dtype=self.dtype), []
             for x, _, share in data.shared_batches(rows[index], _CHUNK):
                 noise = draw_noise(x, generator, share) if self.codec.levels else None
-                parts.append(self.encode(x, noise)[0].cpu())
+                parts.append(self.encode_batch(data, x, noise)[0].cpu())
                 if count is not None:
                     count(share.total)
             batches = zip_longest(*gather(parts), fillvalue=nothing)  # in the order of the images

@@ -50,7 +50,8 @@ class SyntheticDataset(Dataset):
         temperature: factor on the standard deviation, not for "mixup". None: 0.9, or 1.0 for a private model, for whose
             sets lower temperatures were worse.
         seed: int >= 0; seed, class and place within the class fix an item's latent.
-        transform: PIL image (or tensor) -> anything; target_transform: int -> anything.
+        transform: PIL image (or tensor) -> anything; target_transform: int -> anything. A DataLoader makes batches of
+            tensors alone, so it needs a transform such as torchvision's `ToTensor()`.
         source: "gaussian": the diagonal Gaussian of the class. "rfcm": mean and full covariance of its real latents.
             "mixup": two images of `real` mixed along the class's modes, as GLEMAugment does by default; the latents of
             `real` take N * d * 4 bytes of memory. None: rfcm, or gaussian if the model has no modes.

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glem_augment.codec.codec import Dequantisation
 from glem_augment.distributed import Share
 from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData
+from glem_augment.model.glem import GLEM
 from glem_augment.tensors import send
 from glem_augment.training.augmentation import augment_batch
 from glem_augment.training.config import TrainConfig
@@ -78,14 +80,14 @@ def choose_views(x: Tensor, generator: torch.Generator, share: Share) -> Tensor:
 
 
 class Batches:
-    """The images of a run, or the latents that replace them.
+    """The images of a run, or the latents that they were encoded to.
 
     Args:
         augment: replaces the augmentation of the settings.
 
     Attributes:
-        data: the images, or their latents. views: the data of the steps; with an autoencoder, several latents of each
-            image. split: see `stratified_split`.
+        data: the images. With an autoencoder, its batches hold their latents. views: the data of the steps, with
+            several latents of each image. split: see `stratified_split`.
     """
 
     def __init__(
@@ -128,6 +130,10 @@ class Batches:
     def augmented(self, x: Tensor, generator: torch.Generator, share: Share) -> Tensor:
         """`x` uint8 [b,C,H,W] under the run's augmentation, or one of the views of latents [b,V,C,h,w]."""
         return choose_views(x, generator, share) if x.ndim == 5 else self.augment(x, generator, share)
+
+    def numbers(self, model: GLEM, x: Tensor, noise: Dequantisation = None) -> Tensor:
+        """The numbers of a batch x of `data` for the model's flow, without augmentation."""
+        return x.to(model.dtype) if self.data.encoded else model.numbers(x, noise)
 
     def some_of_each_class(self, rows: np.ndarray, numbers: int) -> np.ndarray:
         """Some of `rows`, chosen at random and sorted; a class has at most `MOST_NUMBERS`, of `numbers` per image."""

@@ -20,29 +20,37 @@ from glem_augment.training.batches import EVAL_BATCH, LEAST_IMAGES, MOST_NUMBERS
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.moments import LatentStatistics
 from glem_augment.training.objective import Objective
-from glem_augment.training.steps import latent_pass
+from glem_augment.training.steps import latent_pass, training_mode
 
 INIT_IMAGES = 1024  # ActNorm's start needs a fair estimate of each element's spread
 
 
 def new_model(data: ImageData, config: TrainConfig, objective: Objective, init_model: GLEM | None) -> GLEM:
-    """The model that is trained: with the flow of `init_model`, or a new one. DataError: images of another shape."""
+    """The model that is trained: with the flow of `init_model`, or a new one.
+
+    DataError: images of another shape. ValueError: a flow without the dropout or the precision that is asked for.
+    """
     data.pixel_range.need_8_bits("training a flow (GLEM.fit needs no training)")
     torch.manual_seed(config.seed)
     if init_model is None:
         about = data.image_shape, data.classes, data.class_ids, config.bits, objective.psi, config.autoencoder
-        return GLEM.create(config.preset, *about, **config.flow_options)
-    if (init_model.bits, init_model.image_shape) != (config.bits, tuple(data.image_shape)):
+        model = GLEM.create(config.preset, *about, **config.flow_options)
+    elif (init_model.bits, init_model.image_shape) != (config.bits, tuple(data.image_shape)):
         raise DataError(
             f"the model to start from takes images {init_model.image_shape} at {init_model.bits} bits, this run "
             f"has {data.image_shape} at {config.bits} bits: use the same"
         )
-    first, ids, names = init_model.config, list(data.class_ids), list(data.classes)
-    same = GLEMConfig(
-        first.flow, config.bits, first.psi, class_ids=ids, class_names=names, autoencoder=first.autoencoder
-    )
-    flow, codec = copy.deepcopy((init_model.flow, init_model.codec))
-    return GLEM(same, flow.train().requires_grad_(True), codec=codec)
+    else:
+        first, ids, names = init_model.config, list(data.class_ids), list(data.classes)
+        same = GLEMConfig(
+            first.flow, config.bits, first.psi, class_ids=ids, class_names=names, autoencoder=first.autoencoder
+        )
+        flow, codec = copy.deepcopy((init_model.flow, init_model.codec))
+        model = GLEM(same, flow.train().requires_grad_(True), codec=codec)
+    with training_mode(model.flow, config):
+        model.flow.set_dropout(config.dropout)
+    model.flow.set_dropout(0.0)
+    return model
 
 
 @torch.no_grad()
@@ -58,7 +66,7 @@ def initialise(model: GLEM, batches: Batches, objective: Objective, init_model: 
     if whiten is not None and not whiten.initialised:
         numbers = partial(numbers_of_class, model, batches)
         whiten.fit(*pooled_covariance(numbers, model.classes, len(whiten.gain), model.dim))
-    model.initialise(x, seeded(config.seed, 1))
+    model.flow.initialise(batches.numbers(model, x, seeded(config.seed, 1)))
 
     def statistics() -> LatentStatistics:
         return latent_pass(model, batches, objective, batches.split.g, -1, "start: latents")
@@ -77,7 +85,7 @@ def numbers_of_class(model: GLEM, batches: Batches, y: int) -> Tensor:
     rows = batches.split.nf[batches.data.targets[batches.split.nf] == y]
     rows = rows[: max(LEAST_IMAGES, MOST_NUMBERS // model.dim)]
     read = batches.data.batches(rows, EVAL_BATCH, batches.config.workers)
-    return torch.cat([model.numbers(x.to(batches.device)).flatten(1).cpu() for x, _ in read])
+    return torch.cat([batches.numbers(model, x.to(batches.device)).flatten(1).cpu() for x, _ in read])
 
 
 def independent_pixels(x: Tensor, bits: int) -> float:

@@ -1,23 +1,24 @@
-"""Training in an autoencoder's latents, which are computed once per run, so that a step costs only the flow."""
+"""The latents of a run's images, which are encoded once per run, so that a step costs only the flow."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from glem_augment.codec.autoencoder import Latents
 from glem_augment.codec.codec import Codec
-from glem_augment.distributed import progress_bar
+from glem_augment.distributed import is_primary, progress_bar
 from glem_augment.images.dataset import ImageData
-from glem_augment.model.glem import GLEM
+from glem_augment.io import atomic_write
 from glem_augment.training.augmentation import augment_batch
 from glem_augment.training.batches import seeded
 
+LATENTS = "latents.pt"  # in the folder of a run, until the run ends
 _PIXELS = 2**19  # images of so many pixels in all are encoded at a time
 
 
@@ -42,14 +43,17 @@ def latent_views(
     return torch.cat(parts)
 
 
-def model_of_latents(model: GLEM) -> GLEM:
-    """`model` with its flow and Gaussians, for latents that are encoded already."""
-    named = {"name": "latents", "sha256": "", "image_shape": list(model.config.flow_shape)}
-    config = replace(model.config, autoencoder=named)
-    return GLEM(config, model.flow, model.latent_classes, Latents(model.codec)).to(model.device)
+def kept_views(path: Path, made_of: dict[str, Any], make: Callable[[], Tensor]) -> Tensor:
+    """The latents in the file `path`, or, if it has none that are made of the same, the result of `make`, kept there.
 
-
-def model_of_images(model: GLEM, original: GLEM) -> GLEM:
-    """Undoes `model_of_latents`, with the flow, Gaussians and modes that `model` has now."""
-    config = replace(model.config, autoencoder=original.config.autoencoder)
-    return GLEM(config, model.flow, model.latent_classes, original.codec)
+    Encoding may take hours, which a stopped run would lose. `made_of` identifies the images and how they are encoded.
+    """
+    if path.is_file():
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if found["made_of"] == made_of:
+            return found["views"]
+    views = make()
+    if is_primary():
+        with atomic_write(path) as file:
+            torch.save({"made_of": made_of, "views": views}, file)
+    return views

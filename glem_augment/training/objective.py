@@ -82,19 +82,19 @@ class Objective:
         """The optimizer of the Gaussians; every step sets its rate."""
         return torch.optim.Adam(gaussians.parameters())
 
-    def encode(
+    def numbers(
         self, model: GLEM, x: Tensor, generator: torch.Generator, share: Share, latent_noise: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """Dequantise and encode: latents [b,d] and log-determinants [b].
+    ) -> Tensor:
+        """The flow's numbers with noise, [b, ...].
 
         Args:
-            x: uint8 [b,C,H,W], or latents of an autoencoder, which get Gaussian noise of the standard deviation
-                `latent_noise`.
+            x: uint8 [b,C,H,W], which are dequantised, or float16 latents of an autoencoder, which get Gaussian noise of
+                the standard deviation `latent_noise`.
             share: the part of a batch that x is, see `draw_noise`.
         """
-        if model.codec.levels:
-            return model.encode(x, draw_noise(x, generator, share))
-        return encode_with_noise(model, x, latent_noise, generator, share)
+        if x.dtype == torch.uint8:
+            return model.numbers(x, draw_noise(x, generator, share))
+        return with_noise(x.to(model.dtype), latent_noise, generator, share)
 
     def e_loss(
         self, gaussians: ClassGaussians, z: Tensor, logdet: Tensor, y: Tensor, progress: Progress
@@ -196,15 +196,12 @@ def objective_of(config: TrainConfig) -> Objective:
     return Hybrid(config.beta or 0.0, config.beta_end) if config.objective == "hybrid" else Objective()
 
 
-def encode_with_noise(
-    model: GLEM, x: Tensor, std: float, generator: torch.Generator, share: Share
-) -> tuple[Tensor, Tensor]:
-    """Encode with Gaussian noise of the standard deviation `std` on the numbers that the flow takes."""
-    h = model.numbers(x)
-    if std:
-        drawn = torch.randn(share.total, *h.shape[1:], generator=generator, dtype=h.dtype)[share.rows]
-        h = h + std * drawn.to(h.device)
-    return model.encode_numbers(h)
+def with_noise(h: Tensor, std: float, generator: torch.Generator, share: Share) -> Tensor:
+    """Numbers h [b, ...] with Gaussian noise of the standard deviation `std`."""
+    if not std:
+        return h
+    drawn = torch.randn(share.total, *h.shape[1:], generator=generator, dtype=h.dtype)[share.rows]
+    return h + std * drawn.to(h.device)
 
 
 def falling(weight: float, progress: Progress) -> float:

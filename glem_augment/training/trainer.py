@@ -1,4 +1,10 @@
-"""A training run: the loop, its checkpoints, and the model at its end. A killed run goes on from its checkpoint."""
+"""A training run: the loop, its checkpoints, and the model at its end. A killed run goes on from its checkpoint.
+
+The procedure is EM-like (Sec. 4.3, Algorithm 1). E-step: the flow's weights by Eq. 3 on D_nf, the Gaussians fixed.
+M-step: the Gaussians by Eq. 5 on D_g, the flow fixed. A joint objective has E-steps only, which teach the Gaussians as
+well. Every random draw is a function of the seed and of the step's number. So a killed and resumed run takes exactly
+the steps of an undisturbed one.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 
-from glem_augment.distributed import add_up, is_primary, progress_bar, wait
+from glem_augment.distributed import Share, add_up, is_primary, progress_bar, wait
 from glem_augment.errors import TrainingError
 from glem_augment.evaluation.metrics import calibrate, held_out
 from glem_augment.evaluation.pictures import compose
@@ -23,7 +31,7 @@ from glem_augment.images.dataset import ImageData
 from glem_augment.io import expand, finite, remove_left_overs, save_png
 from glem_augment.model.files import weights_sha256
 from glem_augment.model.glem import GLEM
-from glem_augment.training.batches import EVAL_BATCH, Augment, Batches
+from glem_augment.training.batches import EVAL_BATCH, Augment, Batches, seeded
 from glem_augment.training.checkpoint import (
     check_same_run,
     data_fingerprint,
@@ -34,15 +42,18 @@ from glem_augment.training.checkpoint import (
 )
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.initialisation import INIT_IMAGES, initialise, new_model
-from glem_augment.training.latents import latent_views, model_of_images, model_of_latents
+from glem_augment.training.latents import LATENTS, kept_views, latent_views
 from glem_augment.training.log import Callback, MetricsLog
+from glem_augment.training.moments import LatentStatistics
 from glem_augment.training.objective import Objective, Progress, objective_of
-from glem_augment.training.steps import EStep, GaussianSteps, MStep, training_mode
+from glem_augment.training.steps import add_up_gradients, flow_optimizer, latent_pass, m_learning_rates, training_mode
 
 _STEP_ROWS_EVERY = 50
+CLIP_NORM, EMA_DECAY = 1.0, 0.999
+JOINT_LR = 1e-2  # the best of a few on held-out training images of a 14x14 Fashion-MNIST
 FAR = 2.0  # bits per number behind independent pixels (or latents) and the first step: such a step is away
 PATIENCE, NOT_FINITE = 100, 10  # steps away in a row that end a run; a step that is not finite counts as so many
-_COUNTED = ("step", "bad_steps", "away", "independent", "limit", "epoch_loss")
+_COUNTED = ("step", "m_done", "bad_steps", "away", "independent", "limit", "epoch_loss")
 
 
 class Trainer:
@@ -61,8 +72,10 @@ class Trainer:
         augment: replaces the settings' augmentation of images, see `training.batches.Augment`.
 
     Attributes:
-        batches, objective, gaussians, e_step, m_step, log: the parts of the run.
-        model: in training; for latents, if there is an autoencoder. step: E-steps taken, of `total_steps`.
+        batches, objective, log: the parts of the run. model: in training.
+        optimizer, scheduler, lr: of the flow, and the learning rate at the end of the warm-up.
+        ema: the flow with a moving average of its weights, or None for a flow without weights.
+        step: E-steps taken, of `total_steps`. m_done: M-steps taken, of `m_total`, in the first `m_epochs` epochs.
         bad_steps: E-steps that were skipped because they were not finite.
         independent: bits per number of independent pixels, or latents.
 
@@ -89,7 +102,7 @@ class Trainer:
         self.config, self.out = config, expand(out)
         self.objective = objective or objective_of(config)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.step = self.bad_steps = self.away = 0
+        self.step = self.m_done = self.bad_steps = self.away = 0
         self.independent = self.limit = math.inf
         self.epoch_loss = (0.0, 0)  # sum and number of the finite losses of the current epoch
         self.stop_requested, self.log = False, MetricsLog(self.out, callbacks)
@@ -108,30 +121,40 @@ class Trainer:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.batches = Batches(data, config, self.device, augment)
-        # With an autoencoder, the run is one on latents, and `whole` makes a model of images.
-        self._original = new_model(data, config, self.objective, init_model).to(self.device)
-        self.model = self._original if self._original.codec.levels else self._take_latents(data)
+        self.model = new_model(data, config, self.objective, init_model).to(self.device)
+        if not self.model.codec.levels:
+            if augment is not None:
+                raise ValueError(
+                    "augment changes pixels in every step, and latents are encoded once: name augmentations "
+                    "in the settings (TrainConfig(augment=...))"
+                )
+            self._encode_once()
         self.steps_per_epoch = self.count_steps()
         self.total_steps = self.steps_per_epoch * config.epochs
-        self.gaussians = GaussianSteps(self.model.gaussians, self.objective)
-        parts = self.model, self.objective, self.gaussians, self.batches
-        self.m_step = MStep(*parts, self.steps_per_epoch)
-        self.e_step = EStep(*parts, self.total_steps)
+        self.m_epochs = self.objective.m_epochs(config.epochs)
+        self.m_total = self.objective.m_rounds * self.m_epochs
+        self.m_rates = m_learning_rates(self.m_total, config.m_steps, self.m_epochs * self.steps_per_epoch)
+        self.optimizer, self.scheduler = flow_optimizer(self.model.flow, config, self.total_steps)
+        self.lr = float(self.scheduler.base_values[0])
+        self.gaussian_optimizer = self.objective.gaussian_optimizer(self.model.gaussians)
         if begun is None:
             ready(self)
             self.independent = initialise(self.model, self.batches, self.objective, init_model)
-        self.e_step.start_average()
+        self.ema: ModelEmaV3 | None = None
+        if any(True for _ in self.model.flow.parameters()):
+            self.ema = ModelEmaV3(self.model.flow, decay=EMA_DECAY, use_warmup=True)
         if begun is not None:
             self.restore(begun)
             ready(self)
 
-    def _take_latents(self, data: ImageData) -> GLEM:
-        """Replace the run's images by their latents, so that they are encoded only once; the model of latents."""
-        config, model = self.config, self._original
-        model.codec.fit(data.some(INIT_IMAGES))
-        views = latent_views(model.codec, data, config.augment, config.views, config.seed, self.device)
+    def _encode_once(self) -> None:
+        """Let the batches hold the images' latents, so that they are encoded only once."""
+        config, codec, data = self.config, self.model.codec, self.batches.data
+        codec.fit(data.some(INIT_IMAGES))
+        how = config.augment, config.views, config.seed
+        made_of = {"fingerprint": self.identity["fingerprint"], "codec": self.model.config.autoencoder, "how": how}
+        views = kept_views(self.out / LATENTS, made_of, lambda: latent_views(codec, data, *how, device=self.device))
         self.batches.data, self.batches.views = data.with_numbers(views[:, 0]), data.with_numbers(views)
-        return model_of_latents(model)
 
     def count_steps(self) -> int:
         """E-steps of an epoch."""
@@ -173,11 +196,11 @@ class Trainer:
             batches = self.batches.epoch(self.epoch_rows(epoch), epoch, per_epoch, first)
             with closing(batches), training_mode(self.model.flow, self.config):
                 for position, (x, y, share) in enumerate(batches, first):
-                    for _ in range(self.m_step.due(epoch, position)):
-                        self.m_step.take(self.so_far)
-                    loss, bits = self.e_step.take(x, y, share, self.so_far)
+                    for _ in range(self.m_steps_due(epoch, position)):
+                        self.m_step()
+                    loss, bits = self.e_step(x, y, share)
                     self.step += 1
-                    self.e_step.scheduler.step_update(self.step)
+                    self.scheduler.step_update(self.step)
                     self._stop_if_diverged(bits)
                     self._report_step(loss, bits)
                     if self.step % per_epoch:  # otherwise the checkpoint has the epoch's metrics, below
@@ -191,10 +214,95 @@ class Trainer:
             self._save_or_stop(saved=True)
         return metrics
 
+    def e_step(self, x: Tensor, y: Tensor, share: Share) -> tuple[float, float]:
+        """One step of Adamax on the flow (Eq. 3), and with a joint objective one of Adam on the Gaussians.
+
+        x and y are this rank's `share` of the batch: images uint8 [b,C,H,W], or views of latents [b,V,c,h,w], and
+        labels int64 [b]; b may be 0. Returns the loss, nats per dimension, and the likelihood, bits/dim, of the whole
+        batch; NaN if the step was skipped because it was not finite.
+        """
+        config, model, objective = self.config, self.model, self.objective
+        self._let_gaussians_learn(objective.joint)
+        generator = seeded(config.seed, 4, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.gaussian_optimizer.zero_grad(set_to_none=True)
+        loss = nll = torch.zeros((), dtype=model.dtype, device=model.device)
+        if len(x):
+            shown = self.batches.augmented(x, generator, share)
+            if config.dropout:  # M-steps and measurements are without
+                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+                model.flow.set_dropout(config.dropout)
+            h = objective.numbers(model, shown, generator, share, config.latent_noise)
+            z, logdet = model.encode_numbers(h)
+            # Means over the batch are sums of the ranks' means, each times its part of the images.
+            means = objective.e_loss(model.gaussians, z, logdet, y, self.so_far)
+            loss, nll = (len(x) / share.total * mean for mean in means)
+            if loss.requires_grad:  # not so for the identity flow with fixed Gaussians
+                loss.backward()
+            model.flow.set_dropout(0.0)
+        loss, nll = loss.detach().clone(), nll.detach().clone()
+        add_up_gradients(model, loss, nll)
+        norm = nn.utils.clip_grad_norm_(list(model.flow.parameters()), CLIP_NORM)
+        # One read per step, of all numbers at once: a bad step has to be known before the weights move.
+        value, bits, norm_value = torch.stack([loss, nll / math.log(2), norm.to(loss)]).tolist()
+        if not (math.isfinite(value) and math.isfinite(norm_value)):
+            return math.nan, math.nan
+        self.optimizer.step()
+        if objective.joint:
+            self._move_gaussians(JOINT_LR * self.optimizer.param_groups[0]["lr"] / self.lr)
+        if self.ema is not None:
+            self.ema.update(model.flow, step=self.step + 1)
+        return value, bits
+
+    def m_steps_due(self, epoch: int, position: int) -> int:
+        """How many M-steps come before the batch number `position` of an epoch."""
+        if epoch >= self.m_epochs:
+            return 0
+        rounds = self.objective.m_rounds
+        here = [r for r in range(rounds) if r * self.steps_per_epoch // rounds == position]
+        return sum(self.m_done <= epoch * rounds + r for r in here)
+
+    def m_step(self) -> None:
+        """One pass over D_g, and a few steps of Adam on the Gaussians (Eq. 5)."""
+        statistics = latent_pass(self.model, self.batches, self.objective, self.batches.split.g, self.m_done)
+        each = self.config.m_steps
+        for rate in self.m_rates[self.m_done * each : (self.m_done + 1) * each]:
+            self.descend(statistics, rate)
+        if self.m_done == 0:
+            # As the authors do: the moments of the first, large gradients are forgotten.
+            self.gaussian_optimizer.state.clear()
+        self.m_done += 1
+
+    def descend(self, statistics: LatentStatistics, rate: float) -> None:
+        """One step of Adam down the M-step's loss. TrainingError: the loss or its gradient is not finite."""
+        gaussians = self.model.gaussians
+        self._let_gaussians_learn(True)
+        loss = self.objective.m_loss(gaussians, statistics, self.so_far)
+        self.gaussian_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        grads = [p.grad for p in gaussians.parameters() if p.grad is not None]
+        if not all(bool(torch.isfinite(value).all()) for value in (loss, *grads)):
+            raise TrainingError(
+                f"the run diverged: the M-step's loss ({loss.item():.4g}) or its gradient is not finite; train with a "
+                "lower kld_weight or lr"
+            )
+        self._move_gaussians(rate)
+
+    def _let_gaussians_learn(self, learn: bool) -> None:
+        """Whether the next loss has gradients with respect to the Gaussians' parameters that the run learns."""
+        for name in ("mu", "s"):
+            getattr(self.model.gaussians, name).requires_grad_(learn and name in self.objective.learned)
+
+    def _move_gaussians(self, rate: float) -> None:
+        """One step at a learning rate, with the gradients that the Gaussians have."""
+        self.gaussian_optimizer.param_groups[0]["lr"] = rate
+        self.gaussian_optimizer.step()
+        self.model.gaussians.project()
+
     @property
     def so_far(self) -> Progress:
         """The steps that were taken, and all steps."""
-        return Progress(self.step, self.total_steps, self.m_step.done, self.m_step.total)
+        return Progress(self.step, self.total_steps, self.m_done, self.m_total)
 
     def _stop_if_diverged(self, bits: float) -> None:
         """Count the steps in a row that are away, by their likelihood in bits per number. TrainingError: too many."""
@@ -228,17 +336,14 @@ class Trainer:
 
     def evaluated(self) -> GLEM:
         """The model as it would be saved now: averaged flow, current Gaussians."""
-        model, ema = self.model, self.e_step.ema
+        model, ema = self.model, self.ema
         return GLEM(model.config, model.flow if ema is None else ema.module, model.latent_classes, model.codec)
-
-    def whole(self, model: GLEM) -> GLEM:
-        """`model` for images, where it is one for latents."""
-        return model if self._original.codec.levels else model_of_images(model, self._original)
 
     def measure(self) -> dict[str, float]:
         """Metrics of the held-out images, or of D_g if none are held out."""
         split = self.batches.split
-        return held_out(self.evaluated(), self.batches.read(split.val if len(split.val) else split.g, EVAL_BATCH))
+        rows = split.val if len(split.val) else split.g
+        return held_out(self.evaluated(), self.batches.data, self.batches.read(rows, EVAL_BATCH))
 
     def seconds(self) -> float:
         """Wall-clock seconds of the run so far, over all its pieces, without steps lost to kills."""
@@ -268,7 +373,7 @@ class Trainer:
         loss = total / max(1, counted)
         self.log.add({
             "kind": "epoch", "step": self.step, "epoch": epochs, "loss": loss,
-            "lr": self.e_step.optimizer.param_groups[0]["lr"], "images_per_second": images_per_second,
+            "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": images_per_second,
             "seconds": self.seconds(), "bad_steps": self.bad_steps, **self.objective.weights(self.so_far), **metrics,
         })  # fmt: skip
         if is_primary():
@@ -284,7 +389,7 @@ class Trainer:
         """Draw samples of each class, always from the same noise, if they are due after this epoch."""
         every = self.config.sample_every
         if is_primary() and every and (epochs % every == 0 or epochs == self.config.epochs):
-            picture = compose(f"After epoch {epochs}", [class_samples(self.whole(self.evaluated()), seed=0)])
+            picture = compose(f"After epoch {epochs}", [class_samples(self.evaluated(), seed=0)])
             save_png(picture, self.out / "samples" / f"epoch_{epochs:04d}.png")
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
@@ -298,6 +403,11 @@ class Trainer:
             self.saved_step = self.step
         wait()
 
+    @property
+    def learned(self) -> nn.ModuleDict:
+        """The parts of the model that a run changes."""
+        return nn.ModuleDict({"flow": self.model.flow, "latent_classes": self.model.latent_classes})
+
     def state(self) -> dict[str, Any]:
         """The state of the run, nested.
 
@@ -306,29 +416,27 @@ class Trainer:
         return {
             **self.identity,
             **{name: getattr(self, name) for name in _COUNTED},
-            "m_done": self.m_step.done,
             "seconds": self.seconds(),
-            "model": self.model.state_dict(),
-            "ema": {} if self.e_step.ema is None else self.e_step.ema.state_dict(),
-            "flow_optimizer": self.e_step.optimizer.state_dict(),
-            "m_optimizer": self.gaussians.optimizer.state_dict(),
+            "model": self.learned.state_dict(),
+            "ema": {} if self.ema is None else self.ema.state_dict(),
+            "flow_optimizer": self.optimizer.state_dict(),
+            "m_optimizer": self.gaussian_optimizer.state_dict(),
             "rng": torch.get_rng_state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. TrainingError: it does not fit this run."""
         try:
-            self.model.load_state_dict(state["model"])
-            if self.e_step.ema is not None:
-                self.e_step.ema.load_state_dict(state["ema"])
-            self.e_step.optimizer.load_state_dict(state["flow_optimizer"])
-            self.gaussians.optimizer.load_state_dict(state["m_optimizer"])
+            self.learned.load_state_dict(state["model"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["flow_optimizer"])
+            self.gaussian_optimizer.load_state_dict(state["m_optimizer"])
             torch.set_rng_state(state["rng"])
             for name in _COUNTED:
                 setattr(self, name, state[name])
-            self.m_step.done = state["m_done"]
             self._began -= state["seconds"]
-            self.e_step.scheduler.step_update(self.step)
+            self.scheduler.step_update(self.step)
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise TrainingError(f"the checkpoint in {self.out} does not fit this run: {reason}") from error
@@ -348,9 +456,9 @@ class Trainer:
         if config.modes_rank:
             data = batches.data.subset(batches.some_of_each_class(np.arange(len(batches.data)), model.dim))
             model.fit_modes(data, config.modes_rank)
-        model = self.whole(model).eval().requires_grad_(False)
         if is_primary():
             model.save(self.out)
+            (self.out / LATENTS).unlink(missing_ok=True)
         wait()
         return model
 

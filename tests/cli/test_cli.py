@@ -29,6 +29,7 @@ from glem_augment.cli import COMMANDS, build_parser, main
 from glem_augment.errors import BadImageError
 from glem_augment.hub.cards import model_card
 from glem_augment.model.files import CHECKPOINT, CONFIG, WEIGHTS
+from glem_augment.parts import kinds
 from glem_augment.training.checkpoint import has_checkpoint, load_checkpoint
 
 TINY = ["--flow", "depth=[1,1]", "--flow", "width=[8,8]", "--threads", "1", "--sample-every", "0"]
@@ -455,8 +456,17 @@ def test_help_and_slips_are_answered_without_torch(tmp_path: Path) -> None:
 
 EXTENSIONS = """
 import torch.nn.functional as F
+from glem_augment import Policy
 from glem_augment.codec import Codec, register_codec, to_unit
 from glem_augment.flows import Coupling, register_coupling
+
+
+class Shrink(Policy):
+    def draw(self, selected, generator):
+        return {}
+
+    def move(self, batch):
+        return 0.5 * batch.z
 
 
 @register_codec("halves-of-a-user")
@@ -484,7 +494,7 @@ class Shift(Coupling):
 """
 
 
-def test_every_command_takes_a_codec_and_a_coupling_of_the_users(
+def test_every_command_takes_parts_of_the_users(
     image_folder: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.py").write_text(EXTENSIONS)
@@ -504,6 +514,9 @@ def test_every_command_takes_a_codec_and_a_coupling_of_the_users(
         ["fit", data, "--flow", "run", "--out", "again"],
     ):  # fmt: skip
         assert main([*argv, "--import", "mine"]) == 0, (argv, output())
+    del kinds("policy")["shrink"]
+    assert main(["preview", "fit", data, "--out", "q.png"]) == 0
+    assert Image.open("p.png").height > Image.open("q.png").height  # which lacks the user's policy
     config = GLEM.from_pretrained("tuned").config
     assert (config.autoencoder["name"], config.flow["coupling"]) == ("halves-of-a-user", "shift-of-a-user")
 
@@ -552,6 +565,6 @@ def test_a_run_says_what_it_trains_before_the_flow_is_initialised(
     run = str(tmp_path / "run")
     argv = ["train", str(image_folder), "--out", run, "--epochs", "1", "--batch-size", "4", *TINY]
     with monkeypatch.context() as patch:
-        patch.setattr(GLEM, "initialise", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("glem_augment.training.trainer.initialise", Mock(side_effect=KeyboardInterrupt))
         assert main(argv) == 130
     assert "12 images, 3x8x8" in output()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import hub_server
@@ -79,10 +80,16 @@ def test_push_list_pull_and_offline(
         GLEM.from_pretrained("org/bert")
     with pytest.raises(HubError, match="404.*hf auth login"):
         GLEM.from_pretrained("org/nothing")
+    with pytest.raises(ValueError, match="cc-by-4.0 or other, got 'CC BY'"):
+        new.push_to_hub("org/flow", license="CC BY")
 
     server.close()  # no network, then none on purpose
     close_session()
     assert same(GLEM.from_pretrained("org/flow"), new)
+    began = time.monotonic()
+    with pytest.raises(HubError, match="no connection"):
+        GLEM.from_pretrained("org/never-seen")
+    assert time.monotonic() - began < 5
     with pytest.raises(HubError, match="'org/flow' was not uploaded.*HF_HUB_DISABLE_XET=1"):
         new.push_to_hub("org/flow")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

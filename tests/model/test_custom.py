@@ -274,10 +274,16 @@ class Scaled(Coupling):
     """y2 = gain (x2 + b(x1))."""
 
     def __init__(
-        self, channels: int, subnet: Callable[[int, int], nn.Module], gain: float = 2.0, sign: int = 1
+        self,
+        channels: int,
+        shape: tuple[int, int, int],
+        subnet: Callable[[int, int], nn.Module],
+        index: int,
+        gain: float = 2.0,
+        sign: int = 1,
     ) -> None:
         super().__init__(channels)
-        self.net, self.gain = subnet(self.n, self.n), gain * sign
+        self.net, self.gain, self.place = subnet(self.n, self.n), gain * sign, (index, shape)
 
     def transform(self, x2: Tensor, params: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         shift = params.transpose(0, 1)
@@ -295,7 +301,8 @@ def scaled() -> Iterator[None]:
 def test_a_users_coupling_is_used_saved_and_missed(scaled: None, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = GLEM.create("glow_fast", SHAPE, ["a", "b"], coupling="scaled", sign=-1, depth=[2, 1])
-    spec = model.config.flow
+    spec, couplings = model.config.flow, [part for part in model.flow.modules() if isinstance(part, Scaled)]
+    assert [part.place for part in couplings] == [(0, (12, 4, 4)), (1, (12, 4, 4)), (2, (24, 2, 2))]
     assert (spec["coupling"], spec["gain"], spec["sign"]) == ("scaled", 2.0, -1) and "bound" not in spec
     for weight in model.flow.parameters():
         nn.init.normal_(weight, std=0.05)

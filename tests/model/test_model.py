@@ -275,6 +275,7 @@ def test_wrong_latents_and_labels_are_refused() -> None:
         (ValueError, "NaN", lambda: model.encode(x / 255 * math.nan)),
         (ValueError, "steps", lambda: model.interpolate(x, x, 1)),
         (ValueError, "rank", lambda: model.fit_modes((x, y), rank=0)),
+        (ValueError, "rank must be at most 4096", lambda: model.fit_modes((x, y), rank=9999)),
         (DataError, "4, 4", lambda: model.fit_modes(ImageData.from_tensors(images(6, (1, 4, 8)), y, "abc"))),
         (DataError, r"\(c\)", lambda: model.fit_modes((x, torch.arange(6) % 2))),
     ):

@@ -23,13 +23,13 @@ from glem_augment.training.initialisation import independent_pixels
 
 def change_latents(trainer: Trainer, change: Callable[[Tensor, Tensor], Any], steps: set[int]) -> None:
     """Change the latents and log-determinants of these E-steps."""
-    real = trainer.model.encode
+    real = trainer.model.encode_numbers
 
-    def encode(x: Tensor, generator: torch.Generator | None = None) -> Any:
-        found = real(x, generator)
+    def encode(h: Tensor) -> Any:
+        found = real(h)
         return change(*found) if trainer.step in steps and torch.is_grad_enabled() else found
 
-    trainer.model.encode = encode
+    trainer.model.encode_numbers = encode
 
 
 def with_a_bad_gradient(z: Tensor) -> Tensor:
@@ -51,13 +51,13 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path, what: str) -> None
     x, y = next(iter(trainer.batches.data.batches(trainer.batches.split.nf, 24)))
 
     def step() -> float:
-        return trainer.e_step.take(x, y, share(len(x)), trainer.so_far)[0]
+        return trainer.e_step(x, y, share(len(x)))[0]
 
     step()
-    before = copy.deepcopy({**trainer.model.state_dict(), **trainer.e_step.ema.state_dict()})
+    before = copy.deepcopy({**trainer.model.state_dict(), **trainer.ema.state_dict()})
     change_latents(trainer, BAD[what], {0})
     assert math.isnan(step())
-    after = {**trainer.model.state_dict(), **trainer.e_step.ema.state_dict()}
+    after = {**trainer.model.state_dict(), **trainer.ema.state_dict()}
     assert all(torch.equal(value, before[name]) for name, value in after.items())
     trainer.step = 1
     assert math.isfinite(step())
@@ -87,7 +87,7 @@ def test_a_run_that_diverges_stops_and_goes_on_at_a_lower_rate(
         trainer.fit()
     assert load_checkpoint(tmp_path)["step"] == 6
     resumed = tiny_trainer(tmp_path, resume=True, lr=1e-3)
-    assert resumed.step == 6 and resumed.e_step.optimizer.param_groups[0]["lr"] < 2e-3
+    assert resumed.step == 6 and resumed.optimizer.param_groups[0]["lr"] < 2e-3
     assert resumed.fit().config.training["bad_steps"] == 0
 
 
@@ -105,7 +105,7 @@ def test_an_m_step_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     real = trainer.objective.m_loss
     trainer.objective.m_loss = lambda *args: real(*args) * math.nan
     with pytest.raises(TrainingError, match="M-step"):
-        trainer.m_step.take(trainer.so_far)
+        trainer.m_step()
 
 
 def test_independent_pixels_cost_the_entropy_of_their_histogram() -> None:
@@ -119,12 +119,12 @@ def test_independent_pixels_cost_the_entropy_of_their_histogram() -> None:
 def test_precision_reaches_the_flow_that_is_trained(tmp_path: Path) -> None:
     seen = list[Any]()
     trainer = tiny_trainer(tmp_path, epochs=1, precision="bf16")
-    flow = trainer.model.flow
+    subnet = trainer.model.flow.levels[0].couplings[0].net
 
     def noting(real: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: (seen.append(flow.autocast), real(*args))[1]
+        return lambda *args: (seen.append(subnet.autocast), real(*args))[1]
 
-    trainer.e_step.take, trainer.measure = noting(trainer.e_step.take), noting(trainer.measure)
+    trainer.e_step, trainer.measure = noting(trainer.e_step), noting(trainer.measure)
     trainer.fit()
     # The last one measures.
     assert seen == [*[torch.bfloat16] * 4, None]

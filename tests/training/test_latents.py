@@ -15,7 +15,7 @@ from glem_augment.distributed import Share
 from glem_augment.images.dataset import ImageData
 from glem_augment.training import TrainConfig, Trainer
 from glem_augment.training.batches import choose_views
-from glem_augment.training.latents import latent_views
+from glem_augment.training.latents import kept_views, latent_views
 
 OPTIONS = dict(preset="latent", autoencoder="taef2", flow_options={"depth": [1, 1], "width": [16, 16]}, batch_size=16,
                modes_rank=4, latent_noise=0.1, augment=("flip",), val_fraction=0.2, sample_every=0)  # fmt: skip
@@ -44,7 +44,7 @@ def test_views_are_the_image_its_flip_and_crops(photos: ImageData) -> None:
 
 @pytest.mark.parametrize("objective", ["hybrid", pytest.param("glem", marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_goes_on_to_the_same_model_of_images(
-    photos: ImageData, tmp_path: Path, objective: str
+    photos: ImageData, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(objective=objective, epochs=4, **OPTIONS)  # type: ignore[arg-type]
     whole = Trainer(photos, config, tmp_path / "whole").fit()
@@ -52,7 +52,11 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_model_of_images(
     stopped.log.callbacks.append(lambda row: setattr(stopped, "stop_requested", True))
     with pytest.raises(KeyboardInterrupt):
         stopped.fit()
-    resumed = Trainer(photos, config, tmp_path / "parts", resume=True).fit()
+    with monkeypatch.context() as patch:  # the latents are read, not encoded again
+        patch.setattr(StandardisedAutoencoder, "encode", None)
+        resumed_run = Trainer(photos, config, tmp_path / "parts", resume=True)
+    resumed = resumed_run.fit()
+    assert not (tmp_path / "parts" / "latents.pt").exists()
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert whole.image_shape == (3, 16, 16) and whole.config.autoencoder["name"] == "taef2"  # type: ignore[index]
@@ -68,5 +72,15 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_model_of_images(
 
 def test_a_flow_starts_from_whitened_latents(photos: ImageData, tmp_path: Path) -> None:
     config = TrainConfig(epochs=1, **OPTIONS)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="augment changes pixels"):
+        Trainer(photos, config, tmp_path, augment=lambda x, *_: x)
     trainer = Trainer(photos, config, tmp_path)
     assert bool(trainer.model.flow.whiten.initialised)  # type: ignore[union-attr]
+
+
+def test_latents_of_other_images_are_not_taken(tmp_path: Path) -> None:
+    path, old, new = tmp_path / "latents.pt", torch.zeros(2), torch.ones(2)
+    assert torch.equal(kept_views(path, {"seed": 0}, lambda: old), old)
+    assert torch.equal(kept_views(path, {"seed": 0}, lambda: new), old)
+    assert torch.equal(kept_views(path, {"seed": 1}, lambda: new), new)
+    assert torch.equal(kept_views(path, {"seed": 1}, lambda: old), new)

@@ -19,10 +19,10 @@ from glem_augment import GLEM
 from glem_augment.distributed import share
 from glem_augment.errors import TrainingError
 from glem_augment.evaluation import calibrate
+from glem_augment.flows import create_flow
 from glem_augment.images.dataset import ImageData
 from glem_augment.model.files import CONFIG, WEIGHTS, weights_sha256
 from glem_augment.training import TrainConfig, Trainer
-from glem_augment.training.objective import Progress
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
@@ -89,7 +89,7 @@ class Dying(Trainer):
     dies = ("E-step", 0)
 
     def fit(self) -> GLEM:
-        e_step, m_step = self.e_step.take, self.m_step.take
+        e_step, m_step = self.e_step, self.m_step
 
         def dying_e_step(*batch: Any) -> tuple[float, float]:
             loss = e_step(*batch)  # the weights have moved, the step is not counted yet
@@ -97,12 +97,12 @@ class Dying(Trainer):
                 raise Killed
             return loss
 
-        def dying_m_step(progress: Progress) -> None:
-            m_step(progress)
-            if self.dies == ("M-step", self.m_step.done):
+        def dying_m_step() -> None:
+            m_step()
+            if self.dies == ("M-step", self.m_done):
                 raise Killed
 
-        self.e_step.take, self.m_step.take = dying_e_step, dying_m_step
+        self.e_step, self.m_step = dying_e_step, dying_m_step
         return super().fit()
 
 
@@ -112,7 +112,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, name: 
     undisturbed = tiny_trainer(whole, **options)
     undisturbed.fit()
     ends = [("E-step", undisturbed.total_steps), ("M-step", 2)]
-    for number, dies in enumerate(ends if undisturbed.m_step.total else ends[:1]):
+    for number, dies in enumerate(ends if undisturbed.m_total else ends[:1]):
         out = tmp_path / str(number)
         dying = Dying(toy_data(), tiny_config(**options), out, device="cpu")
         dying.dies = dies
@@ -170,8 +170,8 @@ def test_e_steps_leave_the_gaussians_and_m_steps_the_flow_alone(tmp_path: Path) 
     trainer = tiny_trainer(tmp_path / "run", **RUNS["glem"])
     gaussians, flow = trainer.model.gaussians, trainer.model.flow
     x, y = next(iter(trainer.batches.data.batches(trainer.batches.split.nf, 24)))
-    e_step = partial(trainer.e_step.take, x, y, share(len(x)), trainer.so_far)
-    for step, moves in ((e_step, flow), (partial(trainer.m_step.take, trainer.so_far), gaussians)):
+    e_step = partial(trainer.e_step, x, y, share(len(x)))
+    for step, moves in ((e_step, flow), (trainer.m_step, gaussians)):
         before = {module: copy.deepcopy(module.state_dict()) for module in (gaussians, flow)}
         step()
         for module, state in before.items():
@@ -181,9 +181,9 @@ def test_e_steps_leave_the_gaussians_and_m_steps_the_flow_alone(tmp_path: Path) 
 
 def test_an_m_step_comes_before_every_epoch_whose_loss_is_the_mean_of_its_steps(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, epochs=3, modes_rank=0)
-    at, losses, m_step, e_step = [], [], trainer.m_step.take, trainer.e_step.take
-    trainer.m_step.take = lambda so_far: (at.append(trainer.step), m_step(so_far))
-    trainer.e_step.take = lambda *batch: losses.append(e_step(*batch)) or losses[-1]
+    at, losses, m_step, e_step = [], [], trainer.m_step, trainer.e_step
+    trainer.m_step = lambda: (at.append(trainer.step), m_step())
+    trainer.e_step = lambda *batch: losses.append(e_step(*batch)) or losses[-1]
     trainer.fit()
     assert at == [0, 4, 8]
     found = [row["loss"] for row in rows(tmp_path) if row["kind"] == "epoch"]
@@ -192,7 +192,7 @@ def test_an_m_step_comes_before_every_epoch_whose_loss_is_the_mean_of_its_steps(
 
 def test_lambda_falls_linearly(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", kld_weight=4.0, epochs=5)
-    for trainer.m_step.done, weight in enumerate([4.0, 3.5, 3.0, 2.5, 2.0]):
+    for trainer.m_done, weight in enumerate([4.0, 3.5, 3.0, 2.5, 2.0]):
         assert trainer.objective.weights(trainer.so_far) == pytest.approx({"kld_weight": weight})
     assert tiny_trainer(tmp_path / "hybrid", objective="hybrid").objective.weights(trainer.so_far) == {}
 
@@ -202,8 +202,8 @@ def test_learning_rates_warm_up_and_fall_to_their_floor(tmp_path: Path, schedule
     trainer = tiny_trainer(tmp_path / "run", epochs=10, warmup_steps=8, lr=1e-2, schedule=schedule)
     rates = []
     for step in range(trainer.total_steps):
-        rates.append(trainer.e_step.optimizer.param_groups[0]["lr"] / 1e-2)
-        trainer.e_step.scheduler.step_update(step + 1)
+        rates.append(trainer.optimizer.param_groups[0]["lr"] / 1e-2)
+        trainer.scheduler.step_update(step + 1)
     assert len(rates) == 40 and rates[0] == pytest.approx(1 / 8) and rates[9] == pytest.approx(1, rel=0.01)
     assert (np.diff(rates[:9]) > 0).all() and (np.diff(rates[9:]) <= 1e-12).all()
     assert [rates[15], rates[25], rates[35]] == pytest.approx(shares, abs=0.06)
@@ -217,12 +217,12 @@ def test_a_run_too_short_for_its_warm_up_has_a_lower_rate(tmp_path: Path) -> Non
     trainer = tiny_trainer(tmp_path / "run", epochs=10, warmup_steps=1000, lr=1e-2)
     rates = []
     for step in range(trainer.total_steps):
-        trainer.e_step.scheduler.step_update(step)
-        rates.append(trainer.e_step.optimizer.param_groups[0]["lr"])
+        trainer.scheduler.step_update(step)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
     assert rates[:3] == pytest.approx([1e-4, 1.95e-4, 2.9e-4]) and max(rates) == pytest.approx(20e-4, rel=0.05)
-    assert trainer.e_step.lr == pytest.approx(20e-4)  # and the Gaussians' rate is relative to this
+    assert trainer.lr == pytest.approx(20e-4)  # and the Gaussians' rate is relative to this
     longer = tiny_trainer(tmp_path / "longer", epochs=100, warmup_steps=1000, lr=1e-2)
-    assert longer.e_step.lr == 1e-2  # its warm-up is cut short, too, but is slow enough
+    assert longer.lr == 1e-2  # its warm-up is cut short, too, but is slow enough
 
 
 # ---- things that go wrong --------------------------------------------------------------------------------------------
@@ -234,6 +234,18 @@ def test_a_run_that_ends_badly_can_still_be_saved(tmp_path: Path) -> None:
     trainer.measure = lambda: {"val_images": 1, "val_accuracy": 0.5, "val_bits_per_dim": math.inf}
     trainer.fit()
     assert GLEM.from_pretrained(tmp_path).config.training["worse_than_independent_pixels"] is True
+
+
+@pytest.mark.parametrize(("setting", "method"), [("dropout", "set_dropout"), ("precision", "set_autocast")])
+def test_settings_of_networks_are_refused_by_a_flow_without_networks(tmp_path: Path, setting: str, method: str) -> None:
+    changes, seen = {setting: {"dropout": 0.1, "precision": "bf16"}[setting]}, list[Any]()
+    with pytest.raises(ValueError, match=f"FlatIdentity can't be trained with {setting}.*{method}"):
+        tiny_trainer(tmp_path, preset="identity", flow_options={}, **changes)
+    flow = create_flow("identity", (1, 8, 8))
+    flow.network = torch.nn.Identity()
+    setattr(flow.network, method, seen.append)
+    getattr(flow, method)(0.5)
+    assert seen == [0.5]
 
 
 def test_a_run_from_a_model_is_resumed_with_that_model(tmp_path: Path) -> None:
