@@ -66,12 +66,16 @@ SHARE, TEMPERATURE = 0.5, 0.9
 
 @dataclass(frozen=True)
 class Arm:
-    """A stack of augmentations, and which share of a batch is replaced by what: "drawn", "soft" or "moved" images."""
+    """A stack of augmentations, and which share of a batch is replaced by what: "drawn", "soft" or "moved" images.
+
+    times: drawn images for each real one; None: all.
+    """
 
     stack: str
     share: float = 0.0
     source: str = "drawn"
     temperature: float = TEMPERATURE
+    times: int | None = None
 
 
 PLAIN, JITTER = "cropflip", "cropflip + jitter(strength=0.4,each=4)"
@@ -91,6 +95,9 @@ ARMS = {
     "half drawn, soft labels": Arm(PLAIN, SHARE, "soft"),
     "drawn alone": Arm(PLAIN, 1.0),
     "half moved": Arm(PLAIN, 0.5, "moved"),
+    # what `RealAndSynthetic` gives at a ratio
+    "ratio 1, ColorJitter": Arm(JITTER, 0.5, times=1),
+    "ratio 3, ColorJitter": Arm(JITTER, 0.75, times=3),
 }
 WITHOUT_NETWORK = ("predict", "linear layer")
 TRIALS = {
@@ -159,7 +166,7 @@ class Case:
         change = None
         if arm.share:
             images, labels = self.pool(arm.source, arm.temperature)
-            change = Pool(images, arm.share, labels)
+            change = Pool(images[:, : arm.times and arm.times * self.setting.per_class], arm.share, labels)
         network = train(
             "strided", task.train, len(task.classes), stack_of(stack), lambda *_: self.model,
             self.setting.steps["strided"], self.setting.batch, self.seed, True, change,
