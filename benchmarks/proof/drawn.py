@@ -40,10 +40,11 @@ from benchmarks.proof.augmentation.train import accuracy, train
 from glem_augment import GLEM, GLEMAugment, Mixup, SyntheticDataset
 
 STUDY, TUNED_AT = "drawn", "cifar10-50"
+NETWORKS = ("strided cnn", "strided resnet")
 
 
 def _setting(name: str, data: str, per_class: int, size: int, channels: int, steps: int) -> Setting:
-    return Setting(name, data, per_class, size, channels, (), steps={"strided": steps})
+    return Setting(name, data, per_class, size, channels, (), steps=dict.fromkeys(NETWORKS, steps))
 
 
 SETTINGS = {
@@ -66,8 +67,10 @@ SHARE, TEMPERATURE = 0.5, 0.9
 
 @dataclass(frozen=True)
 class Arm:
-    """A stack of augmentations, and which share of a batch is replaced by what: "drawn", "soft" or "moved" images.
+    """A stack of augmentations, and which share of a batch is replaced by what.
 
+    source: "drawn" images; "soft", with the fit's posterior of the image as label; "agreed", only such images of which
+        the fit recognises the class; "moved" images.
     times: drawn images for each real one; None: all.
     """
 
@@ -102,6 +105,12 @@ ARMS = {
 WITHOUT_NETWORK = ("predict", "linear layer")
 TRIALS = {
     **{
+        f"share {some:g}, temperature {t:g}": Arm(PLAIN, some, temperature=t)
+        for some, t in ((0.5, 1.0), (0.5, 0.9), (0.5, 1.15), (0.25, 1.0), (0.75, 1.0))
+    },
+    "agreed, temperature 1": Arm(PLAIN, 0.5, "agreed", 1.0),
+    "soft, temperature 1": Arm(PLAIN, 0.5, "soft", 1.0),
+    **{
         stack: Arm(stack)
         for stack in (
             CIFAR_STACK,
@@ -110,10 +119,6 @@ TRIALS = {
             "cropflip + jitter(strength=0.8,each=4) + cutmix(p=0.5)",
             "cropflip + trivial(p=0.75) + cutmix(p=0.25)",
         )
-    },
-    **{
-        f"share {some:g}, temperature {t:g}": Arm(PLAIN, some, temperature=t)
-        for some, t in ((0.25, 0.9), (0.5, 0.9), (0.75, 0.9), (0.5, 0.8), (0.5, 1.0))
     },
 }
 
@@ -143,35 +148,41 @@ class Case:
         """Images [K, n, C, H, W] to mix into batches, and their soft labels [K, n, K] or None."""
         if (source, temperature) not in self.pools:
             x, y = self.task.train
-            if source == "moved":
+            each = 512 if self.setting.per_class > 200 else 192
+            if source == "drawn":
+                drawn = SyntheticDataset(self.model, each, temperature, seed=self.seed)
+                found = drawn.images(range(len(drawn))).unflatten(0, (10, each)), None
+            elif source == "soft":
+                images, _ = self.pool("drawn", temperature)
+                found = images, torch.stack([self.model.posterior(of_class) for of_class in images])
+            elif source == "agreed":
+                images, soft = self.pool("soft", temperature)
+                good = [(rows.argmax(1) == k).nonzero()[:, 0] for k, rows in enumerate(soft)]
+                few = min(map(len, good))
+                found = torch.stack([of_class[rows[:few]] for of_class, rows in zip(images, good, strict=True)]), None
+            else:
                 aug, copies = GLEMAugment(self.model, Mixup(), 1.0, class_map=range(10), seed=self.seed), []
                 for _ in range(COPIES):
                     moved, g = torch.empty_like(x), torch.Generator().manual_seed(self.seed + len(copies))
                     for rows in torch.randperm(len(x), generator=g).split(64):
                         moved[rows] = aug(x[rows], y[rows])[0]
                     copies.append(moved)
-                images = torch.stack([torch.cat([copy[y == k] for copy in copies]) for k in range(10)])
-                self.pools[source, temperature] = images, None
-            else:
-                each = 512 if self.setting.per_class > 200 else 192
-                drawn = SyntheticDataset(self.model, each, temperature, seed=self.seed)
-                images = drawn.images(range(len(drawn))).unflatten(0, (10, each))
-                soft = self.model.latent_classes.posterior(drawn.latents(range(len(drawn)))).unflatten(0, (10, each))
-                self.pools["drawn", temperature], self.pools["soft", temperature] = (images, None), (images, soft)
+                found = torch.stack([torch.cat([copy[y == k] for copy in copies]) for k in range(10)]), None
+            self.pools[source, temperature] = found
         return self.pools[source, temperature]
 
-    def trained(self, arm: Arm, test: bool) -> dict[str, float]:
+    def trained(self, network: str, arm: Arm, test: bool) -> dict[str, float]:
         """Accuracy in % of a network that is trained with this arm."""
         task, stack = self.task, TUNED[self.setting.name] if arm.stack == "tuned" else arm.stack
         change = None
         if arm.share:
             images, labels = self.pool(arm.source, arm.temperature)
             change = Pool(images[:, : arm.times and arm.times * self.setting.per_class], arm.share, labels)
-        network = train(
-            "strided", task.train, len(task.classes), stack_of(stack), lambda *_: self.model,
-            self.setting.steps["strided"], self.setting.batch, self.seed, True, change,
+        found = train(
+            network, task.train, len(task.classes), stack_of(stack), lambda *_: self.model,
+            self.setting.steps[network], self.setting.batch, self.seed, True, change,
         )  # fmt: skip
-        return {"accuracy": 100 * accuracy(network, task.test if test else task.val)}
+        return {"accuracy": 100 * accuracy(found, task.test if test else task.val)}
 
     def without_network(self, arm: str) -> dict[str, float]:
         """Accuracy in % of `predict`, or of a linear layer on the latents, on the test images."""
@@ -224,24 +235,29 @@ def main() -> None:
     add("settings", nargs="*", metavar="SETTING", help=f"of {', '.join(SETTINGS)} (default: all)")
     add("--part", choices=("test", "validation"), default="test", help="validation: the trials (%(default)s)")
     add("--arms", nargs="+", choices=every, metavar="ARM", default=every, help=f"of {', '.join(every)} (all)")
+    add("--network", choices=NETWORKS, default=NETWORKS[0], help="(%(default)s)")
     add("--seeds", type=int, default=3, help="how many (%(default)s)")
     add("--work", type=Path, help="folder in which latents are kept for the next run")
     args = arguments.parse_args()
     if unknown := set(args.settings) - set(SETTINGS):
         arguments.error(f"unknown settings {sorted(unknown)}; there are {', '.join(SETTINGS)}")
     torch.set_num_threads(args.threads)
-    rows = Rows(STUDY, args.out)
+    rows, network = Rows(STUDY, args.out), args.network
     if args.part == "validation":
         case = Case(SETTINGS[TUNED_AT], TRIAL_SEED, args.work)
         for name, arm in TRIALS.items():
-            rows.once(TUNED_AT, name, TRIAL_SEED, "validation", partial(case.trained, arm, test=False))
+            measure = partial(case.trained, network, arm, test=False)
+            rows.once(f"{TUNED_AT}/{network}", name, TRIAL_SEED, "validation", measure)
         return
     for setting in args.settings or SETTINGS:
         for seed in range(SEED, SEED + args.seeds):
             case = Case(SETTINGS[setting], seed, args.work)
             for arm in args.arms:
-                measure = partial(case.without_network, arm) if arm in WITHOUT_NETWORK else None
-                rows.once(setting, arm, seed, "test", measure or partial(case.trained, ARMS[arm], test=True))
+                if arm in WITHOUT_NETWORK:
+                    rows.once(f"{setting}/no network", arm, seed, "test", partial(case.without_network, arm))
+                else:
+                    measure = partial(case.trained, network, ARMS[arm], test=True)
+                    rows.once(f"{setting}/{network}", arm, seed, "test", measure)
 
 
 if __name__ == "__main__":
