@@ -173,17 +173,20 @@ WITHOUT_MODEL = ("real", "ColorJitter", "tuned stack")
 ADVISED = "half drawn, ColorJitter"
 
 
-def drawn_settings() -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
-    """A name for each setting, and values by arm and seed, by data and number of images."""
-    names = [name for name in rows("drawn").settings() if rows("drawn").values(name, ADVISED)]
-    for name in sorted(names, key=lambda name: (list(DRAWN).index(name.split("-")[0]), int(name.split("-")[1]))):
-        data, per_class = name.split("-")
-        yield f"{DRAWN[data]}, {per_class}", {arm: v for arm, split, _, v in rows("drawn").arms(name) if split == "test"}
+@cache
+def drawn() -> dict[str, dict[str, dict[str, float]]]:
+    """Test accuracies by data with images per class, arm and seed."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name in rows("drawn").settings():
+        data, per_class = name.partition("/")[0].split("-")
+        arms = {arm: values for arm, split, _, values in rows("drawn").arms(name) if split == "test"}
+        found.setdefault(f"{DRAWN[data]}, {per_class}", {}).update(arms)
+    return {name: arms for name, arms in found.items() if ADVISED in arms}
 
 
-def without_model(arms: dict[str, dict[str, float]], seeds: Iterable[str]) -> str:
-    """The other stack that is best on the test images of these seeds, which favours it."""
-    return max((arm for arm in WITHOUT_MODEL if arm in arms), key=lambda arm: over(arms[arm], seeds))
+def best_without_model(arms: dict[str, dict[str, float]]) -> str:
+    """The other stack that is best on the test images, which favours it."""
+    return max((arm for arm in WITHOUT_MODEL if arm in arms), key=lambda arm: over(arms[arm], arms[ADVISED]))
 
 
 @table("drawn/brief", "Half of each batch drawn from a fit to the real images, with ColorJitter: accuracy of a small "
@@ -191,39 +194,36 @@ def without_model(arms: dict[str, dict[str, float]], seeds: Iterable[str]) -> st
        "real images, of each class | crop + flip | best other stack | half drawn | over crop + flip | "
        "over the best other stack | `predict`, no network")  # fmt: skip
 def _() -> Lines:
-    for name, arms in drawn_settings():
-        ours = arms[ADVISED]
-        best = arms[without_model(arms, ours)]
-        means = (mean(arms.get(arm, {}), seeds=ours) for arm in ("predict",))
+    for name, arms in drawn().items():
+        ours, best = arms[ADVISED], arms[best_without_model(arms)]
         gains = (gained(paired(ours, other)) for other in (arms["real"], best))
-        yield [name, *(mean(v, seeds=ours) for v in (arms["real"], best, ours)), *gains, *means]
+        yield [name, *map(mean, (arms["real"], best, ours)), *gains, mean(arms.get("predict", {}))]
 
 
-@table("drawn/arms", "Accuracy on real test images in %, by the number of real images of each class",
-       " | ".join(["arm", *(name for name, _ in drawn_settings())]))  # fmt: skip
+@table("drawn/arms", "Accuracy on real test images in %, by data and real images of each class",
+       " | ".join(["arm", *drawn()]))  # fmt: skip
 def _() -> Lines:
-    settings = [arms for _, arms in drawn_settings()]
-    for arm in dict.fromkeys(arm for arms in settings for arm in arms):
-        yield [arm, *(mean(arms.get(arm, {})) for arms in settings)]
+    for arm in dict.fromkeys(arm for arms in drawn().values() for arm in arms):
+        yield [arm, *(mean(arms.get(arm, {})) for arms in drawn().values())]
 
 
-@table("drawn/gains", "Gains over the best other stack (chosen on the test images) in points, bold if clear",
-       "real images, of each class | best other stack | half drawn | half drawn, ColorJitter | "
-       "half drawn, soft labels | drawn alone | half moved | linear layer | `predict`")  # fmt: skip
+GAINS = ("half drawn", ADVISED, "half drawn, soft labels", "drawn alone", "half moved", "linear layer", "predict")
+
+
+@table("drawn/gains", "Gains over the best other stack, chosen on the test images, in points, bold if clear",
+       " | ".join(["real images, of each class", "best other stack", *GAINS]))  # fmt: skip
 def _() -> Lines:
-    named = ("half drawn", ADVISED, "half drawn, soft labels", "drawn alone", "half moved", "linear layer", "predict")
-    for name, arms in drawn_settings():
-        best = without_model(arms, arms[ADVISED])
-        yield [name, best, *(gained(paired(arms.get(arm, {}), arms[best])) for arm in named)]
+    for name, arms in drawn().items():
+        best = best_without_model(arms)
+        yield [name, best, *(gained(paired(arms.get(arm, {}), arms[best])) for arm in GAINS)]
 
 
 @table("drawn/trials", "Trials on validation images, CIFAR-10, 50 images of each class, one seed: accuracy in %",
-       "trial | accuracy")  # fmt: skip
+       "half drawn with | accuracy")  # fmt: skip
 def _() -> Lines:
     for setting in rows("drawn").settings():
-        for arm, split, _, values in rows("drawn").arms(setting):
-            if split == "validation":
-                yield [f"`{arm}`" if "(" in arm else f"half drawn, {arm}", mean(values)]
+        found = rows("drawn").arms(setting)
+        yield from ([arm, mean(values, 1)] for arm, split, _, values in found if split == "validation")
 
 
 # ---- samples and augmentation ----------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +39,15 @@ from benchmarks.proof.augmentation.ops import Pool
 from benchmarks.proof.augmentation.settings import Setting, stack_of
 from benchmarks.proof.augmentation.train import accuracy, train
 from glem_augment import GLEM, GLEMAugment, Mixup, SyntheticDataset
+from glem_augment.classes import fit
+from glem_augment.classes.fit import NU1_DRAWN
 
 STUDY, TUNED_AT = "drawn", "cifar10-50"
-NETWORKS = ("strided cnn", "strided resnet")
+NETWORK = "strided cnn"
 
 
 def _setting(name: str, data: str, per_class: int, size: int, channels: int, steps: int) -> Setting:
-    return Setting(name, data, per_class, size, channels, (), steps=dict.fromkeys(NETWORKS, steps))
+    return Setting(name, data, per_class, size, channels, (), steps={NETWORK: steps})
 
 
 SETTINGS = {
@@ -69,8 +72,8 @@ SHARE, TEMPERATURE = 0.5, 0.9
 class Arm:
     """A stack of augmentations, and which share of a batch is replaced by what.
 
-    source: "drawn" images; "soft", with the fit's posterior of the image as label; "agreed", only such images of which
-        the fit recognises the class; "moved" images.
+    source: "drawn" images; "soft", with the fit's posterior of the image as label; "moved" images.
+    nu1: of the covariances of samples, in dimensions, see `classes.fit`.
     times: drawn images for each real one; None: all.
     """
 
@@ -78,6 +81,7 @@ class Arm:
     share: float = 0.0
     source: str = "drawn"
     temperature: float = TEMPERATURE
+    nu1: float = NU1_DRAWN
     times: int | None = None
 
 
@@ -104,23 +108,12 @@ ARMS = {
 }
 WITHOUT_NETWORK = ("predict", "linear layer")
 TRIALS = {
-    **{
-        f"share {some:g}, temperature {t:g}": Arm(PLAIN, some, temperature=t)
-        for some, t in ((0.5, 1.0), (0.5, 0.9), (0.5, 1.15), (0.25, 1.0), (0.75, 1.0))
-    },
-    "agreed, temperature 1": Arm(PLAIN, 0.5, "agreed", 1.0),
-    "soft, temperature 1": Arm(PLAIN, 0.5, "soft", 1.0),
-    **{
-        stack: Arm(stack)
-        for stack in (
-            CIFAR_STACK,
-            f"{JITTER} + erasing(p=0.25)",
-            f"{JITTER} + mixup(alpha=0.5)",
-            "cropflip + jitter(strength=0.8,each=4) + cutmix(p=0.5)",
-            "cropflip + trivial(p=0.75) + cutmix(p=0.25)",
-        )
-    },
-}
+    f"nu1 {nu1:g} d, share {some:g}, temperature {t:g}": Arm(PLAIN, some, "drawn", t, nu1)
+    for nu1, some, t in (
+        (2, 0.5, 1.0), (2, 0.5, 0.9), (2, 0.5, 1.15), (2, 0.25, 1.0), (2, 0.75, 1.0),
+        (0.125, 0.5, 0.9), (0.125, 0.75, 0.9), (0, 0.5, 0.9), (0.125, 0.5, 1.0),
+    )
+}  # fmt: skip
 
 
 class Case:
@@ -128,7 +121,7 @@ class Case:
 
     def __init__(self, setting: Setting, seed: int, work: Path | None) -> None:
         self.setting, self.seed, self.work = setting, seed, work
-        self.pools: dict[tuple[str, float], tuple[Tensor, Tensor | None]] = {}
+        self.model, self.pool = cache(self._model), cache(self._pool)
 
     @cached_property
     def task(self):  # noqa: ANN201
@@ -140,47 +133,38 @@ class Case:
         every = -(-len(parts[0]) // TEST_IMAGES)
         return tuple(part[::every] for part in parts)
 
-    @cached_property
-    def model(self) -> GLEM:
-        return GLEM.fit(self.task.train, autoencoder="taef2", classes=self.task.classes)
+    def _model(self, nu1: float = NU1_DRAWN) -> GLEM:
+        with mock.patch.object(fit, "NU1_DRAWN", nu1):
+            return GLEM.fit(self.task.train, autoencoder="taef2", classes=self.task.classes)
 
-    def pool(self, source: str, temperature: float) -> tuple[Tensor, Tensor | None]:
+    def _pool(self, source: str, temperature: float, nu1: float) -> tuple[Tensor, Tensor | None]:
         """Images [K, n, C, H, W] to mix into batches, and their soft labels [K, n, K] or None."""
-        if (source, temperature) not in self.pools:
-            x, y = self.task.train
+        model, (x, y) = self.model(nu1), self.task.train
+        if source == "drawn":
             each = 512 if self.setting.per_class > 200 else 192
-            if source == "drawn":
-                drawn = SyntheticDataset(self.model, each, temperature, seed=self.seed)
-                found = drawn.images(range(len(drawn))).unflatten(0, (10, each)), None
-            elif source == "soft":
-                images, _ = self.pool("drawn", temperature)
-                found = images, torch.stack([self.model.posterior(of_class) for of_class in images])
-            elif source == "agreed":
-                images, soft = self.pool("soft", temperature)
-                good = [(rows.argmax(1) == k).nonzero()[:, 0] for k, rows in enumerate(soft)]
-                few = min(map(len, good))
-                found = torch.stack([of_class[rows[:few]] for of_class, rows in zip(images, good, strict=True)]), None
-            else:
-                aug, copies = GLEMAugment(self.model, Mixup(), 1.0, class_map=range(10), seed=self.seed), []
-                for _ in range(COPIES):
-                    moved, g = torch.empty_like(x), torch.Generator().manual_seed(self.seed + len(copies))
-                    for rows in torch.randperm(len(x), generator=g).split(64):
-                        moved[rows] = aug(x[rows], y[rows])[0]
-                    copies.append(moved)
-                found = torch.stack([torch.cat([copy[y == k] for copy in copies]) for k in range(10)]), None
-            self.pools[source, temperature] = found
-        return self.pools[source, temperature]
+            drawn = SyntheticDataset(model, each, temperature, seed=self.seed)
+            return drawn.images(range(len(drawn))).unflatten(0, (10, each)), None
+        if source == "moved":
+            aug, copies = GLEMAugment(model, Mixup(), 1.0, class_map=range(10), seed=self.seed), []
+            for copy in range(COPIES):
+                moved, g = torch.empty_like(x), torch.Generator().manual_seed(self.seed + copy)
+                for rows in torch.randperm(len(x), generator=g).split(64):
+                    moved[rows] = aug(x[rows], y[rows])[0]
+                copies.append(moved)
+            return torch.stack([torch.cat([copy[y == k] for copy in copies]) for k in range(10)]), None
+        images, _ = self.pool("drawn", temperature, nu1)
+        return images, torch.stack([model.posterior(of_class) for of_class in images])
 
-    def trained(self, network: str, arm: Arm, test: bool) -> dict[str, float]:
+    def trained(self, arm: Arm, test: bool) -> dict[str, float]:
         """Accuracy in % of a network that is trained with this arm."""
         task, stack = self.task, TUNED[self.setting.name] if arm.stack == "tuned" else arm.stack
         change = None
         if arm.share:
-            images, labels = self.pool(arm.source, arm.temperature)
+            images, labels = self.pool(arm.source, arm.temperature, arm.nu1)
             change = Pool(images[:, : arm.times and arm.times * self.setting.per_class], arm.share, labels)
         found = train(
-            network, task.train, len(task.classes), stack_of(stack), lambda *_: self.model,
-            self.setting.steps[network], self.setting.batch, self.seed, True, change,
+            NETWORK, task.train, len(task.classes), stack_of(stack), lambda *_: self.model(),
+            self.setting.steps[NETWORK], self.setting.batch, self.seed, True, change,
         )  # fmt: skip
         return {"accuracy": 100 * accuracy(found, task.test if test else task.val)}
 
@@ -192,9 +176,9 @@ class Case:
         if not torch.equal(truth, self.task.test[1]) or not torch.equal(y, images_of(setting, "train")[1]):
             raise SystemExit(f"drawn: the latents in {self.work} are of other images: remove them")
         if arm == "predict":
-            codec = self.model.codec  # the latents were made by the same autoencoder, without standardisation
-            z = self.model.encode_numbers((test - codec.mean) / codec.std)[0]
-            return {"accuracy": share(self.model.latent_classes.posterior(z), truth)}
+            codec = self.model().codec  # the latents were made by the same autoencoder, without standardisation
+            z = self.model().encode_numbers((test - codec.mean) / codec.std)[0]
+            return {"accuracy": share(self.model().latent_classes.posterior(z), truth)}
         rows = torch.from_numpy(train_rows(setting, y, 10, self.seed))
         held = torch.cat([torch.from_numpy(part) for part, _ in split_rows(y, 10)])
         std, mean = torch.std_mean(h[rows].flatten(1), 0)
@@ -235,19 +219,18 @@ def main() -> None:
     add("settings", nargs="*", metavar="SETTING", help=f"of {', '.join(SETTINGS)} (default: all)")
     add("--part", choices=("test", "validation"), default="test", help="validation: the trials (%(default)s)")
     add("--arms", nargs="+", choices=every, metavar="ARM", default=every, help=f"of {', '.join(every)} (all)")
-    add("--network", choices=NETWORKS, default=NETWORKS[0], help="(%(default)s)")
     add("--seeds", type=int, default=3, help="how many (%(default)s)")
     add("--work", type=Path, help="folder in which latents are kept for the next run")
     args = arguments.parse_args()
     if unknown := set(args.settings) - set(SETTINGS):
         arguments.error(f"unknown settings {sorted(unknown)}; there are {', '.join(SETTINGS)}")
     torch.set_num_threads(args.threads)
-    rows, network = Rows(STUDY, args.out), args.network
+    rows = Rows(STUDY, args.out)
     if args.part == "validation":
         case = Case(SETTINGS[TUNED_AT], TRIAL_SEED, args.work)
         for name, arm in TRIALS.items():
-            measure = partial(case.trained, network, arm, test=False)
-            rows.once(f"{TUNED_AT}/{network}", name, TRIAL_SEED, "validation", measure)
+            measure = partial(case.trained, arm, test=False)
+            rows.once(f"{TUNED_AT}/{NETWORK}", name, TRIAL_SEED, "validation", measure)
         return
     for setting in args.settings or SETTINGS:
         for seed in range(SEED, SEED + args.seeds):
@@ -256,8 +239,8 @@ def main() -> None:
                 if arm in WITHOUT_NETWORK:
                     rows.once(f"{setting}/no network", arm, seed, "test", partial(case.without_network, arm))
                 else:
-                    measure = partial(case.trained, network, ARMS[arm], test=True)
-                    rows.once(f"{setting}/{network}", arm, seed, "test", measure)
+                    measure = partial(case.trained, ARMS[arm], test=True)
+                    rows.once(f"{setting}/{NETWORK}", arm, seed, "test", measure)
 
 
 if __name__ == "__main__":
