@@ -29,6 +29,7 @@ from glem_augment.io import atomic_write, json_text
 
 STUDIES = {
     "augmentation": "Moves of training images beside other augmentations",
+    "drawn": "Images drawn from a fit, beside few real ones",
     "samples": "Classifiers trained on samples alone",
     "private": "Private sets",
     "fit": "Classes estimated from few images and from many",

@@ -166,6 +166,66 @@ def _() -> Lines:
             yield [what, images, *(f"{least[e]:.2f}" if e in least else "" for e in EPSILONS)]
 
 
+# ---- drawn beside real images ----------------------------------------------------------------------------------------
+
+DRAWN = {"cifar10": "CIFAR-10", "fashion": "Fashion-MNIST", "photographs": "photographs, 64 pixels"}
+WITHOUT_MODEL = ("real", "ColorJitter", "tuned stack")
+ADVISED = "half drawn, ColorJitter"
+
+
+@cache
+def drawn() -> dict[str, dict[str, dict[str, float]]]:
+    """Test accuracies by data with images per class, arm and seed."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name in rows("drawn").settings():
+        data, per_class = name.partition("/")[0].split("-")
+        arms = {arm: values for arm, split, _, values in rows("drawn").arms(name) if split == "test"}
+        found.setdefault(f"{DRAWN[data]}, {per_class}", {}).update(arms)
+    return {name: arms for name, arms in found.items() if ADVISED in arms}
+
+
+def best_without_model(arms: dict[str, dict[str, float]]) -> str:
+    """The other stack that is best on the test images, which favours it."""
+    return max((arm for arm in WITHOUT_MODEL if arm in arms), key=lambda arm: over(arms[arm], arms[ADVISED]))
+
+
+@table("drawn/brief", "Half of each batch drawn from a fit to the real images, with ColorJitter: accuracy of a small "
+       "network in %, gains in points",
+       "real images, of each class | crop + flip | best other stack | half drawn | over crop + flip | "
+       "over the best other stack | `predict`, no network")  # fmt: skip
+def _() -> Lines:
+    for name, arms in drawn().items():
+        ours, best = arms[ADVISED], arms[best_without_model(arms)]
+        gains = (gained(paired(ours, other)) for other in (arms["real"], best))
+        yield [name, *map(mean, (arms["real"], best, ours)), *gains, mean(arms.get("predict", {}))]
+
+
+@table("drawn/arms", "Accuracy on real test images in %, by data and real images of each class",
+       " | ".join(["arm", *drawn()]))  # fmt: skip
+def _() -> Lines:
+    for arm in dict.fromkeys(arm for arms in drawn().values() for arm in arms):
+        yield [arm, *(mean(arms.get(arm, {})) for arms in drawn().values())]
+
+
+GAINS = ("half drawn", ADVISED, "half drawn, soft labels", "drawn alone", "half moved", "linear layer", "predict")
+
+
+@table("drawn/gains", "Gains over the best other stack, chosen on the test images, in points, bold if clear",
+       " | ".join(["real images, of each class", "best other stack", *GAINS]))  # fmt: skip
+def _() -> Lines:
+    for name, arms in drawn().items():
+        best = best_without_model(arms)
+        yield [name, best, *(gained(paired(arms.get(arm, {}), arms[best])) for arm in GAINS)]
+
+
+@table("drawn/trials", "Trials on validation images, CIFAR-10, 50 images of each class, one seed: accuracy in %",
+       "half drawn with | accuracy")  # fmt: skip
+def _() -> Lines:
+    for setting in rows("drawn").settings():
+        found = rows("drawn").arms(setting)
+        yield from ([arm, mean(values, 1)] for arm, split, _, values in found if split == "validation")
+
+
 # ---- samples and augmentation ----------------------------------------------------------------------------------------
 
 SHOWN = {"real": "the real images", "real images=5000": "5,000 real images", "real images=1000": "1,000 real images",

@@ -1,13 +1,14 @@
-"""Does augmentation help on your images? One network of timm is trained with several stacks of augmentation.
+"""Do drawn or moved images help on your images? One network of timm is trained with several stacks of augmentation.
 
     python examples/does_it_help.py photos/ photos-test/
     python examples/does_it_help.py photos/ --image-size 96 --steps 600 --seeds 8    # a quarter of photos/ is the test
     python examples/does_it_help.py photos/ photos-test/ --network efficientnet_lite0 --pretrained --image-size 128
 
-All stacks crop and flip. They compete within their kind: ordinary operations, ColorJitter, and moves along the modes of
-the pixels, of an autoencoder's latents (colour images) and of --model. A fifth of the training images is held out and
-chooses the best stack of each kind, by one training of each stack. The chosen stacks and Noise(0.5) along the pixels'
-modes are then measured on the test images, with several seeds. The plan and the time of a step are printed first.
+All stacks crop and flip. They compete within their kind: ordinary operations, ColorJitter, half of each batch drawn
+from a fit to the training images, and half of it moved along the modes of the pixels, of an autoencoder's latents or of
+--model. A fifth of the training images is held out and chooses the best stack of each kind, by one training of each
+stack. The chosen stacks are then measured on the test images, with several seeds. The last sentence says whether
+drawing or moving helped. The plan and the time of a step are printed first.
 """
 
 from __future__ import annotations
@@ -25,9 +26,19 @@ from _common import MEAN, STD, fit, interval, new_network, normalised, percent
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from glem_augment import GLEM, Adversarial, GLEMAugment, GLEMError, Mixup, Noise, Policy, open_data
+from glem_augment import (
+    GLEM,
+    Adversarial,
+    GLEMAugment,
+    GLEMError,
+    Mixup,
+    Noise,
+    Policy,
+    SyntheticDataset,
+    open_data,
+)
 
-BATCH, COPIES = 64, 4  # images of a step, and moved copies of each image, which are made once
+BATCH, COPIES = 64, 4  # images of a step, and images that are moved or drawn once for each image
 LONGER, LEARNED = 4, 0.8  # enough steps give this share of the accuracy above chance of LONGER times as many
 WIDE = 3.0  # points: wider intervals cannot tell that nothing helps
 
@@ -36,22 +47,22 @@ Images = tuple[Tensor, Tensor]  # uint8 [N, C, H, W] and labels [N]
 
 @dataclass(frozen=True)
 class Stack:
-    """Operations beside crop and flip: torchvision's, of an image and of a batch, or half of the images moved."""
+    """Operations beside crop and flip: torchvision's, of an image and of a batch, or half of the images by a model."""
 
     name: str
     kind: str = "ordinary"
     image: tuple[nn.Module, ...] = ()
     batch: type | None = None  # v2.MixUp or v2.CutMix
-    policy: Policy | None = None
+    model: str | None = None
+    policy: Policy | None = None  # None: a model draws images
 
     @property
     def copied(self) -> bool:
-        """Moves are made before the training, but for moves against the network in training."""
-        return self.policy is not None and not isinstance(self.policy, Adversarial)
+        """Images are moved or drawn before the training, but for moves against the network in training."""
+        return self.model is not None and not isinstance(self.policy, Adversarial)
 
 
-PLAIN = Stack("crop + flip", "plain")
-USUAL = Stack("pixels: noise 0.5", "pixels", policy=Noise(0.5))
+PLAIN, USUAL = Stack("crop + flip", "plain"), Noise(0.5)
 
 
 def ordinary() -> Iterator[Stack]:
@@ -68,11 +79,15 @@ def ordinary() -> Iterator[Stack]:
             yield Stack(f"ColorJitter {size:g}{name}", "ColorJitter", (jitter,), batch)
 
 
-def moves(kind: str) -> Iterator[Stack]:
-    policies = [USUAL.policy, Noise(1.0), Mixup(), *([Adversarial()] if kind == "pixels" else [])]
-    for policy in policies:
-        words = f"noise {policy.strength:g}" if type(policy) is Noise else type(policy).__name__.lower()
-        yield Stack(f"{kind}: {words}", kind, policy=policy)
+def by_models(models: Sequence[str]) -> Iterator[Stack]:
+    """Images that are drawn from the autoencoder's latents, if there is one, and moved ones."""
+    of = models[min(1, len(models) - 1)]
+    yield Stack("half drawn", "drawn", model=of)
+    yield Stack("half drawn, ColorJitter 0.4", "drawn", (v2.ColorJitter(0.4, 0.4, 0.4, 0.1),), model=of)
+    for model in models:
+        for policy in (USUAL, Noise(1.0), Mixup(), *([Adversarial()] if model == "pixels" else [])):
+            words = f"noise {policy.strength:g}" if type(policy) is Noise else type(policy).__name__.lower()
+            yield Stack(f"{model}: {words}", model, model=model, policy=policy)
 
 
 def augmentation(model: GLEM, policy: Policy, p: float = 1.0, seed: int = 0) -> GLEMAugment:
@@ -101,7 +116,7 @@ class Trainings:
         """Batches without end."""
         torch.manual_seed(seed)
         (x, y), size = train, min(BATCH, len(train[0]))
-        copies = self.copies(stack.kind, stack.policy, train) if stack.copied else None
+        copies = self.copies(stack.model, stack.policy, train) if stack.copied else None
         aug = self.adversary(stack, train, seed, network) if stack.policy and not stack.copied else None
         crop = v2.RandomResizedCrop(x.shape[2:], scale=(0.35, 1.0), antialias=True)
         each = v2.Compose([crop, v2.RandomHorizontalFlip(), *stack.image])
@@ -110,8 +125,8 @@ class Trainings:
             for rows in torch.randperm(len(x))[: len(x) // size * size].split(size):
                 images, labels = x[rows], y[rows]
                 if copies is not None:
-                    moved = copies[torch.randint(COPIES, (len(rows),)), rows]
-                    images = torch.where(torch.rand(len(rows))[:, None, None, None] < 0.5, moved, images)
+                    others = copies[torch.randint(COPIES, (len(rows),)), rows]
+                    images = torch.where(torch.rand(len(rows))[:, None, None, None] < 0.5, others, images)
                 elif aug is not None:
                     images = aug(images, labels)[0]
                 images = normalised(torch.stack([each(image) for image in images]))
@@ -120,13 +135,18 @@ class Trainings:
 
     def adversary(self, stack: Stack, train: Images, seed: int, network: nn.Module) -> GLEMAugment:
         """Moves half of the images against the network in training."""
-        aug = augmentation(self.model(stack.kind, train), stack.policy, 0.5, seed)
+        aug = augmentation(self.model(stack.model, train), stack.policy, 0.5, seed)
         return aug.attach(nn.Sequential(v2.Normalize([MEAN], [STD]), network))
 
-    def _copies(self, kind: str, policy: Policy, train: Images) -> Tensor:
-        """Moved copies of all images, uint8 [COPIES, N, C, H, W]."""
-        (x, y), aug = train, augmentation(self.model(kind, train), policy)
+    def _copies(self, name: str, policy: Policy | None, train: Images) -> Tensor:
+        """Moved copies of all images, or drawn images of their classes, uint8 [COPIES, N, C, H, W]."""
+        (x, y), model = train, self.model(name, train)
         out = torch.empty(COPIES, *x.shape, dtype=torch.uint8)
+        if policy is None:
+            drawn = SyntheticDataset(model, (COPIES * y.bincount()).tolist())
+            out[:, y.argsort()] = drawn.images(range(len(drawn))).unflatten(0, (-1, COPIES)).transpose(0, 1)
+            return out
+        aug = augmentation(model, policy)
         for view in out:
             for rows in torch.randperm(len(x)).split(BATCH):  # partners vary
                 view[rows] = aug(x[rows], y[rows])[0]
@@ -144,9 +164,9 @@ def parted(images: Images, every: int) -> tuple[Images, Images]:
 
 
 def models_for(channels: int, autoencoder: str, flow: str | None) -> dict[str, Callable[[Images], GLEM]]:
-    """For each kind of moves, a function that fits a model in one pass over images."""
+    """By its name, a function that fits a model in one pass over images."""
     found: dict[str, Callable[[Images], GLEM]] = {"pixels": partial(GLEM.fit)}
-    if channels == 3 and autoencoder != "none":
+    if autoencoder != "none":
         found[autoencoder] = partial(GLEM.fit, autoencoder=autoencoder)
     if flow:
         model = GLEM.from_pretrained(flow)
@@ -173,17 +193,17 @@ def plan(run: Trainings, stacks: Sequence[Stack], kinds: Sequence[str], fitting:
     plain, slow, against = speed
     few, copying = tuple(part[:8] for part in train), 0.0
     for kind in kinds:
-        aug, began = augmentation(run.model(kind, fitting), USUAL.policy), time.perf_counter()
+        aug, began = augmentation(run.model(kind, fitting), USUAL), time.perf_counter()
         aug(*few)
         each = (time.perf_counter() - began) / len(few[0])
-        copying += each * COPIES * (3 * len(fitting[0]) + len(train[0]))
+        copying += each * COPIES * (4 * len(fitting[0]) + 2 * len(train[0]))
         print(f"  an image moved along the modes of {kind}: {1000 * each:.1f} ms, {COPIES} copies of each image")
-    costs = [plain if not (s.image or s.policy) or s.copied else against if s.policy else slow for s in stacks]
-    measured = args.seeds * (3 + len(kinds)) * statistics.mean(costs)
+    costs = [slow if s.image else against if s.policy and not s.copied else plain for s in stacks]
+    measured = args.seeds * (4 + len(kinds)) * statistics.mean(costs)
     seconds = args.steps * ((1 + LONGER) * plain + sum(costs) + measured) + copying
     print(
-        f"{len(stacks)} stacks are tried once, and {2 + len(kinds)} to {4 + len(kinds)} are measured with {args.seeds} "
-        f"seeds, {args.steps} steps each: about {seconds / 60:.1f} minutes\n",
+        f"{len(stacks)} stacks are tried once, and {4 + len(kinds)} are measured with {args.seeds} seeds, {args.steps} "
+        f"steps each: about {seconds / 60:.1f} minutes\n",
         flush=True,
     )
 
@@ -204,25 +224,24 @@ def too_little(run: Trainings, fitting: Images, held: Images) -> str | None:
 
 
 def conclusion(found: dict[Stack, list[float]]) -> str:
-    """One sentence from accuracies with the same seeds; the first stack is crop + flip."""
+    """One sentence on drawing and moving, from accuracies with the same seeds; the first stack is crop + flip."""
 
     def gain(one: Stack, two: Stack) -> tuple[float, float]:
         each = [a - b for a, b in zip(found[one], found[two], strict=True)]
         return statistics.mean(each), interval(each)
 
     mean = {stack: statistics.mean(values) for stack, values in found.items()}
-    plain, other = next(iter(found)), max((s for s in found if s.policy is None), key=mean.__getitem__)
-    best = max((s for s in found if s.policy), key=mean.__getitem__)
-    points, half = gain(best, other)
-    if points > half:
-        return f"Use {best.name}: {points:+.1f} ± {half:.1f} points over {other.name}, the best without moves."
-    points, half = gain(other, plain)
-    if points > half:
-        return f"Use {other.name}: {points:+.1f} ± {half:.1f} points over crop + flip. Moves add nothing clear to it."
-    widest = max(gain(stack, plain)[1] for stack in found if stack is not plain)
-    if widest > WIDE:
-        return f"No conclusion: gains are uncertain by up to ± {widest:.1f} points. Give more --seeds and --steps."
-    return "Nothing clearly beats crop + flip on these images: leave it out, or give more --seeds and --steps."
+    other, words, clear, halves = max((s for s in found if not s.model), key=mean.__getitem__), [], False, []
+    for verb, kinds in (("drawing", ("drawn",)), ("moving", {s.kind for s in found if s.policy})):
+        best = max((s for s in found if s.kind in kinds), key=mean.__getitem__)
+        points, half = gain(best, other)
+        verdict = "helped" if points > half else "harmed" if points < -half else "gained nothing clear"
+        words.append(f"{verb} {verdict} ({best.name}: {points:+.1f} ± {half:.1f} points)")
+        halves.append(half)
+        clear |= points > half
+    if max(halves) > WIDE and not clear:
+        return f"No conclusion: gains are uncertain by up to ± {max(halves):.1f} points. Give more --seeds and --steps."
+    return f"Over {other.name}, the best without a model, {' and '.join(words)}."
 
 
 def table(found: dict[Stack, list[float]]) -> Iterator[str]:
@@ -236,19 +255,19 @@ def table(found: dict[Stack, list[float]]) -> Iterator[str]:
 
 
 def choose(run: Trainings, stacks: Sequence[Stack], fitting: Images, held: Images) -> list[Stack]:
-    """Crop + flip, the usual move, and the stack of each kind that is best on held-out images."""
+    """Crop + flip, and the stack of each kind that is best on held-out images."""
     tried: dict[str, dict[Stack, float]] = {}
     for stack in stacks:
         value = run.accuracy(stack, fitting, held, 0, run.args.steps)
         tried.setdefault(stack.kind, {})[stack] = value
         print(f"tried {stack.name}: {value:.1f} % of the held-out images", flush=True)
-    return [PLAIN, USUAL, *(max(values, key=values.__getitem__) for values in tried.values())]
+    return [PLAIN, *(max(values, key=values.__getitem__) for values in tried.values())]
 
 
 def measure(run: Trainings, chosen: Sequence[Stack], train: Images, test: Images) -> dict[Stack, list[float]]:
     """Accuracies on the test images."""
     found: dict[Stack, list[float]] = {}
-    for stack in dict.fromkeys(chosen):
+    for stack in chosen:
         found[stack] = [run.accuracy(stack, train, test, seed, run.args.steps) for seed in range(run.args.seeds)]
         print(f"measured {stack.name}: {', '.join(f'{value:.1f}' for value in found[stack])} %", flush=True)
     return found
@@ -287,7 +306,7 @@ def main() -> None:
     if train[0].dtype != torch.uint8 or train[0].shape[1] not in (1, 3) or int(train[1].bincount().min()) < 5:
         raise SystemExit(f"{args.data} needs 8-bit grey or RGB images, and at least 5 training images of each class")
     models = models_for(train[0].shape[1], args.autoencoder, args.model)
-    run, stacks = Trainings(args, data.classes, models), [*ordinary(), *(s for kind in models for s in moves(kind))]
+    run, stacks = Trainings(args, data.classes, models), [*ordinary(), *by_models([*models])]
     fitting, held = parted(train, 5)
     print(f"{len(train[0])} training and {len(test[0])} test images, {len(data.classes)} classes; {args.network}")
     plan(run, stacks, [*models], fitting, train)
@@ -295,6 +314,9 @@ def main() -> None:
     if refusal:
         raise SystemExit(refusal)
     found = measure(run, choose(run, stacks, fitting, held), train, test)
+    of = next(stack.model for stack in stacks if stack.kind == "drawn")
+    right = torch.cat([run.model(of, train).predict(part) for part in test[0].split(256)]) == test[1]
+    print(f"\n`predict` of the fit ({of}), without a network: {100 * float(right.double().mean()):.1f} %")
     print("\n", "\n".join([*table(found), "", conclusion(found)]), sep="")
 
 

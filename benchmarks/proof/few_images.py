@@ -34,7 +34,7 @@ from glem_augment.io import atomic_write
 # Setting: folder of GLEM_DATA, test split, side in pixels, numbers of images of a class.
 SETTINGS = {
     "cifar10": ("cifar10", "test", 32, (5, 20, 50, 100, 300, 1000, 5000)),
-    "fashion-mnist": ("torch", "test", 28, (5, 20, 50, 100, 300, 1000, 6000)),
+    "fashion-mnist": ("fashion-mnist", "test", 28, (5, 20, 50, 100, 300, 1000, 6000)),
     "imagenette-64": ("imagenette128", "val", 64, (5, 20, 50, 100, 300)),
     "imagenette-128": ("imagenette128", "val", 128, (5, 20, 50, 100, 300)),
 }

@@ -6,8 +6,8 @@ the pooled within-class covariance S of all classes and the covariance S_y of th
     W    =  (nu0 s T + N S) / (nu0 + N),              nu0 = 3 d,
     W_y  =  (nu1 W + (n_y - 1) S_y) / (nu1 + n_y - 1),      nu1 = 2 d + 4 n_y.
 
-Samples and moves have nu1 = 2 d in place of this nu1: a class of many images keeps nearly all of S_y there, as a
-likelihood prefers, while a classifier gains by more shrinkage (Friedman, Regularized Discriminant Analysis, 1989).
+Samples and moves have nu1 = d / 8 in place of this nu1. A class keeps more of S_y there, so that its decoded samples
+are recognised, while a classifier gains by more shrinkage (Friedman, Regularized Discriminant Analysis, 1989).
 
 The target T is public where the latents have public coordinates (`flows.public`), with the scale s of the images;
 else it is the diagonal of S. So a class of few images has nearly the covariance W of all classes, a class of many keeps
@@ -39,8 +39,8 @@ from glem_augment.errors import DataError
 from glem_augment.flows.public import PublicFlow
 from glem_augment.names import HIGHEST_TEMPERATURE, INITIAL_VARIANCE, LOWEST_SHARE
 
-# The strengths of the two levels, in dimensions, and of the second in images of the class.
-NU0, NU1, NU1_IMAGES = 3, 2, 4
+# The strengths of the two levels, in dimensions, and of the second in images of the class; of the second for samples.
+NU0, NU1, NU1_IMAGES, NU1_DRAWN = 3, 2, 4, 0.125
 # The least variance of a dimension, as a share of the mean over dimensions. 8-bit levels give constant pixels about as
 # much by their noise; floats and 16-bit levels would give them none.
 LEAST_SHARE = 1e-5
@@ -176,10 +176,9 @@ def _scatter(shared: SharedCoordinates, each: Moments, most: int) -> tuple[Tenso
 def _set_class(found: ClassCovariances, y: int, count: int, directions: Tensor, lengths: Tensor, left: float) -> None:
     """Set the covariance W_y of class y from its scatter."""
     found.directions[y, : len(lengths)] = directions.float()
-    drawn = NU1 * found.dim
     for nu1, variances, rest in (
-        (drawn + NU1_IMAGES * count, found.variances, found.rest),
-        (drawn, found.drawn_variances, found.drawn_rest),
+        (NU1 * found.dim + NU1_IMAGES * count, found.variances, found.rest),
+        (NU1_DRAWN * found.dim, found.drawn_variances, found.drawn_rest),
     ):
         total = nu1 + count - 1
         rest[y] = variances[y] = (nu1 + left) / total

@@ -51,8 +51,10 @@ def statistics_of(latents: list[Tensor], public: PublicFlow | None = None, hold_
     return class_statistics(of_class, range(len(latents)), latents[0].shape[1], 64, hold_out)
 
 
-def by_the_formula(latents: list[Tensor], public: PublicFlow | None, nu1_images: int = 4) -> list[MultivariateNormal]:
-    """The estimate of `classes.fit`, with explicit matrices; `nu1_images` is 0 for samples."""
+def by_the_formula(
+    latents: list[Tensor], public: PublicFlow | None, nu1_of: tuple[float, int] = (2, 4)
+) -> list[MultivariateNormal]:
+    """The estimate of `classes.fit`, with explicit matrices; `nu1_of`: dimensions and images of the class in nu1."""
     d = latents[0].shape[1]
     to = torch.eye(d, dtype=torch.float64) if public is None else to_public(torch.eye(d), public).double()
     v = [z @ to for z in latents]
@@ -69,7 +71,7 @@ def by_the_formula(latents: list[Tensor], public: PublicFlow | None, nu1_images:
     back = torch.linalg.inv(to)
     found = []
     for n, m, scatter in zip(counts, means, scatters, strict=True):
-        nu1 = 2 * d + nu1_images * n
+        nu1 = nu1_of[0] * d + nu1_of[1] * n
         covariance = back.T @ ((nu1 * w + scatter) / (nu1 + n - 1)) @ back
         found.append(MultivariateNormal(m @ back, (covariance + covariance.T) / 2))
     return found
@@ -86,7 +88,7 @@ def test_the_estimate_is_its_formula(counts: tuple[int, ...], public: PublicFlow
     scores = torch.stack([each.log_prob(z) for each in wanted], 1)
     torch.testing.assert_close(found.log_prob(z.float()).double(), scores, rtol=1e-4, atol=1e-3)
     noise = torch.randn(20000, 12, generator=torch.Generator().manual_seed(1))
-    for y, each in enumerate(by_the_formula(latents, public, nu1_images=0)):
+    for y, each in enumerate(by_the_formula(latents, public, (1 / 8, 0))):
         covariance, scale = each.covariance_matrix.float(), float(each.variance.mean())
         torch.testing.assert_close(covariances.mean[y], each.mean.float(), rtol=1e-4, atol=1e-3)
         rows = modes.scales[y, :, None] * modes.directions[y]

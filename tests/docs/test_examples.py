@@ -220,11 +220,13 @@ def test_does_it_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     monkeypatch.setattr(sys, "argv", ["does_it_help.py", str(tmp_path), *options])
     example.main()
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("tried ") for line in lines) == len(few) + 4
+    assert sum(line.startswith("tried ") for line in lines) == len(few) + 6
     measured = sum(line.startswith("measured ") for line in lines)
-    assert 4 <= measured <= 5 and sum(" ± " in line for line in lines) >= measured
-    found = {example.PLAIN: [50.0, 50.2], example.Stack("other"): [52.0, 52.2], example.USUAL: [55.0, 55.2]}
-    assert "Use pixels: noise 0.5: +3.0" in example.conclusion(found)
+    assert measured == 5 and sum(" ± " in line for line in lines) >= measured
+    drawn, *_, moved = example.by_models(["pixels"])
+    found = {example.PLAIN: [50.0, 50.2], example.Stack("other"): [52.0, 52.2], drawn: [55.0, 55.2]}
+    words = example.conclusion(found | {moved: [51.0, 51.2]})
+    assert "Over other" in words and "drawing helped (half drawn: +3.0" in words and "moving harmed" in words
 
 
 # ---- whole runs ----------------------------------------------------------------------------------------------------

@@ -138,7 +138,9 @@ class Stack:
         self, name: str, params: dict[str, Any], model: GLEM, p: float, count: int, seed: int
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         if name == "synthetic":
-            return _Synthetic(model, p, count // model.num_classes, seed, **params)
+            per_class = min(SYNTHETIC_POOL, max(20, POOL_RATIO * (count // model.num_classes)))
+            drawn = SyntheticDataset(model, per_class, seed=seed, **params)
+            return Pool(drawn.images(range(len(drawn))).unflatten(0, (-1, per_class)), p)
         if name == "latent-noise":
             return Reused(self._latent_noise(model, params["strength"]), p, count)
         assert model.modes is not None
@@ -172,7 +174,7 @@ class Stack:
         if name == "jitter":
             s = params["strength"]
             jitter = v2.ColorJitter(s, s, s, s / 4)
-            return lambda x, y: (torch.stack([jitter(image) for image in x]), y)
+            return lambda x, y: (torch.cat([jitter(part) for part in x.split(params.get("each", 1))]), y)
         if name == "trivial":
             trivial = v2.TrivialAugmentWide()
 
@@ -213,21 +215,25 @@ class Stack:
         return x.index_copy(0, rows, changed.clamp(0, 1))
 
 
-class _Synthetic:
-    """Replaces images, with probability p, by images that the flow draws for their class."""
+class Pool:
+    """Replaces images, with probability p, by random images of their class.
 
-    def __init__(self, model: GLEM, p: float, per_class: int, seed: int, temperature: float, source: str) -> None:
-        self.p = p
-        self.per_class = min(SYNTHETIC_POOL, max(20, POOL_RATIO * per_class))
-        drawn = SyntheticDataset(model, self.per_class, temperature=temperature, seed=seed, source=source)
-        self.images = drawn.images(range(len(drawn)))
+    Args:
+        images: uint8 [K, n, C, H, W], n images of each class.
+        labels: of these images, soft [K, n, K]; None: the class.
+    """
+
+    def __init__(self, images: Tensor, p: float, labels: Tensor | None = None) -> None:
+        self.images, self.p, self.labels = images, p, labels
 
     def __call__(self, rows: Tensor, x: Tensor, y: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
         chosen = (torch.rand(len(x), generator=g) < self.p).nonzero()[:, 0]
-        which = torch.randint(self.per_class, (len(chosen),), generator=g)
-        images = self.images[y[chosen] * self.per_class + which]
+        which = torch.randint(self.images.shape[1], (len(chosen),), generator=g)
+        images, classes = self.images[y[chosen], which], y[chosen]
         if images.shape[1:] != x.shape[1:]:
             images = v2.functional.resize(images, list(x.shape[2:]), antialias=True)
+        if self.labels is not None:
+            y = F.one_hot(y, len(self.images)).float().index_copy(0, chosen, self.labels[classes, which])
         return x.index_copy(0, chosen, images), y
 
 
