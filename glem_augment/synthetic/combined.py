@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
@@ -36,6 +37,8 @@ class RealAndSynthetic(Dataset):
         synthetic: a `SyntheticDataset`, or the folder of an export, with at least `ratio * len(real)` images.
         ratio: synthetic images per real image: 1 doubles the data. Classes take turns, so each ratio keeps the balance
             of `synthetic`. None: all synthetic images, as for per_class="balance".
+        share: in place of `ratio`, the data set stays as long as the real one, and each item is with this probability a
+            synthetic image of its class, drawn anew by torch's random numbers each time. Advised beside few images.
         class_map: how the real data's classes map to the model's, see `match_classes`. The real data may have more
             classes than the model. The model may have further classes, if `synthetic` has no images of them.
         transform: applied to every image, real and synthetic. For a DataLoader it must make tensors of one size from
@@ -55,6 +58,7 @@ class RealAndSynthetic(Dataset):
         ratio: float | None = 1.0,
         class_map: ClassMap = None,
         transform: Callable[[Any], Any] | None = None,
+        share: float | None = None,
     ) -> None:
         if isinstance(synthetic, str | os.PathLike):
             synthetic = open_data(synthetic)
@@ -79,7 +83,8 @@ class RealAndSynthetic(Dataset):
                 raise DataError("one class of the synthetic images stands for several real classes: no label fits")
             label_of[matched] = np.flatnonzero(index >= 0)
         made = np.asarray(synthetic.targets, dtype=np.int64)
-        if ratio is None:
+        self.share = None if share is None else check_number("share", share, 0.0, 1.0)
+        if ratio is None or share is not None:
             self.chosen = np.arange(len(made))
         else:
             count = round(check_number("ratio", ratio, 0.0, math.inf) * self._real_count)
@@ -91,22 +96,34 @@ class RealAndSynthetic(Dataset):
         if missing:
             names = ", ".join(missing[:10])
             raise DataError(f"the real data has no class for the synthetic {names}: give class_map, or draw none of it")
-        self.targets: list[int] = source.targets.tolist() + labels.tolist()
+        self._labels: list[int] = source.targets.tolist() + labels.tolist()
+        self.targets = self._labels[: len(self)]
+        self._of_label = {y: self._real_count + np.flatnonzero(labels == y) for y in np.unique(labels).tolist()}
 
     def __len__(self) -> int:
-        return self._real_count + len(self.chosen)
+        return self._real_count + (len(self.chosen) if self.share is None else 0)
 
     def __repr__(self) -> str:
+        shared = "" if self.share is None else f"a share of {self.share:g} of "
         return (
-            f"RealAndSynthetic({self._real_count} real and {len(self.chosen)} synthetic images of {self.synthetic!r})"
+            f"RealAndSynthetic({self._real_count} real and {shared}{len(self.chosen)} synthetic images of "
+            f"{self.synthetic!r})"
         )
+
+    def _place(self, index: int) -> int:
+        """The place of item `index` among all real and synthetic images."""
+        place = range(len(self))[index]  # negative ones count from the end
+        others = self._of_label.get(self._labels[place])
+        if self.share is None or others is None or float(torch.rand(())) >= self.share:
+            return place
+        return int(others[int(torch.randint(len(others), ()))])
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Iterable[int]) -> list[tuple[Any, Any]]:
         """Several items; synthetic images are decoded together."""
-        places = [range(len(self))[i] for i in indices]  # negative ones count from the end
+        places = [self._place(i) for i in indices]
         chosen = [int(self.chosen[place - self._real_count]) for place in places if place >= self._real_count]
         pictures = iter(self._pictures(chosen) if chosen else ())
         label_transform = getattr(self.synthetic, "target_transform", None)
@@ -116,7 +133,7 @@ class RealAndSynthetic(Dataset):
             if place < self._real_count:
                 image, label = self.real[place]
             else:
-                image, label = next(pictures), (label_transform or int)(self.targets[place])
+                image, label = next(pictures), (label_transform or int)(self._labels[place])
             items.append((image if self.transform is None else self.transform(image), label))
         return items
 

@@ -78,6 +78,23 @@ def test_classes_that_do_not_match_name_the_fix(model: GLEM, tail: ImageData) ->
         RealAndSynthetic(other, SyntheticDataset(model, per_class=1))
 
 
+def test_a_share_of_the_items_are_synthetic_images_of_their_class(model: GLEM, image_folder: Path) -> None:
+    real, synthetic = ImageFolder(image_folder), SyntheticDataset(model, per_class={"cat": 40, "dog": 5})
+    torch.manual_seed(0)
+    both = RealAndSynthetic(real, synthetic, share=0.5)
+    assert "12 real and a share of 0.5 of 45" in repr(both) and len(both) == 12 and both.targets == real.targets
+    originals = {np.asarray(image).tobytes() for image, _ in real}
+    drawn = [[np.asarray(image).tobytes() for image, label in (both[i] for _ in range(60))] for i in (0, 5, -1)]
+    assert set(drawn[0]) <= originals  # no bird is drawn
+    shares = [sum(image not in originals for image in images) / 60 for images in drawn[1:]]
+    assert all(0.25 < share < 0.75 for share in shares) and [len(set(images)) > 5 for images in drawn[1:]] == [
+        True,
+        True,
+    ]
+    assert [label for _, label in both.__getitems__([0, 5, 11])] == [0, 1, 2]
+    assert all(label == 1 for _, label in [RealAndSynthetic(real, synthetic, share=1)[5] for _ in range(5)])
+
+
 def test_real_and_synthetic_at_a_ratio(model: GLEM, image_folder: Path) -> None:
     real = ImageFolder(image_folder)  # bird, cat, dog: 4 each
     synthetic = SyntheticDataset(model, per_class=10)
