@@ -276,7 +276,7 @@ def main() -> None:
     x = (torch.randint(0, 120, (60, 1, 8, 8)) + 40 * y[:, None, None, None]).to(torch.uint8)
     data = ImageData.from_tensors(x, y.numpy(), ["a", "b", "c"])
     host = GLEM.create("glow_tiny", (1, 8, 8), ["a", "b", "c"], depth=[1, 1], blocks=[1, 1], width=[6, 6]).eval()
-    host.initialise(x)
+    host.flow.initialise(host.numbers(x))
     host.fit_modes(data, rank=4)
     host.requires_grad_(False)
     with warnings.catch_warnings():
