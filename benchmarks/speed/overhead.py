@@ -80,7 +80,7 @@ def make_flow() -> GLEM:
     shape, names = (3, FLOW_SIDE, FLOW_SIDE), [str(c) for c in range(CLASSES)]
     model = GLEM.create(settings.pop("preset"), shape, classes=names, **settings).eval()
     x, y = images(100 * CLASSES, FLOW_SIDE, SEED + 1)
-    model.initialise(x[:100])
+    model.flow.initialise(model.numbers(x[:100]))
     for name, parameter in model.flow.named_parameters():
         if ".tail." in name:
             nn.init.normal_(parameter, std=1e-3)

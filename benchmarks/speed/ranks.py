@@ -57,7 +57,7 @@ def train(args: argparse.Namespace, folder: Path) -> float:
 def generate(args: argparse.Namespace, folder: Path) -> float:
     """Images per second of an export to an ImageFolder."""
     model = GLEM.create(args.preset, (1, 28, 28), [str(i) for i in range(10)])
-    model.initialise(next(iter(open_data("bundled:fashion-mnist").batches(range(256), 256)))[0])
+    model.flow.initialise(model.numbers(next(iter(open_data("bundled:fashion-mnist").batches(range(256), 256)))[0]))
     count = args.generate // 10
     SyntheticDataset(model, per_class=1).images(range(10))  # warms up
     data = SyntheticDataset(model, per_class=count)

@@ -15,16 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import (
-    CommitInfo,
-    HfApi,
-    constants,
-    get_hf_file_metadata,
-    hf_hub_download,
-    hf_hub_url,
-    snapshot_download,
-    try_to_load_from_cache,
-)
+from huggingface_hub import CommitInfo, HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 
 from glem_augment.errors import GLEMError, HubError, ModelFileError
 from glem_augment.evaluation.pictures import Section, compose, unit
@@ -59,8 +50,8 @@ def download_model(text: str | os.PathLike[str], *, revision: str | None = None,
     hint = "" if os.fspath(text).startswith(PREFIX) else f"there is no folder {os.fspath(text)!r} here, and "
     with hub_errors(f"the model {_full(repo_id, revision)!r} can't be downloaded", hint):
         if not isinstance(try_to_load_from_cache(repo_id, CONFIG, client["cache_dir"], revision), str):
-            # Without an answer, the download would try five more times, for half a minute.
-            get_hf_file_metadata(hf_hub_url(repo_id, CONFIG, revision=revision), token=client["token"])
+            # It fails where nothing answers. The download would try five more times, for half a minute.
+            HfApi(token=client["token"]).file_exists(repo_id, CONFIG, revision=revision)
         folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision, **client)).parent
         found = _full(repo_id, folder.name)
         try:

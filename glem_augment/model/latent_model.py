@@ -292,12 +292,6 @@ class LatentModel(nn.Module):
 
     # ---- fitted to images ----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def initialise(self, x: Tensor, generator: torch.Generator | None = None) -> None:
-        """Initialise the flow's ActNorms from the images `x` [B,C,H,W], once."""
-        chunks = self._checked(x).split(self.codec.most)
-        self.flow.initialise(torch.cat([self.numbers(chunk, generator) for chunk in chunks]))
-
     def latents_of_classes(
         self, data: ImageData, rows: Sequence[np.ndarray], seed: int, count: Callable[[int], object] | None = None
     ) -> Callable[[int], Tensor]:

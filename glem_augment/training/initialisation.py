@@ -20,16 +20,13 @@ from glem_augment.training.batches import EVAL_BATCH, LEAST_IMAGES, MOST_NUMBERS
 from glem_augment.training.config import TrainConfig
 from glem_augment.training.moments import LatentStatistics
 from glem_augment.training.objective import Objective
-from glem_augment.training.steps import latent_pass, training_mode
+from glem_augment.training.steps import latent_pass
 
 INIT_IMAGES = 1024  # ActNorm's start needs a fair estimate of each element's spread
 
 
 def new_model(data: ImageData, config: TrainConfig, objective: Objective, init_model: GLEM | None) -> GLEM:
-    """The model that is trained: with the flow of `init_model`, or a new one.
-
-    DataError: images of another shape. ValueError: a flow without the dropout or the precision that is asked for.
-    """
+    """The model that is trained: with the flow of `init_model`, or a new one. DataError: images of another shape."""
     data.pixel_range.need_8_bits("training a flow (GLEM.fit needs no training)")
     torch.manual_seed(config.seed)
     if init_model is None:
@@ -47,9 +44,6 @@ def new_model(data: ImageData, config: TrainConfig, objective: Objective, init_m
         )
         flow, codec = copy.deepcopy((init_model.flow, init_model.codec))
         model = GLEM(same, flow.train().requires_grad_(True), codec=codec)
-    with training_mode(model.flow, config):
-        model.flow.set_dropout(config.dropout)
-    model.flow.set_dropout(0.0)
     return model
 
 

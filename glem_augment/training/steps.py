@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,6 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from glem_augment.distributed import add_up, progress_bar, world_size
-from glem_augment.flows import Flow
 from glem_augment.model.glem import GLEM
 from glem_augment.training.batches import EVAL_BATCH, Batches, seeded
 from glem_augment.training.config import TrainConfig
@@ -55,16 +52,6 @@ def m_learning_rates(m_steps: int, each: int, e_steps: int) -> list[float]:
     tail = [0.1 ** (i / max(1, late - 1)) for i in range(late)]
     moves = [1.0 / early] * (m_steps - late) + [min(1.0 / early, 0.45 * v / sum(tail)) for v in tail]
     return [move / each for move in moves for _ in range(each)]
-
-
-@contextmanager
-def training_mode(flow: Flow, config: TrainConfig) -> Iterator[None]:
-    """Apply `precision` to the flow that is trained; outside, it is float32."""
-    flow.set_autocast(torch.bfloat16 if config.precision == "bf16" else None)
-    try:
-        yield
-    finally:
-        flow.set_autocast(None)
 
 
 # ---- optimizers ------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from glem_augment.training.latents import LATENTS, kept_views, latent_views
 from glem_augment.training.log import Callback, MetricsLog
 from glem_augment.training.moments import LatentStatistics
 from glem_augment.training.objective import Objective, Progress, objective_of
-from glem_augment.training.steps import add_up_gradients, flow_optimizer, latent_pass, m_learning_rates, training_mode
+from glem_augment.training.steps import add_up_gradients, flow_optimizer, latent_pass, m_learning_rates
 
 _STEP_ROWS_EVERY = 50
 CLIP_NORM, EMA_DECAY = 1.0, 0.999
@@ -122,12 +122,13 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.batches = Batches(data, config, self.device, augment)
         self.model = new_model(data, config, self.objective, init_model).to(self.device)
+        self.precision = torch.bfloat16 if config.precision == "bf16" else None
+        for dtype, part in ((self.precision, config.dropout), (None, 0.0)):  # ValueError: the flow does not have these
+            self.model.flow.set_autocast(dtype)
+            self.model.flow.set_dropout(part)
         if not self.model.codec.levels:
             if augment is not None:
-                raise ValueError(
-                    "augment changes pixels in every step, and latents are encoded once: name augmentations "
-                    "in the settings (TrainConfig(augment=...))"
-                )
+                raise ValueError("augment changes pixels, and latents are encoded once: give TrainConfig(augment=...)")
             self._encode_once()
         self.steps_per_epoch = self.count_steps()
         self.total_steps = self.steps_per_epoch * config.epochs
@@ -194,7 +195,8 @@ class Trainer:
             # E-steps on the batches of an epoch, with the M-steps that are due between them
             (epoch, first), began = divmod(self.step, per_epoch), time.monotonic()
             batches = self.batches.epoch(self.epoch_rows(epoch), epoch, per_epoch, first)
-            with closing(batches), training_mode(self.model.flow, self.config):
+            self.model.flow.set_autocast(self.precision)
+            with closing(batches):
                 for position, (x, y, share) in enumerate(batches, first):
                     for _ in range(self.m_steps_due(epoch, position)):
                         self.m_step()
@@ -206,7 +208,8 @@ class Trainer:
                     if self.step % per_epoch:  # otherwise the checkpoint has the epoch's metrics, below
                         self._save_or_stop()
             rate = max(1, per_epoch - first) * share.total / max(1e-9, time.monotonic() - began)
-            # evaluation and checkpoint
+            # evaluation in float32, and checkpoint
+            self.model.flow.set_autocast(None)
             metrics = self.measure()
             self._report_epoch(epoch + 1, metrics, rate)
             self._draw_samples(epoch + 1)

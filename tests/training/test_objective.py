@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,9 +19,15 @@ FIRST = Progress(0, 10, 0, 10)
 # ---- the E-step ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("learns", [False, True])
-@pytest.mark.parametrize("beta", [None, 0.0, 0.7])
-def test_e_step_losses_equal_their_definitions(learns: bool, beta: float | None) -> None:
+def check_e_loss(
+    objective: Objective,
+    beta: float | None,
+    scale: float,
+    smoothing: float,
+    learns: bool = True,
+    marginal: bool = False,
+) -> None:
+    """The E-step's loss and its gradients follow from their definitions; `marginal`: of p(x) in place of p(x|y)."""
     g = torch.Generator().manual_seed(0)
     gaussians = ClassGaussians(4, 6)
     with torch.no_grad():
@@ -27,21 +35,27 @@ def test_e_step_losses_equal_their_definitions(learns: bool, beta: float | None)
         gaussians.s.normal_(generator=g)
     gaussians.requires_grad_(learns)
     z, logdet, y = torch.randn(9, 6, generator=g, requires_grad=True), torch.randn(9, generator=g), torch.arange(9) % 4
-    objective = Objective() if beta is None else Hybrid(beta)
     loss, nll = objective.e_loss(gaussians, z, logdet, y, FIRST)
     mu, std = gaussians.mu, gaussians.variance().sqrt()
     scores = torch.distributions.Normal(mu, std).log_prob(z[:, None]).sum(2)
-    expected = -(scores[torch.arange(9), y] + logdet).mean() / 6
+    own = scores.logsumexp(1) - math.log(4) if marginal else scores[torch.arange(9), y]
+    expected = -(own + logdet).mean() / 6
     torch.testing.assert_close(nll, expected, rtol=1e-5, atol=0)
     if beta:
-        target = torch.full((9, 4), LABEL_SMOOTHING / 4)
-        target[torch.arange(9), y] += 1 - LABEL_SMOOTHING
-        expected = expected + beta * -(target * F.log_softmax(CE_SCALE * scores, 1)).sum(1).mean()
+        target = torch.full((9, 4), smoothing / 4)
+        target[torch.arange(9), y] += 1 - smoothing
+        expected = expected + beta * -(target * F.log_softmax(scale * scores, 1)).sum(1).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     parameters = [z, gaussians.mu, gaussians.s] if learns else [z]
     wanted = torch.autograd.grad(expected, parameters)
     for got, want in zip(torch.autograd.grad(loss, parameters), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("beta", [None, 0.0, 0.7])
+def test_e_step_losses_equal_their_definitions(learns: bool, beta: float | None) -> None:
+    check_e_loss(Objective() if beta is None else Hybrid(beta), beta, CE_SCALE, LABEL_SMOOTHING, learns)
 
 
 # ---- the M-step ------------------------------------------------------------------------------------------------------
