@@ -1,35 +1,35 @@
-"""The accuracy on real images of classifiers that are trained on samples of private models alone.
+"""How well do private models recognise images, beside models without a promise and a private linear layer?
 
-    GLEM_DATA=... python benchmarks/proof/private.py --method taef2 latents
-    GLEM_DATA=... python benchmarks/proof/private.py --method latents --data cifar10 --delta 1.8e-6
-    GLEM_DATA=... python benchmarks/proof/private.py --method latents --cells 1 --epsilon 1 10
-    GLEM_DATA=... python benchmarks/proof/private.py --method latents --images 300 2000 --epsilon 1 3 10 --seeds 0 1 2
-    GLEM_DATA=... python benchmarks/proof/private.py --method real --images 300 2000 --epsilon 0 --seeds 0 1 2
-    GLEM_DATA=... python benchmarks/proof/private.py --data fashion-mnist --epsilon 0 --cells 32 --seeds 0 1 2
+    python benchmarks/proof/private.py                  # all settings; needs GLEM_DATA
+    python benchmarks/proof/private.py cifar10 --per-class 100 300 --epsilon 1 --seeds 0 1 2
+    python benchmarks/proof/private.py --epsilon 10 1 --picture docs/front.png
 
-A row is one release with new noise (which has no seed), 20,000 new samples, and a new classifier, the small ResNet of
-samples_alone.py, judged on all real test images. Latents are computed once and stay in `--work`; they are secret, and
-the releases are made from them as `GLEM.fit(..., privacy=...)` makes them. Stored rows are not measured again.
+A row is one release, with delta = 1e-5 and the mechanism's own noise, which has no seed. The seed draws the private
+images from the training images. All rows are accuracies on all real test images, in %.
 
-    taef2       latents of TAEF2 in the bundled coordinates: `glem fit --autoencoder taef2 --epsilon E`
-    pixels      the same releases of the pixels, with the bundled photographs as public images: the control
-    latents     the same releases as taef2, but a perceptron on latents in place of decoded images and the ResNet
-    real        the same perceptron on latents of the real images, for as many steps: with --epsilon 0
-    long        the same releases as taef2, but 60,000 samples for 30 epochs in place of 20,000 for 8
+    predict       the posterior of the private model, `GLEM.predict`: `glem fit --autoencoder taef2 --epsilon E`
+    samples       a perceptron on latents of 20,000 samples of this model
+    not private   the posterior of `glem fit --autoencoder taef2` of the same images
+    linear layer  the opponent: a linear layer of the same latents alone, trained with the same promise
 
-Epsilon 0 stands for no privacy: the classes of `glem fit --autoencoder taef2 --rank 512`. Of the real images,
-samples_alone.py has the accuracy. With --images, so many training images of each class, drawn by the seed, are the
-private (or real) ones; only latents and real have it.
+The linear layer sees all images in each step. A step clips the gradient of each image and adds normal noise to their
+sum, and T steps are sqrt(T) mu-GDP, which is exact. It takes the public coordinates and weights of
+`privacy.coordinates`, and divides latents by their norm. Its trials are judged on every tenth training image, by seed
+100, and then trained on the other training images. The best one is measured. The choice costs no privacy here, which
+favours this method.
+
+The private model's parts of the budget were chosen on training images of CIFAR-10 and Fashion-MNIST. Stored rows are
+not measured again. The images are encoded once; `--work` keeps their latents, which are secret.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import sys
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,192 +38,180 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from glem_augment.classes.privacy import Privacy
-from glem_augment.classes.private import private_classes
-from glem_augment.model.private_fit import latents_alone, set_coordinates
-
-from benchmarks.common import ROOT, Rows, descend, find_images, parser
-from benchmarks.paper.classifier import Classifier, Recipe, train_classifier
-from glem_augment import GLEM, GLEMAugment, Mixup, SyntheticDataset, open_data
-from glem_augment.errors import DataError
+from benchmarks.common import Rows, descend, find_images, parser
+from benchmarks.proof.few_images import SETTINGS, fitted, latents
+from glem_augment import GLEM, GLEMAugment, Mixup, Privacy, SyntheticDataset, open_data
+from glem_augment.classes.classes import Classes
+from glem_augment.codec.published import prior_file
 from glem_augment.evaluation.pictures import Section, compose
-from glem_augment.images.dataset import ImageData
+from glem_augment.flows.public import PublicFlow
 from glem_augment.io import save_png
+from glem_augment.privacy.coordinates import ReleaseCoordinates
+from glem_augment.privacy.fit import private_classes
+from glem_augment.privacy.latents import public_codec
 
-NAME = "private"
-AUGMENT: dict[str, tuple[str, ...]] = {"fashion-mnist": ("crop",)}  # all shoes point the same way
-METHODS = ("taef2", "pixels", "latents", "real", "long")
-PER_CLASS, EPOCHS = 2000, 8
-LONG_PER_CLASS, LONG_EPOCHS = 6000, 30
-
-
-@cache
-@torch.no_grad()
-def encoded(model: GLEM, images: ImageData) -> Tensor:
-    """Latents [N, d] of images, in the coordinates of a model."""
-    return torch.cat([model.encode(part)[0] for part in images.tensor().split(256)])
+SIZES = {"cifar10": (100, 300, 2000, 5000), "fashion-mnist": (100, 300, 2000, 6000)}  # images of each class
+DELTA, SAMPLES, PASSES = 1e-5, 20_000, 8
+TRIALS = tuple(itertools.product((10, 30, 100), (4.0, 16.0)))  # steps, and the learning rate, of the linear layer
 
 
 class Images:
-    """The images of one data set and their latents, which stay in `work`."""
+    """Latents of one data set, and what is fitted to some of them.
 
-    def __init__(self, data: str, method: str, work: Path) -> None:
-        self.name, self.method = data, method
-        self.per_class, self.epochs = (LONG_PER_CLASS, LONG_EPOCHS) if method == "long" else (PER_CLASS, EPOCHS)
-        folder = find_images(NAME, data, data)
-        train, self.judged = open_data(folder, "train"), open_data(folder, "test")
-        self.train = train
-        self.autoencoder = None if method == "pixels" else "taef2"
-        self.base = GLEM.create(
-            "stationary", train.image_shape, train.classes, train.class_ids, autoencoder=self.autoencoder
-        ).eval()
-        self.unprotected: dict[int | None, GLEM] = {}  # by cells
-        public = None
-        if method == "pixels":
-            whole = open_data("bundled:photographs", channels=train.image_shape[0]).tensor()
-            tiles = whole.unfold(2, 64, 64).unfold(3, 64, 64).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-            x = F.interpolate(tiles.float(), train.image_shape[1:], mode="bilinear", antialias=True)
-            public = ImageData.from_tensors(x.round().to(torch.uint8), torch.zeros(len(x)).long(), ["image"])
-        self.prior, self.clip = set_coordinates(self.base, public)
-        self.work = work / f"{data} {self.autoencoder or method}"
-        self.work.mkdir(parents=True, exist_ok=True)
+    Attributes:
+        coordinates, public: the public coordinates of releases, and of other fits.
+        h, y, judged, truth: latents [n, C, h, w] and labels [n] of the training images and of the test images.
+    """
 
-    def latents(self, count: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Latents [N, d] and labels [N] of the private images, in public coordinates; `count`: so many of each class,
-        drawn by the seed."""
-        path = self.work / "latents.npz"
-        if not path.is_file():
-            z, y = latents_alone(self.base, self.train)
-            with path.open("wb") as file:
-                np.savez(file, z=z.numpy(), y=y.numpy())
-        with np.load(path) as file:
-            z, y = torch.from_numpy(file["z"]), torch.from_numpy(file["y"])
-        if count is None:
-            return z, y
-        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-        rows = torch.cat([order[y[order] == k][:count] for k in range(10)])
-        return z[rows], y[rows]
+    def __init__(self, data: str, work: Path | None) -> None:
+        self.h, self.y, grey = latents(data, "train", work)
+        self.judged, self.truth, _ = latents(data, SETTINGS[data][1], work)
+        self.classes = int(self.y.max()) + 1
+        path = prior_file("taef2")
+        assert path is not None
+        shape = self.h.shape[1], self.h.shape[2], self.h.shape[3]
+        self.coordinates = ReleaseCoordinates(path, shape, grey)
+        self.public = PublicFlow.from_file(path, shape, grey, torch.ones(shape[0]))
 
-    def model(
-        self, epsilon: float, delta: float, cells: int | None, count: int | None = None, seed: int = 0
-    ) -> tuple[GLEM, dict[str, float]]:
-        """A new private model of all images, or of `count` of each class, and facts of its release.
+    def some(self, per_class: int, seed: int, validation: bool = False) -> Tensor:
+        """Rows of so many training images of each class; for validation, without every tenth one."""
+        order = torch.randperm(len(self.y), generator=torch.Generator().manual_seed(seed))
+        order = order[order % 10 > 0] if validation else order
+        return torch.cat([order[self.y[order] == k][:per_class] for k in range(self.classes)])
 
-        Raises:
-            DataError: the fit refuses, since everything would be noise.
-        """
-        if self.method == "real":
-            return self.base, {}
-        if not epsilon:
-            if cells not in self.unprotected:
-                found = GLEM.fit(self.train, self.autoencoder, rank=10**4)
-                self.unprotected[cells] = found
-            return self.unprotected[cells], {}
-        z, y = self.latents(count, seed)
-        found = private_classes(z, y, 10, self.prior, self.clip, Privacy(epsilon, delta, images=len(y)), cells)
-        self.base.latent_classes = found.classes
-        assert self.base.modes is not None
-        return self.base, {"cells": self.base.modes.parts}
+    @cached_property
+    def released(self) -> tuple[Tensor, Tensor]:
+        """The training and the test latents [n, d] in public coordinates."""
+        train, test = (torch.cat([self.coordinates(part) for part in h.split(256)]) for h in (self.h, self.judged))
+        return train, test
 
-    def accuracy(self, model: GLEM, seed: int, count: int | None = None) -> float:
-        """Percent of real images that a classifier of samples recognises."""
-        if self.method in ("latents", "real"):
-            return self.perceptron(model, seed, count)
-        data = SyntheticDataset(model, self.per_class, seed=seed, source="rfcm")
-        found = self.classifier(data.images(range(len(data))), torch.tensor(data.targets), seed)
-        return 100 * found.accuracy(self.judged.tensor(), torch.from_numpy(self.judged.targets))
+    def private(self, rows: Tensor, epsilon: float) -> Classes:
+        promise = Privacy(epsilon, DELTA, images=10**5)
+        return private_classes(self.released[0][rows], self.y[rows], self.classes, self.coordinates, promise).classes
 
-    def perceptron(self, model: GLEM, seed: int, count: int | None) -> float:
-        """Percent of real images that a perceptron of latents recognises: of samples, or of the real images."""
+    def unprotected(self, rows: Tensor) -> Classes:
+        of_class = [rows[self.y[rows] == k] for k in range(self.classes)]
+        return fitted(self.h, of_class, self.public)
+
+    def recognised(self, classes: Classes) -> float:
+        found = torch.cat([classes.log_prob(part.flatten(1)).argmax(1) for part in self.judged.split(1000)])
+        return 100 * float((found == self.truth).double().mean())
+
+    def taught(self, classes: Classes, seed: int) -> float:
+        """Percent of test images that a perceptron of samples' latents recognises."""
+        y = torch.arange(self.classes).repeat_interleave(SAMPLES // self.classes)
         torch.manual_seed(seed)
-        y = torch.arange(10).repeat(PER_CLASS)
-        if self.method == "real":
-            z, y = self.latents(count, seed)
-        else:
-            z = model.sample_latents(y, 1.0, torch.Generator().manual_seed(seed), "rfcm")
-        found = perceptron(z, y)(encoded(model, self.judged)).argmax(1)
-        return 100 * float((found == torch.from_numpy(self.judged.targets)).double().mean())
+        z = classes.sampler("rfcm").sample(y, 1.0, torch.Generator().manual_seed(seed))
+        with torch.enable_grad():
+            found = perceptron(z, y)(self.judged.flatten(1)).argmax(1)
+        return 100 * float((found == self.truth).double().mean())
 
-    def classifier(self, x: Tensor, y: Tensor, seed: int) -> Classifier:
-        """The small ResNet, trained on images x uint8 with labels y."""
-        augment = AUGMENT.get(self.name, ("flip", "crop"))
-        recipe = Recipe(arch="resnet18_quarter_half", epochs=self.epochs, augment=augment, seed=seed)
-        return train_classifier(lambda epoch: (x, y), 10, recipe)
+    def linear(self, rows: Tensor, trial: tuple[int, float], epsilon: float, seed: int, validation: bool) -> float:
+        """Percent that a linear layer recognises, which is trained with the promise on the images `rows`."""
+        train, test = (F.normalize(u.float() * self.coordinates.weights.float()) for u in self.released)
+        judged, truth = (train[::10], self.y[::10]) if validation else (test, self.truth)
+        mu = Privacy(epsilon, DELTA, images=10**5).mu
+        weight = private_layer(train[rows], self.y[rows], self.classes, trial, mu, seed)
+        return 100 * float(((judged @ weight.T).argmax(1) == truth).double().mean())
 
 
 def perceptron(z: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """Scores of latents by a perceptron that is trained on latents z [n, d] with labels y of all classes.
+    """Scores of latents by a perceptron that is trained on latents z [n, d] with labels y of all classes."""
+    scale = z.std(0).clamp_min(1e-6)
+    net = nn.Sequential(nn.Linear(z.shape[1], 512), nn.ReLU(), nn.Linear(512, int(y.max()) + 1))
+    rows = (own for _ in range(PASSES) for own in torch.randperm(len(z)).split(128))
+    descend(net, ((z[own] / scale, y[own]) for own in rows), torch.optim.Adam(net.parameters(), 1e-3))
+    return lambda x: net(x / scale).detach()
 
-    Few latents are shown several times, so that every perceptron has the same steps.
+
+def private_layer(x: Tensor, y: Tensor, classes: int, trial: tuple[int, float], mu: float, seed: int) -> Tensor:
+    """The weight [K, d] of a linear layer that is mu-GDP: gradients of norm 1, all images in each step, momentum 0.9.
+
+    `x` [n, d] have norm 1. The layer starts at zero.
     """
-    classes, scale = int(y.max()) + 1, z.std(0).clamp_min(1e-6)
-    net = nn.Sequential(nn.Linear(z.shape[1], 512), nn.ReLU(), nn.Linear(512, classes))
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    total = classes * PER_CLASS
-    passes = (torch.cat([torch.randperm(len(z)) for _ in range(-(-total // len(z)))]) for _ in range(EPOCHS))
-    rows = (own for order in passes for own in order[:total].split(128))
-    descend(net, ((z[own] / scale, y[own]) for own in rows), optimizer)
-    return lambda z: net(z / scale)
+    steps, rate = trial
+    generator = torch.Generator().manual_seed(seed)
+    weight, speed = torch.zeros(2, classes, x.shape[1]).unbind()
+    for _ in range(steps):
+        error = (x @ weight.T).softmax(1) - F.one_hot(y, classes)
+        error *= (1 / error.norm(dim=1, keepdim=True)).clamp(max=1)  # of the gradient error x^T of an image, as |x| = 1
+        noise = torch.randn(weight.shape, generator=generator) * math.sqrt(steps) / mu
+        speed = 0.9 * speed + (error.T @ x + noise) / len(x)
+        weight = weight - rate * speed
+    return weight
 
 
-def draw(images: Images, epsilons: list[float], delta: float) -> Section:
+def picture(data: str, epsilons: list[float], work: Path | None) -> Section:
     """Two cells of each class: images of the bundled flow, and below of new private models, a row for each epsilon.
 
     Real images of Fashion-MNIST and their moves stand above them. CIFAR-10's images have no licence to be shown.
     """
+    folder, split, side, _ = SETTINGS[data]
+    real = open_data(find_images(Path(__file__).name, data, folder), split, image_size=side)
     y = torch.arange(10).repeat_interleave(2)
     rows: dict[str, Tensor] = {}
-    if images.name == "fashion-mnist":
-        first = np.concatenate([np.flatnonzero(images.judged.targets == k)[:2] for k in range(10)])
-        rows["real"] = images.judged.subset(first).tensor().float() / 255
-        rows["moved"] = GLEMAugment(f"bundled:{images.name}", Mixup(), p=1.0, seed=0)(rows["real"], y)[0]
-    drawn = SyntheticDataset(f"bundled:{images.name}", 2, seed=0)
-    rows["drawn"] = drawn.images(range(20)).float() / 255
+    if data == "fashion-mnist":
+        first = np.concatenate([np.flatnonzero(real.targets == k)[:2] for k in range(10)])
+        rows["real"] = real.subset(first).tensor().float() / 255
+        rows["moved"] = GLEMAugment(f"bundled:{data}", Mixup(), p=1.0, seed=0)(rows["real"], y)[0]
+    rows["drawn"] = SyntheticDataset(f"bundled:{data}", 2, seed=0).images(range(20)).float() / 255
+    images = Images(data, work)
+    model = GLEM.create("identity", real.image_shape, real.classes, autoencoder="taef2").eval()
+    model.codec = public_codec(model.codec)
     for epsilon in epsilons:
-        model = images.model(epsilon, delta, None)[0]
-        name = f"private, epsilon {epsilon:g}" if epsilon else "no privacy"
-        rows[name] = model.sample(y, 1.0, torch.Generator().manual_seed(0), "rfcm").cpu()
+        model.latent_classes = images.private(torch.arange(len(images.y)), epsilon)
+        rows[f"private, epsilon {epsilon:g}"] = model.sample(y, 1.0, torch.Generator().manual_seed(0), "rfcm").cpu()
     cells = torch.stack([x.expand(-1, 3, -1, -1) for x in rows.values()])
-    return Section("Fashion-MNIST" if images.name == "fashion-mnist" else "CIFAR-10", cells, rows=list(rows))
+    return Section("Fashion-MNIST" if data == "fashion-mnist" else "CIFAR-10", cells, rows=list(rows))
 
 
+def measure(
+    rows: Rows, data: str, sizes: Sequence[int], epsilons: list[float], seeds: list[int], work: Path | None
+) -> None:
+    """Add the rows of a data set that are not stored yet."""
+    images = Images(data, work)
+
+    def once(setting: str, arm: str, seed: int, found: Callable[[], float], split: str = "test") -> float:
+        return rows.once(setting, arm, seed, split, lambda: {"accuracy": found()})["accuracy"]
+
+    for size, seed in itertools.product(sizes, seeds):
+        some = images.some(size, seed)
+        once(f"{data} images={size}", "not private", seed, lambda: images.recognised(images.unprotected(some)))  # noqa: B023
+    for size, epsilon in itertools.product(sizes, epsilons):
+        setting = f"{data} images={size} epsilon={epsilon:g} delta={DELTA:g}"
+        for seed in seeds:
+            private = partial(images.private, images.some(size, seed), epsilon)
+            once(setting, "predict", seed, lambda: images.recognised(private()))  # noqa: B023
+            once(setting, "samples", seed, lambda: images.taught(private(), seed))  # noqa: B023
+
+        def layer(trial: tuple[int, float], split: str, seed: int) -> float:
+            held = split == "validation"
+            found = partial(images.linear, images.some(size, seed, held), trial, epsilon, seed, held)  # noqa: B023
+            return once(setting, f"linear layer(steps={trial[0]},lr={trial[1]:g})", seed, found, split)  # noqa: B023
+
+        best = max(TRIALS, key=lambda trial: layer(trial, "validation", 100))  # noqa: B023
+        for seed in seeds:
+            layer(best, "test", seed)
+
+
+@torch.no_grad()
 def main() -> None:
-    args = parser(__doc__)
-    args.add_argument("--data", nargs="+", default=["fashion-mnist", "cifar10"], help="of ten classes (%(default)s)")
-    args.add_argument("--method", nargs="+", default=["taef2"], choices=METHODS)
-    args.add_argument("--epsilon", nargs="+", type=float, default=[0.2, 1, 3, 10], help="0: no privacy (%(default)s)")
-    args.add_argument("--delta", type=float, default=1e-5)
-    args.add_argument("--cells", type=int, help="Gaussians per class (default: as many as the noise allows)")
-    args.add_argument("--images", nargs="+", type=int, default=[None], help="private images of each class (all)")
-    args.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    args.add_argument("--picture", type=Path, help="draw README's picture, and do no more")
-    args.add_argument("--work", type=Path, default=ROOT / "runs" / NAME, help="folder for latents (%(default)s)")
-    args = args.parse_args()
-    if "real" in args.method and any(args.epsilon):
-        raise SystemExit("private: real images keep no promise: give --epsilon 0 with --method real")
-    if args.images != [None] and not {"latents", "real"} >= set(args.method):
-        raise SystemExit("private: --images goes with --method latents or real")
+    arguments = parser(__doc__)
+    arguments.add_argument("data", nargs="*", metavar="DATA", help=f"of {', '.join(SIZES)} (default: all)")
+    arguments.add_argument("--per-class", type=int, nargs="+", metavar="N", help="images of a class (default: several)")
+    arguments.add_argument("--epsilon", nargs="+", type=float, default=[1, 3, 10], help="(%(default)s)")
+    arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(%(default)s)")
+    arguments.add_argument("--picture", type=Path, help="draw README's picture, and do no more")
+    arguments.add_argument("--work", type=Path, help="folder in which latents are kept for the next run")
+    args = arguments.parse_args()
     torch.set_num_threads(args.threads)
-    rows, sections = Rows(NAME, args.out), list[Section]()
-    for data, method in itertools.product(args.data, args.method):
-        images = Images(data, method, args.work)
-        if args.picture is not None:
-            sections.append(draw(images, args.epsilon, args.delta))
-            continue
-        for count, seed, epsilon in itertools.product(args.images, args.seeds, args.epsilon):
-
-            def measure(images: Images = images, count: Any = count, seed: int = seed, epsilon: float = epsilon) -> Any:
-                try:
-                    model, facts = images.model(epsilon, args.delta, args.cells, count, seed)
-                except DataError:
-                    return {"refused": 1}
-                return {"accuracy": images.accuracy(model, seed, count), **facts}
-
-            promise = "" if method == "real" else f" epsilon={epsilon:g} delta={args.delta:g}"
-            setting = data + promise + (f" images={count}" if count else "")
-            rows.once(setting, method + (f" cells={args.cells}" if args.cells else ""), seed, "test", measure)
     if args.picture is not None:
+        sections = [picture(data, args.epsilon, args.work) for data in ("fashion-mnist", "cifar10")]
         save_png(compose("", sections), args.picture)
+        return
+    rows = Rows("private", args.out)
+    for data in args.data or SIZES:
+        measure(rows, data, args.per_class or SIZES[data], args.epsilon, args.seeds, args.work)
 
 
 if __name__ == "__main__":
