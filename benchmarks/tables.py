@@ -108,8 +108,8 @@ def private(arm: str, data: str, size: int, epsilon: str) -> str:
     return ""
 
 
-@table("private/brief", "`predict` of private models: accuracy on real test images in %, δ = 1e-5; not private: `predict` "
-       "of models of as many images without a promise",
+@table("private/brief", "`predict` of private models: accuracy on real test images in %, δ = 1e-5; not private: "
+       "`predict` of models of as many images without a promise",
        f"images | of each class | {PROMISES} | not private, as many images")  # fmt: skip
 def _() -> Lines:
     for data, size in ((data, size) for data, sizes in SIZES.items() for size in sizes):

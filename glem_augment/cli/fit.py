@@ -122,7 +122,7 @@ def private_arguments(args: argparse.Namespace, given: dict[str, Any]) -> dict[s
     check_arguments(privacy, args.autoencoder, **options)
     opening = {name: given.pop(name) for name in ("data", "split", "image_size", "channels", "value_range")}
     images = open_data(**opening)
-    common.note(f"glem: {expectation(privacy, len(images.classes))}")
+    common.note(f"glem: {expectation(privacy, len(images.classes), images.image_shape)}")
     return {**given, "data": images, "privacy": privacy}
 
 
