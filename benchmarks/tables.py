@@ -93,77 +93,60 @@ def _() -> Lines:
 # ---- private sets ----------------------------------------------------------------------------------------------------
 
 SETS = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "imagenette128": "Imagenette, 64 pixels"}
-EPSILONS = ("0.2", "1", "3", "10")
-PROMISES = "ε = 0.2 | ε = 1 | ε = 3 | ε = 10"
-JUDGES = {"latents": "perceptron, samples' latents", "taef2": "ResNet, decoded samples",
-          "long": "ResNet, 60,000 samples, 30 epochs", "pixels": "ResNet, samples of pixels"}  # fmt: skip
-OTHERS = {"latents": "ours: a perceptron on samples' latents", "probe": "DP-SGD: a linear layer on the latents",
-          "dp-sgd": "DP-SGD: a small network on images", "merf": "a ResNet on images of DP-MERF"}  # fmt: skip
+EPSILONS = ("1", "3", "10")
+PROMISES = "ε = 1 | ε = 3 | ε = 10"
+SIZES = {"fashion-mnist": (100, 300, 2000, 6000), "cifar10": (100, 300, 2000, 5000)}
+METHODS = {"predict": "ours: `predict`", "samples": "ours: a perceptron on samples' latents",
+           "linear layer": "a linear layer, trained privately on the same latents"}  # fmt: skip
 
 
-def private(arm: str, data: str, epsilon: str, more: str = "", delta: str = "1e-05") -> str:
-    """Accuracy of an arm; of an opponent, whose name has its trial in brackets, the trial with test rows."""
-    setting, study = f"{data} epsilon={epsilon} delta={delta}{more}", rows("private")
-    for name, split, metric, values in study.arms(setting):
+def private(arm: str, data: str, size: int, epsilon: str) -> str:
+    """Accuracy of an arm; of a linear layer, whose name has its trial in brackets, the trial with test rows."""
+    for name, split, metric, values in rows("private").arms(f"{data} images={size} epsilon={epsilon} delta=1e-05"):
         if (name.partition("(")[0], split, metric) == (arm, "test", "accuracy"):
             return mean(values)
-    return "refused" if study.values(setting, arm, "refused") else ""
+    return ""
 
 
-@table("private/brief", "A perceptron on samples' latents: accuracy on real test images in %, δ = 1e-5; not private: "
-       "the perceptron on latents of as many real images",
-       "samples of | images of each class | ε = 1 | ε = 3 | ε = 10 | not private, as many images")  # fmt: skip
+@table("private/brief", "`predict` of private models: accuracy on real test images in %, δ = 1e-5; not private: "
+       "`predict` of models of as many images without a promise",
+       f"images | of each class | {PROMISES} | not private, as many images")  # fmt: skip
 def _() -> Lines:
-    for data, most in (("fashion-mnist", 6000), ("cifar10", 5000)):
-        for size in (300, 2000, most):
-            own = (private("latents", data, epsilon, f" images={size}") for epsilon in EPSILONS[1:])
-            real = cell("private", data + f" images={size}" * (size < most), "real", "accuracy")
-            yield [SETS[data], f"{size:,}", *own, real]
+    for data, size in ((data, size) for data, sizes in SIZES.items() for size in sizes):
+        own = (private("predict", data, size, epsilon) for epsilon in EPSILONS)
+        yield [SETS[data], f"{size:,}", *own, cell("private", f"{data} images={size}", "not private", "accuracy")]
 
 
-@table("private/sets", "Samples of private models of all training images: accuracy on real test images in %",
-       f"data | trained | {PROMISES} | no privacy | real images")  # fmt: skip
+@table("private/methods", "Methods with the same promise, δ = 1e-5: accuracy on real test images in %",
+       f"images | of each class | method | {PROMISES}")  # fmt: skip
 def _() -> Lines:
-    for data, smaller in (("fashion-mnist", "1.5e-06"), ("cifar10", "1.8e-06")):
-        perceptron, resnet = cell("private", data, "real", "accuracy"), cell("samples", data, "real", "CNN-A")
-        for arm, trained in JUDGES.items():
-            real = {"latents": perceptron, "taef2": resnet}.get(arm, "")
-            for more, delta in (("", "1e-05"), (" cells=1", "1e-05"), ("", smaller)):
-                usual = (more, delta) == ("", "1e-05")
-                words = "" if usual else ", one Gaussian per class" if more else f", δ = {delta}"
-                cells = [private(arm + more, data, epsilon, delta=delta) for epsilon in EPSILONS]
-                last = [private(f"{arm} cells=32", data, "0"), real] if usual else ["", ""]
-                yield from [[SETS[data], trained + words, *cells, *last]] * any(cells)
+    for data, size in ((data, size) for data, sizes in SIZES.items() for size in sizes):
+        for arm, words in METHODS.items():
+            yield [SETS[data], f"{size:,}", words, *(private(arm, data, size, epsilon) for epsilon in EPSILONS)]
 
 
-@table("private/curve", "A perceptron on samples' latents, by the number of private images: accuracy in %, δ = 1e-5",
-       "images of each class | ε = 1 | ε = 3 | ε = 10")  # fmt: skip
+@table("private/published", "All training images, δ = 1e-5: ours beside published methods, accuracy in %",
+       f"images | method | {PROMISES}")  # fmt: skip
 def _() -> Lines:
-    for data, sizes in (("fashion-mnist", (100, 300, 1000, 2000, 6000)), ("cifar10", (300, 2000, 5000))):
-        for size in sizes:
-            own = (private("latents", data, epsilon, f" images={size}") for epsilon in EPSILONS[1:])
-            yield [f"{SETS[data]}, {size:,}", *own]
-
-
-@table("private/classifiers", "Methods with the same promise, δ = 1e-5: accuracy on real test images in %",
-       "data | method | ε = 0.2 | ε = 1 | ε = 10")  # fmt: skip
-def _() -> Lines:
-    for data, (arm, words) in ((data, pair) for data in ("fashion-mnist", "cifar10") for pair in OTHERS.items()):
-        cells = [private(arm, data, epsilon) for epsilon in ("0.2", "1", "10")]
-        yield from [[SETS[data], words, *cells]] * any(cells)
+    for data, sizes in SIZES.items():
+        yield [SETS[data], METHODS["predict"], *(private("predict", data, sizes[-1], e) for e in EPSILONS)]
+        found = [rows("private").arms(f"{data} epsilon={epsilon}") for epsilon in EPSILONS]
+        names = [{arm: mean(values) for arm, split, _, values in arms if split == "published"} for arms in found]
+        for arm in dict.fromkeys(arm for each in names for arm in each):
+            yield [SETS[data], arm, *(each.get(arm, "") for each in names)]
 
 
 @table("private/audit", "What attacks prove: ε is at least so much with 95 % confidence, for the worst of the canaries",
-       f"attacked | images of a class | {PROMISES}")  # fmt: skip
+       "attacked | images of a class | promised ε | of any mechanism | of Gaussian noise")  # fmt: skip
 def _() -> Lines:
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    found: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in (row for row in rows("private").all if row["split"] == "audit" and ":" in row["metric"]):
         images, _, epsilon = row["setting"].partition(" delta")[0].partition(" epsilon=")
-        least = found.setdefault((row["arm"].partition(" | ")[0], images.removeprefix("images=")), {})
-        least[epsilon] = max(least.get(epsilon, 0.0), float(row["value"]))
-    for (what, images), least in found.items():
-        if set(least) != {""}:
-            yield [what, images, *(f"{least[e]:.2f}" if e in least else "" for e in EPSILONS)]
+        least = found.setdefault((row["arm"], images.removeprefix("images="), epsilon), {})
+        kind = row["metric"].partition(":")[0]
+        least[kind] = max(least.get(kind, 0.0), float(row["value"]))
+    for key, least in found.items():
+        yield [*key, f"{least['any mechanism']:.2f}", f"{least['Gaussian']:.2f}"]
 
 
 # ---- drawn beside real images ----------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def _copy_checked(path: Path, name: str, source: Tensor, target: Tensor, limits:
     """Copy `source`, a view of the mapped file, into `target`, and check the values."""
     target.copy_(source)
     # The target is checked, because a finite float64 may have become an infinite float32.
-    for part in target.reshape(-1).split(_CHUNK):
+    for part in target.reshape(-1).split(_CHUNK) if target.numel() else ():
         low, high = float(part.min()), float(part.max())  # both NaN if one value is
         if not (limits[0] <= low <= high <= limits[1] and math.isfinite(high)):
             raise ModelFileError(

@@ -180,9 +180,8 @@ def measure(
     for size, epsilon in itertools.product(sizes, epsilons):
         setting = f"{data} images={size} epsilon={epsilon:g} delta={DELTA:g}"
         for seed in seeds:
-            private = partial(images.private, images.some(size, seed), epsilon)
-            once(setting, "predict", seed, lambda: images.recognised(private()))  # noqa: B023
-            once(setting, "samples", seed, lambda: images.taught(private(), seed))  # noqa: B023
+            some = images.some(size, seed)
+            once(setting, "predict", seed, lambda: images.recognised(images.private(some, epsilon)))  # noqa: B023
 
         def layer(trial: tuple[int, float], split: str, seed: int) -> float:
             held = split == "validation"
@@ -192,6 +191,9 @@ def measure(
         best = max(TRIALS, key=lambda trial: layer(trial, "validation", 100))  # noqa: B023
         for seed in seeds:
             layer(best, "test", seed)
+    for size, epsilon, seed in itertools.product(sizes, epsilons, seeds):
+        setting, some = f"{data} images={size} epsilon={epsilon:g} delta={DELTA:g}", images.some(size, seed)
+        once(setting, "samples", seed, lambda: images.taught(images.private(some, epsilon), seed))  # noqa: B023
 
 
 @torch.no_grad()

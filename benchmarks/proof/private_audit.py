@@ -41,8 +41,8 @@ from glem_augment.privacy.coordinates import ReleaseCoordinates
 from glem_augment.privacy.latents import latents_alone, public_codec
 from glem_augment.privacy.sums import PrivateSums, fixed_point
 
-CONFIDENCE, SIDE, PER_CLASS = 0.95, 16, 100
-FITS = (20, 1.0, False), (100, 1.0, False), (100, 3.0, False), (100, 10.0, False), (1000, 10.0, False), (100, 1.0, True)
+CONFIDENCE, SIDE = 0.95, 16
+FITS = (100, 1.0, False), (100, 10.0, False), (1500, 10.0, False), (100, 10.0, True)
 
 
 def images(per_class: int) -> tuple[Tensor, Tensor, ReleaseCoordinates]:

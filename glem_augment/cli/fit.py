@@ -35,11 +35,6 @@ EXAMPLES = """\
   glem generate runs/shareable --per-class 2000 --out shareable/
 """
 EXCLUDED = "not with --epsilon"
-EXPECTED = (
-    "of ten kinds of clothes with 300 images each, samples' latents taught a perceptron about 78, 82 and 84 % at "
-    "epsilon 1, 3 and 10, and of CIFAR-10's photographs 43, 54 and 57 %; fewer images teach less: docs/privacy.md has "
-    "the curve"
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,14 +80,14 @@ def run(args: argparse.Namespace) -> None:
     if found:
         raise FileExistsError(f"{args.out} holds {min(found)}: give a new folder")
     names = (
-        "split", "image_size", "channels", "value_range", "autoencoder", "flow", "rank", "max_per_class", "class_model",
+        "data", "split", "image_size", "channels", "value_range", "autoencoder", "flow", "rank", "max_per_class",
+        "class_model",
     )  # fmt: skip
     given = {name: getattr(args, name) for name in names}
     if args.epsilon is not None:
-        given |= private_arguments(args)
-        common.note(f"glem: {EXPECTED}")  # before anything is spent
+        given = private_arguments(args, given)
     began = time.monotonic()
-    model = GLEM.fit(args.data, device=device, **given)
+    model = GLEM.fit(device=device, **given)
     model.save(args.out)
     if args.epsilon is not None:
         remove_left_overs(args.out.glob(".*.tmp"))
@@ -116,13 +111,22 @@ def run(args: argparse.Namespace) -> None:
     common.print_json(result)
 
 
-def private_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `GLEM.fit` for a private model."""
+def private_arguments(args: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `GLEM.fit` for a private model; says what to expect before anything is spent."""
+    from glem_augment.images.dataset import open_data
     from glem_augment.privacy import Privacy
+    from glem_augment.privacy.expectation import expectation
+    from glem_augment.privacy.latents import check_arguments
 
     names = ("delta", "images_per_person", "images")
     stated = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return {"privacy": Privacy(args.epsilon, **stated)}
+    privacy = Privacy(args.epsilon, **stated)
+    options = {name: given.pop(name) for name in ("flow", "rank", "max_per_class")}
+    check_arguments(privacy, args.autoencoder, **options)
+    opening = {name: given.pop(name) for name in ("data", "split", "image_size", "channels", "value_range")}
+    images = open_data(**opening)
+    common.note(f"glem: {expectation(privacy, len(images.classes), images.image_shape)}")
+    return {**given, "data": images, "privacy": privacy}
 
 
 def tell(privacy: dict[str, Any]) -> None:

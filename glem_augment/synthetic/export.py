@@ -40,8 +40,7 @@ MAX_SHARDS, SHARD_BLOCKS = 64, 4
 _IN_PNG = ((1, "uint8"), (3, "uint8"), (1, "uint16"))  # channels and dtypes that PNG files hold
 _README = """\
 ---
-license: {license_id}
-task_categories: [image-classification]
+{head}task_categories: [image-classification]
 tags: [synthetic, glem-augment]
 ---
 
@@ -55,8 +54,7 @@ A label is the class that the model was asked for; glem-provenance.json lists th
 - Training images of the model: {trained_on}
 - Settings: {settings}
 {privacy}
-Licence: {license}. Samples inherit the licence of the training images. Without a promise of privacy they may resemble
-single training images.
+{licence}
 """
 _log = logging.getLogger(__name__)
 
@@ -170,16 +168,22 @@ def _readme(draws: Draws, record: dict[str, Any]) -> str:
     made = "drawn from a class-conditional model; none is a photograph"
     if record["real"] is not None:
         made = f"each a real image of {record['real']}, moved part of the way to another one"
-    privacy = draws.model.config.privacy
+    promise, licence = draws.model.config.promise, licence_id(record["license"]) or "unknown"
+    words = f"Licence: {record['license']}. Samples inherit the licence of the training images."
+    if not promise:
+        words += " Without a promise of\nprivacy they may resemble single training images."
+    elif licence == "unknown":  # of images that nobody else has
+        words = "Whoever fitted the model decides on the licence, and has stated none."
     about = {
-        "license_id": licence_id(record["license"]) or "unknown",
+        "head": "" if promise and licence == "unknown" else f"license: {licence}\n",
+        "licence": words,
         "shape": "x".join(map(str, record["image_shape"])),
         "classes": len(record["classes"]),
         "made": made,
         "model": record["loaded_from"] or "a local model",
         "trained_on": ", then ".join(record["trained_on"]),
         "settings": ", ".join(f"{key} {value}" for key, value in draws.settings.items()),
-        "privacy": "" if privacy is None else f"\nPrivacy: {draws.model.config.promise}\n",
+        "privacy": f"\nPrivacy: {promise}\n" if promise else "",
     }
     return _README.format_map(record | about)
 

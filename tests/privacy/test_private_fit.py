@@ -22,6 +22,7 @@ from glem_augment.errors import DataError, ModelFileError
 from glem_augment.images.dataset import ImageData
 from glem_augment.privacy import Privacy, mechanism, sums
 from glem_augment.privacy.coordinates import ReleaseCoordinates
+from glem_augment.privacy.expectation import expectation, kept
 from glem_augment.privacy.fit import Plan, private_classes
 from glem_augment.privacy.latents import check_images, latents_alone
 from glem_augment.privacy.record import promised
@@ -154,11 +155,31 @@ def test_plans_spend_the_budget_where_it_pays() -> None:
     assert 0 < large.pooled < large.classes < 0.6 and (large.leading, large.pooled_leading) == (192, 512)
 
 
-def test_a_class_that_drowns_is_drawn_like_the_average_and_named(data: ImageData) -> None:
+def test_a_class_that_drowns_is_drawn_like_the_average_and_named(data: ImageData, tmp_path: Path) -> None:
     few = ImageData.from_tensors(data.tensor()[:202], data.targets[:202], data.classes)  # two of the last class
     found = GLEM.fit(few, "taef2", privacy=Privacy(3))
     assert found.config.privacy is not None and "class 2" in found.config.privacy["expect"]["mostly_noise"]
-    assert found.sample(torch.tensor([2]), source="rfcm").isfinite().all()
+    x = found.sample(torch.tensor([2]), 1.0, torch.Generator().manual_seed(0), "rfcm")
+    found.save(tmp_path)  # without directions of classes
+    again = GLEM.from_pretrained(tmp_path)
+    assert torch.equal(again.sample(torch.tensor([2]), 1.0, torch.Generator().manual_seed(0), "rfcm"), x)
+
+
+def test_what_to_expect_is_known_beforehand() -> None:
+    sizes = [kept(size) for size in (0.01, 0.25, 1, 5, 20, 100, 250, 10**6)]
+    assert sizes == sorted(sizes) and 0 < sizes[0] < sizes[-1] <= 1
+    shown = expectation(Privacy(1), 10, (3, 32, 32))
+    assert "100 images of each class" in shown and "--images" in shown
+    assert "with 300 photographs of each class" in expectation(Privacy(1, images=3000), 10, (3, 32, 32))
+    for few in (Privacy(1, images=20), Privacy(1, images=3000, images_per_person=100)):
+        with pytest.raises(ValueError, match="nothing was spent"):
+            expectation(few, 10, (3, 32, 32))
+
+
+def test_the_files_of_private_samples_say_the_promise_and_nothing_against_it(model: GLEM, tmp_path: Path) -> None:
+    text = (SyntheticDataset(model, 2, seed=0).export(tmp_path) / "README.md").read_text()
+    assert "differentially private" in text and "licence" in text
+    assert not any(words in text for words in ("unknown", "not stated", "resemble", "license:"))
 
 
 def test_samples_look_like_their_class_and_files_have_the_promise(model: GLEM, data: ImageData, tmp_path: Path) -> None:
