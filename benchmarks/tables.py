@@ -190,7 +190,7 @@ def _() -> Lines:
         yield [arm, *(mean(arms.get(arm, {})) for arms in drawn().values())]
 
 
-GAINS = ("half drawn", ADVISED, "half drawn, soft labels", "drawn alone", "half moved", "linear layer", "predict")
+GAINS = (ADVISED, "half drawn", "drawn alone", "linear layer", "predict")
 
 
 @table("drawn/gains", "Gains over the best other stack, chosen on the test images, in points, bold if clear",
