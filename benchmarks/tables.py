@@ -331,7 +331,7 @@ def _() -> Lines:
 
 # ---- speed and the paper ---------------------------------------------------------------------------------------------
 
-SIZES = [name for name in rows("speed").settings() if name.endswith("px")]
+WIDTHS = [name for name in rows("speed").settings() if name.endswith("px")]
 
 
 @table("speed/limits", "CPU time of our flow over another with the same networks, with half the ratio's 95 % interval",
@@ -347,7 +347,7 @@ def _() -> Lines:
 @table("speed/step", "What a move adds to a training step (resnet18, batch 32, p = 0.5), in % of the step's CPU time",
        "modes of | mixup | noise | adversarial")  # fmt: skip
 def _() -> Lines:
-    for size in SIZES:
+    for size in WIDTHS:
         for codec in ("pixels", "taef2", "flow"):
             arms = (f"{codec}, {policy}" for policy in ("mixup", "noise", "adversarial"))
             cells = [cell("speed", size, arm, "% of the step", "step") for arm in arms]
