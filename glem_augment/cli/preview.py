@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> None:
     if args.data is not None:
         common.uncovered(args, model, args.out)
         data = images_for(model, args.data, split=args.split, cache_bytes=0)  # it shows few of the images
-    found = kinds("policy").items()  # of them, those of --import that need no classifier
-    own = [n for n, kind in found if not kind.wants_classifier and not kind.__module__.startswith("glem_augment.")]
+    modules, found = tuple(f"{name}." for name in args.modules), kinds("policy").items()
+    own = [name for name, kind in found if not kind.wants_classifier and f"{kind.__module__}.".startswith(modules)]
     picture = preview(model, data, name=args.model, channels=args.channels, policies=own)
     save_png(picture, args.out)
     common.note(f"wrote {args.out} ({picture.width}x{picture.height})")
