@@ -93,6 +93,7 @@ TUNED = {
     "fashion-50": "cropflip + cutmix(p=0.5)",
     "photographs-50": "cropflip + jitter(strength=0.2,each=4) + mixup(alpha=0.5)",
 }
+_BEFORE = (("half drawn", PLAIN, SHARE), ("half drawn, ColorJitter", JITTER, SHARE), ("drawn alone", PLAIN, 1.0))
 ARMS = {
     "real": Arm(PLAIN),
     "ColorJitter": Arm(JITTER),
@@ -102,9 +103,9 @@ ARMS = {
     "half drawn, soft labels": Arm(PLAIN, SHARE, "soft"),
     "drawn alone": Arm(PLAIN, 1.0),
     "half moved": Arm(PLAIN, 0.5, "moved"),
-    # what `RealAndSynthetic` gives at a ratio
-    "ratio 1, ColorJitter": Arm(JITTER, 0.5, times=1),
-    "ratio 3, ColorJitter": Arm(JITTER, 0.75, times=3),
+    # What `RealAndSynthetic` gives at a ratio of 1, and drawn images by the strength that was the default before.
+    "half drawn, ColorJitter, ratio 1": Arm(JITTER, SHARE, times=1),
+    **{f"{name}, nu1 2 d": Arm(stack, some, nu1=2) for name, stack, some in _BEFORE},
 }
 WITHOUT_NETWORK = ("predict", "linear layer")
 _TRIALS = (
