@@ -190,15 +190,13 @@ def _() -> Lines:
         yield [arm, *(mean(arms.get(arm, {})) for arms in drawn().values())]
 
 
-GAINS = (ADVISED, "half drawn", "drawn alone", "linear layer", "predict")
-
-
-@table("drawn/gains", "Gains over the best other stack, chosen on the test images, in points, bold if clear",
-       " | ".join(["real images, of each class", "best other stack", *GAINS]))  # fmt: skip
+@table("drawn/gains", "Gains of drawn images with ColorJitter in points, bold if clear",
+       "real images, of each class | over crop + flip | over ColorJitter | over the tuned stack | over linear layer | "
+       "over `predict`")  # fmt: skip
 def _() -> Lines:
     for name, arms in drawn().items():
-        best = best_without_model(arms)
-        yield [name, best, *(gained(paired(arms.get(arm, {}), arms[best])) for arm in GAINS)]
+        others = (*WITHOUT_MODEL, "linear layer", "predict")
+        yield [name, *(gained(paired(arms[ADVISED], arms.get(other, {}))) for other in others)]
 
 
 @table("drawn/trials", "Trials on validation images, CIFAR-10, 50 images of each class, one seed: accuracy in %",
