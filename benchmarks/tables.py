@@ -96,8 +96,7 @@ SETS = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "imagenette128"
 EPSILONS = ("1", "3", "10")
 PROMISES = "ε = 1 | ε = 3 | ε = 10"
 SIZES = {"fashion-mnist": (100, 300, 2000, 6000), "cifar10": (100, 300, 2000, 5000)}
-METHODS = {"predict": "ours: `predict`", "samples": "ours: a perceptron on samples' latents",
-           "linear layer": "a linear layer, trained privately on the same latents"}  # fmt: skip
+METHODS = {"predict": "ours: `predict`", "linear layer": "a linear layer, trained privately on the same latents"}
 
 
 def private(arm: str, data: str, size: int, epsilon: str) -> str:

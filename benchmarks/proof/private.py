@@ -2,13 +2,11 @@
 
     python benchmarks/proof/private.py                  # all settings; needs GLEM_DATA
     python benchmarks/proof/private.py cifar10 --per-class 100 300 --epsilon 1 --seeds 0 1 2
-    python benchmarks/proof/private.py --epsilon 10 1 --picture docs/front.png
 
 A row is one release, with delta = 1e-5 and the mechanism's own noise, which has no seed. The seed draws the private
 images from the training images. All rows are accuracies on all real test images, in %.
 
     predict       the posterior of the private model, `GLEM.predict`: `glem fit --autoencoder taef2 --epsilon E`
-    samples       a perceptron on latents of 20,000 samples of this model
     not private   the posterior of `glem fit --autoencoder taef2` of the same images
     linear layer  the opponent: a linear layer of the same latents alone, trained with the same promise
 
@@ -31,27 +29,23 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from benchmarks.common import Rows, descend, find_images, parser
+from benchmarks.common import Rows, parser
 from benchmarks.proof.few_images import SETTINGS, fitted, latents
-from glem_augment import GLEM, GLEMAugment, Mixup, Privacy, SyntheticDataset, open_data
+from glem_augment import Privacy
 from glem_augment.classes.classes import Classes
 from glem_augment.codec.published import prior_file
-from glem_augment.evaluation.pictures import Section, compose
 from glem_augment.flows.public import PublicFlow
-from glem_augment.io import save_png
 from glem_augment.privacy.coordinates import ReleaseCoordinates
 from glem_augment.privacy.fit import private_classes
-from glem_augment.privacy.latents import public_codec
 
 SIZES = {"cifar10": (100, 300, 2000, 5000), "fashion-mnist": (100, 300, 2000, 6000)}  # images of each class
-DELTA, SAMPLES, PASSES = 1e-5, 20_000, 8
+DELTA = 1e-5
 TRIALS = tuple(itertools.product((10, 30, 100), (4.0, 16.0)))  # steps, and the learning rate, of the linear layer
 
 
@@ -97,15 +91,6 @@ class Images:
         found = torch.cat([classes.log_prob(part.flatten(1)).argmax(1) for part in self.judged.split(1000)])
         return 100 * float((found == self.truth).double().mean())
 
-    def taught(self, classes: Classes, seed: int) -> float:
-        """Percent of test images that a perceptron of samples' latents recognises."""
-        y = torch.arange(self.classes).repeat_interleave(SAMPLES // self.classes)
-        torch.manual_seed(seed)
-        z = classes.sampler("rfcm").sample(y, 1.0, torch.Generator().manual_seed(seed))
-        with torch.enable_grad():
-            found = perceptron(z, y)(self.judged.flatten(1)).argmax(1)
-        return 100 * float((found == self.truth).double().mean())
-
     def linear(self, rows: Tensor, trial: tuple[int, float], epsilon: float, seed: int, validation: bool) -> float:
         """Percent that a linear layer recognises, which is trained with the promise on the images `rows`."""
         train, test = (F.normalize(u.float() * self.coordinates.weights.float()) for u in self.released)
@@ -113,15 +98,6 @@ class Images:
         mu = Privacy(epsilon, DELTA, images=10**5).mu
         weight = private_layer(train[rows], self.y[rows], self.classes, trial, mu, seed)
         return 100 * float(((judged @ weight.T).argmax(1) == truth).double().mean())
-
-
-def perceptron(z: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """Scores of latents by a perceptron that is trained on latents z [n, d] with labels y of all classes."""
-    scale = z.std(0).clamp_min(1e-6)
-    net = nn.Sequential(nn.Linear(z.shape[1], 512), nn.ReLU(), nn.Linear(512, int(y.max()) + 1))
-    rows = (own for _ in range(PASSES) for own in torch.randperm(len(z)).split(128))
-    descend(net, ((z[own] / scale, y[own]) for own in rows), torch.optim.Adam(net.parameters(), 1e-3))
-    return lambda x: net(x / scale).detach()
 
 
 def private_layer(x: Tensor, y: Tensor, classes: int, trial: tuple[int, float], mu: float, seed: int) -> Tensor:
@@ -139,30 +115,6 @@ def private_layer(x: Tensor, y: Tensor, classes: int, trial: tuple[int, float], 
         speed = 0.9 * speed + (error.T @ x + noise) / len(x)
         weight = weight - rate * speed
     return weight
-
-
-def picture(data: str, epsilons: list[float], work: Path | None) -> Section:
-    """Two cells of each class: images of the bundled flow, and below of new private models, a row for each epsilon.
-
-    Real images of Fashion-MNIST and their moves stand above them. CIFAR-10's images have no licence to be shown.
-    """
-    folder, split, side, _ = SETTINGS[data]
-    real = open_data(find_images(Path(__file__).name, data, folder), split, image_size=side)
-    y = torch.arange(10).repeat_interleave(2)
-    rows: dict[str, Tensor] = {}
-    if data == "fashion-mnist":
-        first = np.concatenate([np.flatnonzero(real.targets == k)[:2] for k in range(10)])
-        rows["real"] = real.subset(first).tensor().float() / 255
-        rows["moved"] = GLEMAugment(f"bundled:{data}", Mixup(), p=1.0, seed=0)(rows["real"], y)[0]
-    rows["drawn"] = SyntheticDataset(f"bundled:{data}", 2, seed=0).images(range(20)).float() / 255
-    images = Images(data, work)
-    model = GLEM.create("identity", real.image_shape, real.classes, autoencoder="taef2").eval()
-    model.codec = public_codec(model.codec)
-    for epsilon in epsilons:
-        model.latent_classes = images.private(torch.arange(len(images.y)), epsilon)
-        rows[f"private, epsilon {epsilon:g}"] = model.sample(y, 1.0, torch.Generator().manual_seed(0), "rfcm").cpu()
-    cells = torch.stack([x.expand(-1, 3, -1, -1) for x in rows.values()])
-    return Section("Fashion-MNIST" if data == "fashion-mnist" else "CIFAR-10", cells, rows=list(rows))
 
 
 def measure(
@@ -191,9 +143,6 @@ def measure(
         best = max(TRIALS, key=lambda trial: layer(trial, "validation", 100))  # noqa: B023
         for seed in seeds:
             layer(best, "test", seed)
-    for size, epsilon, seed in itertools.product(sizes, epsilons, seeds):
-        setting, some = f"{data} images={size} epsilon={epsilon:g} delta={DELTA:g}", images.some(size, seed)
-        once(setting, "samples", seed, lambda: images.taught(images.private(some, epsilon), seed))  # noqa: B023
 
 
 @torch.no_grad()
@@ -203,14 +152,9 @@ def main() -> None:
     arguments.add_argument("--per-class", type=int, nargs="+", metavar="N", help="images of a class (default: several)")
     arguments.add_argument("--epsilon", nargs="+", type=float, default=[1, 3, 10], help="(%(default)s)")
     arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(%(default)s)")
-    arguments.add_argument("--picture", type=Path, help="draw README's picture, and do no more")
     arguments.add_argument("--work", type=Path, help="folder in which latents are kept for the next run")
     args = arguments.parse_args()
     torch.set_num_threads(args.threads)
-    if args.picture is not None:
-        sections = [picture(data, args.epsilon, args.work) for data in ("fashion-mnist", "cifar10")]
-        save_png(compose("", sections), args.picture)
-        return
     rows = Rows("private", args.out)
     for data in args.data or SIZES:
         measure(rows, data, args.per_class or SIZES[data], args.epsilon, args.seeds, args.work)

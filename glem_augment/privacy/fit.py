@@ -51,6 +51,7 @@ _LEAST_SIZE, _LEAST_POOLED = 150, 5000
 _LEADING, _MOST_LEADING, _MOST_POOLED = 64, 192, 512  # coordinates: of classes of the size 600, at most, and pooled
 _MOST_SQUARE = 1.25  # of the expected norm of squares, to which they are clipped; photographs have about 1
 _CLIP = 0.9  # of scatter, in the expected squared norm
+_LEAST_SHARE = 0.5  # of the least variance of T, along any direction of W
 _LEAST_VARIANCE = 0.05  # within classes, and along any direction of a class as a share of W / 2
 _SPREAD = 10  # the variance of the overall mean about the public centre, in variances of class means
 _TEMPERATURE = 3.0  # of the posterior: the best were 2 to 8 on held-out training images
@@ -139,11 +140,11 @@ def private_classes(
     pooled: tuple[Tensor, float] | None = None
     own, sd = None, 0.0
     if plan.pooled:
-        clip = math.sqrt(_CLIP * plan.pooled_leading * s)
+        clip = math.sqrt(_CLIP * float(target[: plan.pooled_leading].sum()))
         scatter, sd = released("scatter", "scatter", away[:, : plan.pooled_leading], everyone, clip, plan.pooled)
         pooled = scatter[0], sd
     if plan.classes:
-        clip = math.sqrt(_CLIP * plan.leading * s)
+        clip = math.sqrt(_CLIP * float(target[: plan.leading].sum()))
         own, sd = released("scatter of classes", "scatter", away[:, : plan.leading], y, clip, plan.classes)
         pooled = pooled or (own.sum(0), sd * math.sqrt(num_classes))
 
@@ -223,7 +224,7 @@ def _covariances(
         m, nu0, count = len(scatter), NU0 * dim, _alike(images, (sd / images / s) ** 2 / 2)
         shared[:m, :m] = (nu0 * shared[:m, :m] + count * scatter / images) / (nu0 + count)
     values, vectors = torch.linalg.eigh(shared)
-    values = values.clamp_min(_LEAST_VARIANCE * s)
+    values = values.clamp_min(_LEAST_SHARE * float(target.min()))  # the noise of S makes some too small
     outside = max((s * dim - float(target.sum())) / max(1, dim - known), _LEAST_VARIANCE * s)
     directions = coordinates.to_public(torch.nn.functional.pad(vectors.T, (0, dim - known)))
     found = ClassCovariances(len(means), public.image_shape, rank, known, PUBLIC, *strengths(dim))
