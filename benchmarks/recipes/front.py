@@ -24,9 +24,9 @@ from glem_augment.io import save_png
 OUT = Path(__file__).parents[2] / "docs" / "front.png"
 # Model, folder of GLEM_DATA (None: in the package), the classes that are shown.
 SHOWN: tuple[tuple[str, str | None, tuple[int, ...]], ...] = (
-    # ("tiny-imagenet", "tiny-imagenet", (0, 30, 60, 102, 130, 160)),
     ("cifar10", "cifar10", (0, 1, 4, 7, 8, 9)),
     ("fashion-mnist", None, (1, 2, 5, 7, 8, 9)),
+    ("tiny-imagenet", "tiny-imagenet", (0, 30, 60, 102, 130, 160)),
 )
 MOVES = (Mixup(), Mixup(), Noise(0.5), Noise(0.5))
 COLUMNS = ("real", "Mixup", "", "Noise(0.5)", "", "drawn", "", "", "")

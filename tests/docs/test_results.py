@@ -56,7 +56,10 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a missing row": (edit("benchmarks/results/private.csv", without_row), "rows, "),
     "a renamed seed": (edit("benchmarks/results/samples.csv", lambda t: t.replace(",real,2,", ",real,7,", 1)), "seeds"),
     "a lower opponent": (edit("benchmarks/results/private.csv", lambda t: t.replace(",88.", ",81.")), "rows, "),
-    "a changed command": (edit("benchmarks/results/runs.csv", lambda t: t.replace("--seeds 3", "--seeds 9")), "runs.csv"),
+    "a changed command": (
+        edit("benchmarks/results/runs.csv", lambda t: t.replace("--seeds 3", "--seeds 9")),
+        "runs.csv",
+    ),
     "a swapped picture": (
         lambda root: (root / "docs" / "front.png").write_bytes(b"another picture"),
         "pictures/docs/front.png",

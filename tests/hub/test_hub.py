@@ -158,7 +158,7 @@ def test_the_card_says_what_is_known(caplog: pytest.LogCaptureFixture, tmp_path:
 def test_the_list_of_models_has_no_null(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
-    bundled = {f"bundled:{name}" for name in ("cifar10", "fashion-mnist", "imagenette", "photographs")}
+    bundled = {f"bundled:{name}" for name in ("cifar10", "fashion-mnist", "imagenette", "photographs", "tiny-imagenet")}
     assert bundled <= {line.split()[0] for line in lines}
     assert not any("None" in line for line in lines)
 
