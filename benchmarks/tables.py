@@ -111,7 +111,7 @@ def private(arm: str, data: str, size: int, epsilon: str) -> str:
        "`predict` of models of as many images without a promise",
        f"images | of each class | {PROMISES} | not private, as many images")  # fmt: skip
 def _() -> Lines:
-    for data, size in ((data, size) for data, sizes in SIZES.items() for size in sizes):
+    for data, size in ((data, size) for data, sizes in SIZES.items() for size in (sizes[1], sizes[-1])):
         own = (private("predict", data, size, epsilon) for epsilon in EPSILONS)
         yield [SETS[data], f"{size:,}", *own, cell("private", f"{data} images={size}", "not private", "accuracy")]
 
