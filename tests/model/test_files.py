@@ -111,7 +111,7 @@ def test_a_flow_of_colour_knows_its_own_samples(name: str) -> None:
 def test_the_bundled_flows_are_small() -> None:
     files = [folder / WEIGHTS for name in bundled_models() if (folder := local_folder(f"bundled:{name}"))]
     sizes = [file.stat().st_size for file in files]
-    assert max(sizes) <= 8 * 2**20 and sum(sizes) <= 26 * 2**20
+    assert max(sizes) <= 8 * 2**20 and sum(sizes) <= 33 * 2**20
 
 
 # ---- files that do not -----------------------------------------------------------------------------------------------
