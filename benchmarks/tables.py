@@ -90,6 +90,15 @@ def _() -> Lines:
         yield [setting, *(cell("fit", setting, f"{n:,} per class", "accuracy") for n in FEW)]
 
 
+@table(
+    "fit/flow", "Accuracy on ten other classes (Imagenette at 64 pixels), in %", "latents | 20 per class | 50 per class"
+)
+def _() -> Lines:
+    for words, flow in (("TAEF2 with the public prior", ""), ("`bundled:tiny-imagenet`", "bundled:tiny-imagenet ")):
+        arms = (f"{flow}{n} per class" for n in (20, 50))
+        yield [words, *(cell("fit", "imagenette-64", arm, "accuracy") for arm in arms)]
+
+
 # ---- private sets ----------------------------------------------------------------------------------------------------
 
 SETS = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "imagenette128": "Imagenette, 64 pixels"}
