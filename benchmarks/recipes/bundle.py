@@ -8,7 +8,8 @@ Classes of CIFAR-10 and Imagenette are fitted to the training images that are no
 these were more accurate and more likely than the Gaussians that were learned with the flow. The 200 classes of Tiny
 ImageNet share modes and variances, so that the file has at most 8 MiB. Their means lie halfway between the learned
 ones, which know the training images by heart, and shrunk means of latents: the best of five mixtures on the held-out
-images. The images in TINY_IMAGENET/val/<class>/ are its validation images, sorted by val_annotations.txt.
+images, at the second epoch. The images in TINY_IMAGENET/val/<class>/ are its validation images, sorted by
+val_annotations.txt.
 
 Weights of the flow's networks and modes, and the Gaussians of many classes, are stored in half precision, all other
 tensors in full. The test images are measured with these weights, and the record gets the result.
