@@ -1,4 +1,4 @@
-"""Fixed linear maps: the identity, and whitening before another flow."""
+"""Fixed linear maps: the identity, or a whitening before another flow."""
 
 from __future__ import annotations
 

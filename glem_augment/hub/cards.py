@@ -1,4 +1,4 @@
-"""The facts of a model for a table of models, and its card on the Hub."""
+"""Facts of a model, as a row of a table or as its card on the Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ImageData: labelled images of one shape, and `open_data`, which opens them."""
+"""Labelled images of one shape: `ImageData`, which `open_data` opens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources of labelled images: bundled sets, folders, other libraries' data sets, and tensors."""
+"""Sources of labelled images: a bundled set, a folder, another library's data set, or tensors."""
 
 from __future__ import annotations
 
