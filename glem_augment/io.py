@@ -1,4 +1,4 @@
-"""Files: written atomically, locked, and validated on load.
+"""Files, written atomically or validated on load.
 
 A safetensors file is validated in two steps: the header before memory is allocated, then every value.
 """

@@ -1,4 +1,4 @@
-"""Names that arguments may have, and limits of numbers; the command line has them without torch."""
+"""Allowed values of arguments; the command line has them without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model: made, saved, loaded, and fitted to images (GLEM, Enescu & Sahbi, ACCV 2024)."""
+"""The model: codec, flow, classes (GLEM, Enescu & Sahbi, ACCV 2024)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Private sets: classes fitted to differentially private releases, their record, and what to expect of them."""
+"""Private sets: classes fitted to differentially private releases."""
 
 from glem_augment.privacy.mechanism import Privacy, delta_of, epsilon_of, total
 

@@ -1,4 +1,4 @@
-"""Differential privacy by Gaussian noise: the promise, what its releases spend, and the noise itself.
+"""Differential privacy by Gaussian noise.
 
 The sum of statistics of which one image changes at most 1 in L2, plus N(0, (m / mu)^2) in every element, is mu-GDP with
 respect to the m images of one person (Dong, Roth & Su 2022). It is (epsilon, delta)-DP exactly when
