@@ -161,18 +161,19 @@ def _() -> Lines:
 
 DRAWN = {"cifar10": "CIFAR-10", "fashion": "Fashion-MNIST", "photographs": "photographs, 64 pixels"}
 WITHOUT_MODEL = ("real", "ColorJitter", "tuned stack")
-ADVISED = "half drawn, ColorJitter"
+ADVISED, SHORT = "half drawn, ColorJitter", ", a third of the steps"
 
 
 @cache
 def drawn() -> dict[str, dict[str, dict[str, float]]]:
-    """Test accuracies by data with images per class, arm and seed."""
+    """Test accuracies by data with images per class, arm and seed; without a number of steps, the older, short runs."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name in rows("drawn").settings():
         data, per_class = name.partition("/")[0].split("-")
         arms = {arm: values for arm, split, _, values in rows("drawn").arms(name) if split == "test"}
-        found.setdefault(f"{DRAWN[data]}, {per_class}", {}).update(arms)
-    return {name: arms for name, arms in found.items() if ADVISED in arms}
+        short = name.endswith("cnn")
+        found.setdefault(f"{DRAWN[data]}, {per_class}{SHORT if short else ''}", {}).update(arms)
+    return {name: found[name] for name in sorted(found, key=lambda n: SHORT in n) if ADVISED in found[name]}
 
 
 def best_without_model(arms: dict[str, dict[str, float]]) -> str:
@@ -186,6 +187,8 @@ def best_without_model(arms: dict[str, dict[str, float]]) -> str:
        "over the best other stack | `predict`, no network")  # fmt: skip
 def _() -> Lines:
     for name, arms in drawn().items():
+        if SHORT in name:
+            continue
         ours, best = arms[ADVISED], arms[best_without_model(arms)]
         gains = (gained(paired(ours, other)) for other in (arms["real"], best))
         yield [name, *map(mean, (arms["real"], best, ours)), *gains, mean(arms.get("predict", {}))]
