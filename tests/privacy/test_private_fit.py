@@ -157,7 +157,8 @@ def test_plans_spend_the_budget_where_it_pays() -> None:
 
 def test_a_class_that_drowns_is_drawn_like_the_average_and_named(data: ImageData, tmp_path: Path) -> None:
     few = ImageData.from_tensors(data.tensor()[:202], data.targets[:202], data.classes)  # two of the last class
-    found = GLEM.fit(few, "taef2", privacy=Privacy(3))
+    with pytest.warns(UserWarning, match="mostly noise.*: class 2; merge"):
+        found = GLEM.fit(few, "taef2", privacy=Privacy(3))
     assert found.config.privacy is not None and "class 2" in found.config.privacy["expect"]["mostly_noise"]
     x = found.sample(torch.tensor([2]), 1.0, torch.Generator().manual_seed(0), "rfcm")
     found.save(tmp_path)  # without directions of classes
@@ -245,10 +246,12 @@ def test_what_is_refused(model: GLEM, data: ImageData) -> None:
             change()
     with pytest.raises(ValueError, match="takes no seed: "):
         GLEM.fit(data, "taef2", privacy=Privacy(10), seed=1)
+    with pytest.raises(ValueError, match="too few for epsilon=1 .* nothing was spent"):
+        GLEM.fit(images(2), "taef2", privacy=Privacy(1, images=6))
     with pytest.raises(TypeError, match="must be Privacy"):
         GLEM.fit(data, "taef2", privacy=10)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="autoencoder='taef2'"):
         GLEM.fit(data, privacy=Privacy(10))
     with pytest.raises(DataError, match="several times"):
-        check_images(data.subset([*range(len(data)), 0]))
+        check_images(data.subset([*range(len(data)), 0]), Privacy(10))
     assert model.adapt(images(20)).config.privacy is None  # no promise covers these images
