@@ -44,7 +44,11 @@ from glem_augment.flows.public import PublicFlow
 from glem_augment.privacy.coordinates import ReleaseCoordinates
 from glem_augment.privacy.fit import private_classes
 
-SIZES = {"cifar10": (100, 300, 2000, 5000), "fashion-mnist": (100, 300, 2000, 6000)}  # images of each class
+SIZES = {  # images of each class
+    "cifar10": (100, 300, 2000, 5000),
+    "fashion-mnist": (100, 300, 2000, 6000),
+    "pneumoniamnist": (100, 300, 1200),
+}
 DELTA = 1e-5
 TRIALS = tuple(itertools.product((10, 30, 100), (4.0, 16.0)))  # steps, and the learning rate, of the linear layer
 
