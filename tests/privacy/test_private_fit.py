@@ -103,33 +103,32 @@ def test_the_noise_that_is_added_is_the_noise_that_is_recorded(
 
 @pytest.mark.parametrize("per_class", list(BRANCHES))
 def test_every_statistic_changes_by_at_most_its_sensitivity(per_class: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With and without one image, releases being the same: nothing else of the image reaches the released state."""
-    replayed: list[Tensor] = []
-    exact: list[list[Any]] = [[], []]
+    """Without one image, and with other images: the same releases give the same clips and the same model."""
+    released: list[Tensor] = []
+    exact: list[list[tuple[str, float, Tensor]]] = []
     release = sums.PrivateSums.release
 
     def replay(self: Any) -> Tensor:
-        statistic = self._secret().clone()
-        exact[bool(replayed)].append((self.statistic, self.clip, statistic))
-        if len(exact[1]):
-            return replayed[len(exact[1]) - 1]
-        kept.append(release(self))
-        return kept[-1]
+        exact[-1].append((self.statistic, self.clip, self._secret().clone()))
+        if len(exact) == 1:
+            released.append(release(self))
+        return released[len(exact[-1]) - 1]
 
-    kept: list[Tensor] = []
     monkeypatch.setattr(sums.PrivateSums, "release", replay)
     u, y = latents(per_class)
     u[7] *= 30  # far away, so it is clipped
-    first = private_classes(u, y, 3, coordinates(), Privacy(10))
-    replayed = kept
-    others = torch.arange(len(y)) != 7
-    second = private_classes(u[others], y[others], 3, coordinates(), Privacy(10))
-    for (statistic, clip, one), (_, same, other) in zip(*exact, strict=True):
-        assert clip == same
+    others, found = torch.arange(len(y)) != 7, []
+    for rows, labels in ((u, y), (u[others], y[others]), (9 - 2 * u[3:], y[3:])):
+        exact.append([])
+        found.append(private_classes(rows, labels, 3, coordinates(), Privacy(10)))
+    for (statistic, clip, one), (_, same, other), (_, again, _) in zip(*exact, strict=True):
+        assert clip == same == again
         change = (one - other).double().norm() / {"counts": 1, "sums": 2**20, "scatter": 2**40}[statistic]
         assert 0 < float(change) <= 1 + 1e-12
-    a, b = first.classes.state_dict(), second.classes.state_dict()
-    assert all(torch.equal(a[name], b[name]) for name in a) and first.privacy == second.privacy
+    for each in found[1:]:
+        a, b = found[0].classes.state_dict(), each.classes.state_dict()
+        assert all(torch.equal(a[name], b[name]) for name in a) and each.privacy == found[0].privacy
+        assert torch.equal(each.counts, found[0].counts) and each.lost == found[0].lost
 
 
 def test_plans_spend_the_budget_where_it_pays() -> None:
