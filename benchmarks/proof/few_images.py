@@ -40,6 +40,7 @@ SETTINGS = {
     "fashion-mnist": ("fashion-mnist", "test", 28, (5, 20, 50, 100, 300, 1000, 6000)),
     "imagenette-64": ("imagenette128", "val", 64, (5, 20, 50, 100, 300)),
     "imagenette-128": ("imagenette128", "val", 128, (5, 20, 50, 100, 300)),
+    "pneumoniamnist": ("pneumoniamnist", "test", 28, (5, 20, 50, 100, 300, 1200)),
 }
 BINS, SEED = 15, 100
 

@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         result |= {name: model.config.training[name] for name in ("images", "images_per_class")}
     else:
         result["privacy"] = model.config.privacy
-        tell(model.config.privacy)
+        common.note(f"glem: {model.config.promise}")
     common.print_json(result)
 
 
@@ -127,16 +127,3 @@ def private_arguments(args: argparse.Namespace, given: dict[str, Any]) -> dict[s
     images = open_data(**opening)
     common.note(f"glem: {expectation(privacy, len(images.classes), images.image_shape)}")
     return {**given, "data": images, "privacy": privacy}
-
-
-def tell(privacy: dict[str, Any]) -> None:
-    """Print what a recipient can expect, on stderr; from released numbers alone."""
-    from glem_augment.privacy.record import promise
-
-    expect = privacy["expect"]
-    common.note(f"glem: {promise(privacy)}")
-    if expect["mostly_noise"]:
-        common.note(
-            f"glem: mostly noise, so drawn much like the average: {', '.join(expect['mostly_noise'])}; merge "
-            "them with other classes, give more images, or raise epsilon"
-        )

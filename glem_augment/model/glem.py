@@ -350,9 +350,10 @@ class GLEM(LatentModel):
             A new GLEM in eval mode. `config.training["adapted_from"]` names the model of the flow.
 
         Raises:
-            ValueError: both an autoencoder and a flow, an image size with a flow, arguments that privacy excludes, or a
-                codec that says it is exact and is not. DataError: images of another shape, a class without images, no
-                class with two, latents off any scale. TypeError: arguments that make no sense.
+            ValueError: both an autoencoder and a flow, an image size with a flow, arguments that privacy excludes, so
+                few stated images that a private model would be noise, or a codec that says it is exact and is not.
+                DataError: images of another shape, a class without images, no class with two, latents off any scale.
+                TypeError: arguments that make no sense.
         """
         opening = dict(image_size=image_size, channels=channels, value_range=value_range)
         given = {name: value for name, value in opening.items() if value is not None}
@@ -519,7 +520,7 @@ class GLEM(LatentModel):
     ) -> GLEM:
         shape = images.image_shape
         images.pixel_range.need_8_bits("a private model")
-        check_images(images)
+        check_images(images, privacy)
         base = cls.create("identity", shape, images.classes, images.class_ids, autoencoder=autoencoder)
         base.codec = public_codec(base.codec)
         base = base.eval().requires_grad_(False).to(device)
@@ -532,11 +533,17 @@ class GLEM(LatentModel):
                 "holds, but a release could show one of them",
                 stacklevel=4,
             )
+        if lost := [images.classes[k] for k in found.lost]:
+            warnings.warn(
+                f"mostly noise, so drawn much like the average of classes: {', '.join(lost)}; merge them with other "
+                "classes, give more images, or raise epsilon",
+                stacklevel=4,
+            )
         base.latent_classes = found.classes.to(base.device, base.dtype)
         expect = {
             "images": [round(count) for count in found.counts.tolist()],
             "kept": [round(share, 3) for share in found.kept.tolist()],
-            "mostly_noise": [images.classes[k] for k in found.lost],
+            "mostly_noise": lost,
         }
         record = {**found.privacy, "expect": expect, "sha256": ""}
         base.config = replace(base.config, privacy=record, training={"data": "private images"}, **base._facts())

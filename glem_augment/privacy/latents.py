@@ -18,6 +18,7 @@ from glem_augment.codec.published import prior_file
 from glem_augment.distributed import gather, progress_bar, share, world_size
 from glem_augment.errors import DataError
 from glem_augment.images.dataset import ImageData
+from glem_augment.privacy.expectation import expectation
 from glem_augment.privacy.mechanism import Privacy
 
 Encode = Callable[[Tensor], Tensor]
@@ -50,8 +51,12 @@ def check_arguments(privacy: object, autoencoder: object, **given: object) -> Pa
     return path
 
 
-def check_images(images: ImageData) -> None:
-    """Refuse images that are there twice, and warn of public facts that were read from the images."""
+def check_images(images: ImageData, privacy: Privacy) -> None:
+    """Refuse images that are there twice, and so few stated ones that all would be noise; warn of facts that were read.
+
+    The number of images that are there is secret, so only the stated number decides.
+    """
+    expectation(privacy, len(images.classes), images.image_shape)
     if images.repeated:
         raise DataError(f"one image is in this private set several times ({images.repeated}): give it once")
     if unstated := [*images.unstated, *([] if images.named else ["classes"])]:

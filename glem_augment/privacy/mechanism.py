@@ -3,10 +3,7 @@
 The sum of statistics of which one image changes at most 1 in L2, plus N(0, (m / mu)^2) in every element, is mu-GDP with
 respect to the m images of one person (Dong, Roth & Su 2022). It is (epsilon, delta)-DP exactly when
 delta >= Phi(mu/2 - epsilon/mu) - e^epsilon Phi(-mu/2 - epsilon/mu) (Balle & Wang 2018). Releases of the same images are
-together sqrt(sum mu^2)-GDP. `privacy.sums` has the statistics, and the whole proof.
-
-References: Balle & Wang, *Improving the Gaussian Mechanism for Differential Privacy*, ICML 2018. Dong, Roth & Su,
-*Gaussian Differential Privacy*, JRSS-B 2022.
+together sqrt(sum mu^2)-GDP. `privacy.sums` has the statistics, the whole proof, and the references.
 """
 
 from __future__ import annotations

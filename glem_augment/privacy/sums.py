@@ -31,9 +31,10 @@ removing one image.
 **The caller's duty.** The latent of an image depends on this image and public facts alone, not on the batch around it.
 Nothing else of the images leaves the machine. Running time, memory, and traffic between ranks are not covered.
 
-References: Mironov, *On Significance of the Least Significant Bits*, CCS 2012. Smith & Thakurta, *Fully Adaptive
-Composition for Gaussian Differential Privacy*, 2022 (arXiv 2210.17520). Casacuberta et al., *Widespread
-Underestimation of Sensitivity in Differentially Private Libraries*, CCS 2022.
+References: Balle & Wang, *Improving the Gaussian Mechanism for Differential Privacy*, ICML 2018. Dong, Roth & Su,
+*Gaussian Differential Privacy*, JRSS-B 2022. Mironov, *On Significance of the Least Significant Bits*, CCS 2012. Smith
+& Thakurta, *Fully Adaptive Composition for Gaussian Differential Privacy*, 2022 (arXiv 2210.17520). Casacuberta et al.,
+*Widespread Underestimation of Sensitivity in Differentially Private Libraries*, CCS 2022.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ import torch
 from torch import Tensor
 
 from glem_augment import distributed
-from glem_augment.checks import check_choice, check_number
+from glem_augment.checks import check_number
 from glem_augment.errors import DataError, GLEMError
 from glem_augment.privacy.mechanism import Privacy, deviation, noisy
 
@@ -85,34 +86,25 @@ class PrivateSums:
         privacy, part: the promise, and the part of its mu^2 that this release spends. All releases of the same images
             together spend at most 1; `record.describe` checks it.
 
+    Attributes:
+        noise: the noise's deviation on t, whose sensitivity is 1.
+        sd: the deviation of the noise of a released number; of scatter on the diagonal, sd / sqrt(2) beside it.
+
     ValueError: a number is out of range.
     """
 
     def __init__(self, statistic: Statistic, slots: int, dim: int, clip: float, privacy: Privacy, part: float) -> None:
-        check_choice("statistic", statistic, ("counts", "sums", "scatter"))
-        self.statistic, self.slots, self.dim = statistic, slots, dim
+        self.statistic, self.dim = statistic, dim
         self.clip = check_number("clip", clip, *_CLIPS)
-        self.noise = deviation(privacy, part)  # on a statistic of sensitivity 1
+        self.noise = deviation(privacy, part)
+        self._unit = {"counts": 1.0, "sums": self.clip, "scatter": self.clip**2}[statistic]
+        self.sd = self.noise * self._unit
         shape = {"counts": (slots,), "sums": (slots, dim), "scatter": (slots, dim, dim)}[statistic]
         self._exact: Tensor | None = torch.zeros(shape, dtype=torch.int64)
         self._counts = torch.zeros(slots, dtype=torch.int64)  # guard against overflow
 
-    @property
-    def sd(self) -> float:
-        """Standard deviation of the noise of a released number; of scatter on the diagonal, sd / sqrt(2) beside it."""
-        return self.noise * {"counts": 1.0, "sums": self.clip, "scatter": self.clip**2}[self.statistic]
-
     def add(self, u: Tensor, slot: Tensor) -> None:
-        """Add u [n, d] of floats in the places `slot` [n] int64. Rows with NaN or infinity count as zero.
-
-        ValueError: a shape, type or place is wrong.
-        """
-        if u.ndim != 2 or u.shape[1] != self.dim or not u.is_floating_point():
-            raise ValueError(f"u must have floats of shape [n, {self.dim}], got {u.dtype} {list(u.shape)}")
-        if slot.shape != u.shape[:1] or slot.dtype != torch.int64:
-            raise ValueError(f"slots must be int64 of shape [{len(u)}], got {slot.dtype} {list(slot.shape)}")
-        if len(slot) and not 0 <= int(slot.min()) <= int(slot.max()) < self.slots:
-            raise ValueError(f"slots must be from 0 to {self.slots - 1}")
+        """Add u [n, d] of floats in the places `slot` [n] int64. Rows with NaN or infinity count as zero."""
         exact = self._secret()
         for rows, places in zip(u.split(_CHUNK), slot.cpu().split(_CHUNK), strict=True):
             fixed = fixed_point(rows, self.clip)
@@ -142,7 +134,7 @@ class PrivateSums:
         finally:
             exact.zero_(), self._counts.zero_()
         assert found is not None
-        return found * {"counts": 1.0, "sums": self.clip, "scatter": self.clip**2}[self.statistic]
+        return found * self._unit
 
     def _with_noise(self, exact: Tensor) -> Tensor:
         if self.statistic == "counts":

@@ -62,7 +62,6 @@ SMALLER: dict[str, dict[str, str]] = {
     "docs/privacy.md": {  # a few images are noise, so the model is another one
         "glem fit private/": "# glem fit private/",
         "glem generate runs/shareable": "# glem generate runs/shareable",
-        "glem info runs/a": "# glem info runs/a",
         'open_data("private/", image_size=64, channels=3)': "None",
         'GLEM.fit(data, autoencoder="taef2", privacy=Privacy(epsilon=1, delta=1e-6))': "None",
         "runs/shareable": "runs/photos",

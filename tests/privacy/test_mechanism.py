@@ -46,9 +46,12 @@ def test_releases_add_up_and_promises_out_of_range_are_refused() -> None:
     assert total([]) == (0, 0) and total([one]) == pytest.approx((one.mu, 1))
     assert total([one, five])[0] == pytest.approx(math.hypot(5, 1) * one.mu)
     assert five.mu_per_image == five.mu / 5 and five.unit == "5 images of one person"
-    for wrong in ((51,), (math.nan,), (1, 0), (1, 0.1), (1, 1e-5), (1, 1e-5, 1, 200_000), (1, 1e-6, 0)):
+    for wrong in ((51,), (math.nan,), (1, 0), (1, 0.01, 1, 10), (1, 1e-5), (1, 1e-5, 1, 200_000), (1, 1e-6, 0)):
         with pytest.raises(ValueError):
             Privacy(*wrong)  # type: ignore[arg-type]
+    for privacy, part in ((one, 0), (one, 1.5), (Privacy(0.01, images_per_person=1000), 1)):
+        with pytest.raises(ValueError):
+            mechanism.deviation(privacy, part)
 
 
 NUMBERS = (0.0, math.nan, math.inf, -math.inf, 1e308, -1e308, 5e-324, 2.5, -2.5, 2.5 * (1 - 2**-53))
@@ -93,15 +96,17 @@ def test_clipping_keeps_directions_and_short_latents() -> None:
 
 @pytest.mark.parametrize("statistic", ["counts", "sums", "scatter"])
 def test_the_noise_has_the_stated_deviation(statistic: Any) -> None:
-    """By a chi-square test of 3,000 numbers or more."""
+    """By a chi-square test of 3,000 numbers or more, about the sums of the statistic of each image."""
     slots, privacy, part = 50, Privacy(3, images_per_person=3), 0.25
     u, y = torch.randn(200, DIM), torch.arange(200) % slots
+    v = fixed_point(u, CLIP).double() / 2**20 * CLIP
+    each = {"counts": v.new_ones(200), "sums": v, "scatter": v[:, :, None] * v[:, None]}[statistic]
+    truth = each.new_zeros(slots, *each.shape[1:]).index_add_(0, y, each)
     sd = 3 / privacy.mu / math.sqrt(part) * {"counts": 1, "sums": CLIP, "scatter": CLIP**2}[statistic]
     noise = []
     for _ in range(60):
         found = PrivateSums(statistic, slots, DIM, CLIP, privacy, part)
         found.add(u, y)
-        truth = found._secret().double() * {"counts": 1, "sums": CLIP / 2**20, "scatter": CLIP**2 / 2**40}[statistic]
         assert found.sd == pytest.approx(sd)
         noise.append((found.release() - truth) / sd)
     every = torch.stack(noise)
@@ -121,6 +126,15 @@ def test_noise_comes_from_the_operating_system_and_lies_on_a_grid(monkeypatch: p
         assert sd / 256 <= step <= sd / 128 and torch.equal(found, found.round()) and len(found.unique()) > 50
     monkeypatch.setattr(mechanism.os, "urandom", bytes)  # zeros: the least probability, 2^-108
     assert float(mechanism._gaussian(1)) == pytest.approx(stats.norm.isf(2.0**-108), rel=1e-12)
+    # The sum is rounded with its noise: a sum that is rounded alone could change by a whole step more.
+    exact, noise = torch.arange(1000) * 2**33, torch.linspace(-3, 3, 1000).double()
+    monkeypatch.setattr(mechanism, "_gaussian", lambda count: noise)
+    assert float((mechanism.noisy(exact, 40, 31.0) - exact / 2**40 - 31 * noise).abs().max()) <= 0.125 / 2 + 1e-9
+
+
+def test_numbers_stay_exact() -> None:
+    square = 2 ** (2 * sums._BITS)
+    assert sums._CHUNK * square <= 2**53 and (sums._MOST + 16 * mechanism._LARGEST_SD) * square < 2**63
 
 
 def test_sums_are_released_once_never_copied_and_a_failure_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
