@@ -19,7 +19,7 @@ from torch import Tensor
 
 from glem_augment.errors import DataError, GLEMError
 from glem_augment.privacy import Privacy, delta_of, epsilon_of, mechanism, sums, total
-from glem_augment.privacy.record import describe, promised
+from glem_augment.privacy.record import describe, promise, promised
 from glem_augment.privacy.sums import PrivateSums, fixed_point
 
 FALSE_ALARM = 1e-10
@@ -163,12 +163,18 @@ def test_rank_0_alone_draws_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_record_must_follow_from_its_rounds() -> None:
-    privacy = Privacy(2, images_per_person=2)
+    privacy = Privacy(2.25, images_per_person=2)
     rounds = [{"release": name, "noise": mechanism.deviation(privacy, part)} for name, part in (("a", 0.4), ("b", 0.6))]
     facts = json.loads(json.dumps(describe(privacy, rounds)))
     assert promised(facts) == privacy and facts["unit"] == "2 images of one person"
-    for wrong in ([], rounds[:1], [*rounds, rounds[0]], [{"noise": -1.0}], [{}], None):
+    assert "(2.25, 1e-06)" in promise(facts)
+    for wrong in ([], rounds[:1], [*rounds, rounds[0]], [{"noise": -rounds[0]["noise"]}, rounds[1]], [{}], None):
         with pytest.raises(GLEMError):
             promised(facts | {"rounds": wrong})
+    for lie in ({"epsilon": 2.24}, {"mu": 0.999 * facts["mu"]}, {"images_per_person": 1}, {"unit": "one image"}):
+        with pytest.raises(GLEMError):
+            promised(facts | lie)
+    with pytest.raises(GLEMError):
+        describe(privacy, rounds[:1])
     with pytest.raises(GLEMError, match="unknown entries: note"):
         promised(facts | {"note": "image 7 is there"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -19,12 +20,13 @@ from glem_augment import GLEM, SyntheticDataset
 from glem_augment.classes.covariances import ClassCovariances
 from glem_augment.codec.published import prior_file
 from glem_augment.errors import DataError, ModelFileError
-from glem_augment.images.dataset import ImageData
+from glem_augment.images.dataset import ImageData, open_data
 from glem_augment.privacy import Privacy, mechanism, sums
+from glem_augment.privacy import latents as latents_of
 from glem_augment.privacy.coordinates import ReleaseCoordinates
 from glem_augment.privacy.expectation import expectation, kept
 from glem_augment.privacy.fit import Plan, private_classes
-from glem_augment.privacy.latents import check_images, latents_alone
+from glem_augment.privacy.latents import check_images, latents_alone, public_codec, rows_are_independent
 from glem_augment.privacy.record import promised
 
 SIZE = (1, 16, 16)
@@ -101,11 +103,11 @@ def test_the_noise_that_is_added_is_the_noise_that_is_recorded(
     assert promised(found.privacy) == privacy
 
 
-@pytest.mark.parametrize("per_class", list(BRANCHES))
-def test_every_statistic_changes_by_at_most_its_sensitivity(per_class: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without one image, and with other images: the same releases give the same clips and the same model."""
-    released: list[Tensor] = []
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, float, Tensor]]]:
+    """Append a list before each fit: it gets statistics, clips and exact sums. Later fits get the first releases."""
     exact: list[list[tuple[str, float, Tensor]]] = []
+    released: list[Tensor] = []
     release = sums.PrivateSums.release
 
     def replay(self: Any) -> Tensor:
@@ -115,13 +117,19 @@ def test_every_statistic_changes_by_at_most_its_sensitivity(per_class: int, monk
         return released[len(exact[-1]) - 1]
 
     monkeypatch.setattr(sums.PrivateSums, "release", replay)
+    return exact
+
+
+@pytest.mark.parametrize("per_class", list(BRANCHES))
+def test_every_statistic_changes_by_at_most_its_sensitivity(per_class: int, fits: list[Any]) -> None:
+    """Without one image, and with other images: the same releases give the same clips and the same model."""
     u, y = latents(per_class)
     u[7] *= 30  # far away, so it is clipped
     others, found = torch.arange(len(y)) != 7, []
-    for rows, labels in ((u, y), (u[others], y[others]), (9 - 2 * u[3:], y[3:])):
-        exact.append([])
+    for rows, labels in ((u, y), (u[others], y[others]), (9 - 2 * u[3:], 0 * y[3:])):
+        fits.append([])
         found.append(private_classes(rows, labels, 3, coordinates(), Privacy(10)))
-    for (statistic, clip, one), (_, same, other), (_, again, _) in zip(*exact, strict=True):
+    for (statistic, clip, one), (_, same, other), (_, again, _) in zip(*fits, strict=True):
         assert clip == same == again
         change = (one - other).double().norm() / {"counts": 1, "sums": 2**20, "scatter": 2**40}[statistic]
         assert 0 < float(change) <= 1 + 1e-12
@@ -129,6 +137,17 @@ def test_every_statistic_changes_by_at_most_its_sensitivity(per_class: int, monk
         a, b = found[0].classes.state_dict(), each.classes.state_dict()
         assert all(torch.equal(a[name], b[name]) for name in a) and each.privacy == found[0].privacy
         assert torch.equal(each.counts, found[0].counts) and each.lost == found[0].lost
+        assert each.classes.temperature == found[0].classes.temperature
+
+
+def test_a_folder_depends_on_the_images_through_releases_alone(data: ImageData, fits: list[Any]) -> None:
+    digests = set()
+    for rows in (range(300), range(1, 300, 2)):
+        fits.append([])
+        found = GLEM.fit(data.subset(rows), "taef2", privacy=Privacy(10))
+        assert found.config.privacy is not None
+        digests.add(found.config.privacy["sha256"])
+    assert len(digests) == 1
 
 
 def test_plans_spend_the_budget_where_it_pays() -> None:
@@ -190,6 +209,7 @@ def test_the_folder_holds_the_record_and_the_weights_alone(model: GLEM, tmp_path
     spoils: list[Callable[[], object]] = [
         lambda: config.write_text(text.replace('"bits"', '"bits": 7, "bits"', 1)),
         lambda: config.write_text(text + " "),
+        lambda: config.write_text(text.replace('"kept"', '"image 7": 1,\n      "kept"')),
         lambda: config.write_text(json.dumps(json.loads(text) | {"training": {"note": "image 7 is there"}})),
         lambda: save_file(tensors, weights, metadata={"format": "pt", "note": "image 7 is there"}),
         lambda: save_file(wide, weights, metadata={"format": "pt"}),
@@ -201,10 +221,16 @@ def test_the_folder_holds_the_record_and_the_weights_alone(model: GLEM, tmp_path
             GLEM.from_pretrained(tmp_path)
         config.write_text(text), weights.write_bytes(data)
     GLEM.from_pretrained(tmp_path)
+    record = model.config.privacy
+    assert record is not None
+    for lie in ({"epsilon": 9.0}, {"rounds": []}):
+        with pytest.raises(ModelFileError, match="privacy"):
+            dataclasses.replace(model.config, privacy=record | lie)
     changed = copy.deepcopy(model)
     changed.latent_classes.temperature = 2.0
-    with pytest.raises(ModelFileError):
-        changed.save(tmp_path / "other")
+    for write in (changed.save, SyntheticDataset(changed, 2).export):
+        with pytest.raises(ModelFileError):
+            write(tmp_path / "other")
 
 
 def test_a_latent_depends_on_its_image_alone(model: GLEM, data: ImageData) -> None:
@@ -220,6 +246,48 @@ def test_a_latent_depends_on_its_image_alone(model: GLEM, data: ImageData) -> No
     torch.testing.assert_close(
         back, where.public(model.encode(data.tensor())[0].view(-1, 32, 2, 2))[0], atol=1e-3, rtol=0
     )
+    fitted = copy.deepcopy(model.codec)
+    fitted.mean.fill_(2), fitted.std.fill_(2)
+    assert not public_codec(fitted).mean.any() and bool((public_codec(fitted).std == 1).all())
+
+
+@pytest.mark.parametrize("of", [torch.amax, lambda x: torch.arange(len(x))[:, None] > 7])
+def test_an_encoder_that_looks_at_other_images_or_places_gets_one_image_at_a_time(of: Any, data: ImageData) -> None:
+    def encode(x: Tensor) -> Tensor:
+        return x.double().flatten(1) + of(x.double().flatten(1))
+
+    few = data.subset(range(20))
+    z, _ = latents_alone(encode, few)
+    assert torch.equal(z, torch.cat([encode(x[None]) for x in few.tensor()]))
+
+
+def test_an_encoder_must_be_one_function_on_all_machines(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="fixed function"):
+        rows_are_independent(lambda x: torch.rand(len(x), 3), SIZE)
+    monkeypatch.setattr(latents_of, "gather", lambda found: [found, found + 1])
+    with pytest.raises(ValueError, match="machines"):
+        rows_are_independent(lambda x: x.flatten(1), SIZE)
+
+
+def test_facts_that_were_read_from_the_images_are_named(
+    image_folder: Path, data: ImageData, recwarn: pytest.WarningsRecorder
+) -> None:
+    check_images(open_data(image_folder, image_size=8, channels=3), Privacy(10))
+    assert not recwarn
+    unnamed = open_data((data.tensor(), data.targets), image_size=16, channels=1)
+    for images, words in (
+        (open_data(image_folder), "the image_size and channels of .*--image-size.*--channels"),
+        (unnamed, "the classes of .*classes="),
+    ):
+        with pytest.warns(UserWarning, match=words):
+            check_images(images, Privacy(10))
+
+
+def test_more_images_than_delta_is_for_are_told() -> None:
+    many = images(400)
+    tiny = ImageData.from_tensors(many.tensor()[..., ::2, ::2], many.targets, many.classes)
+    with pytest.warns(UserWarning, match="about 1... images, and delta=0.001 is above one over them"):
+        GLEM.fit(tiny, "taef2", privacy=Privacy(10, 1e-3, images=1000))
 
 
 def test_what_is_refused(model: GLEM, data: ImageData) -> None:
