@@ -235,15 +235,6 @@ def test_generate_counts_by_class(
     assert json.loads((tmp_path / "c" / "classes.json").read_text()) == {"cat": 0, "dog": 1}
 
 
-def test_generate_from_pairs_of_real_images(trained: Path, tmp_path: Path, output: Output) -> None:
-    argv = [str(trained), "--per-class", "2", "--source", "mixup"]
-    argv += ["--out", str(tmp_path / "a"), "--real"]
-    summary = generated([*argv, images_of(trained)], output)
-    assert summary["source"] == "mixup" and summary["temperature"] is None and summary["real"] == images_of(trained)
-    write_images(tmp_path / "other", ("bird", "cat", "dog"), (8, 8), 5)
-    fails(["generate", *argv, str(tmp_path / "other")], output, "real_images_sha256")
-
-
 def test_an_interrupted_export_says_how_to_go_on(
     trained: Path, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:

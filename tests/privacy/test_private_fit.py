@@ -240,7 +240,7 @@ def test_a_latent_depends_on_its_image_alone(model: GLEM, data: ImageData) -> No
 
 
 def test_what_is_refused(model: GLEM, data: ImageData) -> None:
-    for change in (lambda: model.fit_modes(data), lambda: SyntheticDataset(model, 3, source="mixup", real=data)):
+    for change in (lambda: model.fit_modes(data), lambda: SyntheticDataset(model, "balance", real=data)):
         with pytest.raises(ValueError, match="privac"):
             change()
     with pytest.raises(ValueError, match="takes no seed: "):
