@@ -86,7 +86,7 @@ def main() -> None:
         seed=args.seed,
         transform=tensors,
     )
-    balanced = RealAndSynthetic(AsFloat(tail), synthetic, ratio=None)
+    balanced = RealAndSynthetic(AsFloat(tail), synthetic)
     print(f"{len(tail)} real images, {np.bincount(tail.targets).tolist()} per class; {len(synthetic)} synthetic images")
 
     x, y = test.tensor().float() / 255, torch.from_numpy(label_of[test.targets])

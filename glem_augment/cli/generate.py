@@ -47,8 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_out(parser, "folder to write to")
     common.add_count(parser, "--seed", "seed of all draws", 0)
     parser.add_argument("--format", choices=FORMATS, default="imagefolder", help="see above (default: %(default)s)")
-    licence = "licence of the model's training images, such as mit or cc-by-4.0; samples inherit it"
-    parser.add_argument("--license", metavar="ID", help=licence)
+    common.add_license(parser)
     common.add_device(parser)
     source = parser.add_argument_group("the source of the images")
     source.add_argument("--source", choices=SOURCES, help="see above (default: rfcm, or gaussian without modes)")
@@ -83,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
 
     read_provenance(args.out)  # refuses a folder before any work
     model = common.load_model(args, ranks=True)
+    common.note_licence(args.license)
     real = None if args.real is None else open_source(args.real, args.split)
     about = dict(seed=args.seed, source=args.source, real=real, class_map=args.class_map)
     dataset = SyntheticDataset(model, args.per_class, args.temperature, **about)

@@ -162,8 +162,9 @@ class SyntheticDataset(Dataset):
 
         Labels are the class numbers of `real`, then of further classes of the model that have images; without `real`
         the model's class numbers. A class without images has no folder, and torchvision's ImageFolder would number the
-        later folders differently. So classes.json holds the label of every folder, for `open_data` and
-        `RealAndSynthetic`. The same export to the same folder writes missing files, and so finishes a killed export.
+        later folders differently. So classes.json holds the label of every folder; `open_data` and `RealAndSynthetic`
+        know it from the record. The same export to the same folder writes missing files, and so finishes a killed
+        export.
 
         Args:
             format: "imagefolder" (folder/<class>/NNNNNN.png of 8 bits or grey of 16 bits, .npy of other images), or

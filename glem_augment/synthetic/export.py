@@ -186,9 +186,8 @@ def _readme(draws: Draws, record: dict[str, Any]) -> str:
 def class_folders(class_ids: Sequence[str], names: Sequence[str]) -> list[str]:
     """A folder name for every class: its id if that is a valid name, else a slug of its name.
 
-    Ids that are numbers are not used, since class 3 of one data set is not class 3 of another. A slug keeps letters and
-    digits, by which classes are matched. If two folders had one name, all names begin with the index of the class,
-    which the matching ignores.
+    Ids that are numbers are not used, since class 3 of one data set is not class 3 of another. If two folders had one
+    name, all names begin with the index of the class.
     """
     numbered = all(i.isdecimal() for i in class_ids) and not all(name.isdecimal() for name in names)
     folders = [
