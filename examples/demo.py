@@ -102,7 +102,7 @@ writes it as an ImageFolder. Drawn images have a blue frame. An image depends on
 from glem_augment import RealAndSynthetic, SyntheticDataset
 
 drawn = SyntheticDataset("{MODEL}", "balance", real=few)
-both = RealAndSynthetic(few, drawn, ratio=None)""",
+both = RealAndSynthetic(few, drawn)""",
         pictures(rows, {name: 10 - k for k, name in enumerate(classes)}),
         result(f"{len(keep)} real and {len(drawn)} drawn images: 10 of each class."),
     )
@@ -133,7 +133,7 @@ images. The flow was trained on 60,000 images of these classes, and the gain com
 of the few images alone gained nothing in our measurements.""",
         f"""\
 drawn = SyntheticDataset("{MODEL}", per_class={size.drawn})
-both = RealAndSynthetic(few, drawn, ratio=None)""",
+both = RealAndSynthetic(few, drawn)""",
         table("trained on", accuracies),
         difference(accuracies),
     )

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--imbalance", type=float, help="make the data long-tailed: size of the head / size of the tail"
     )
-    parser.add_argument("--source", default="mixup", choices=("gaussian", "rfcm", "mixup"))
+    parser.add_argument("--source", choices=("gaussian", "rfcm"))
     parser.add_argument("--temperature", type=float, default=0.9)
     args = parser.parse_args()
     if args.smoke:
@@ -82,11 +82,11 @@ def main() -> None:
         per_class="balance",
         real=tail,
         source=args.source,
-        temperature=None if args.source == "mixup" else args.temperature,
+        temperature=args.temperature,
         seed=args.seed,
         transform=tensors,
     )
-    balanced = RealAndSynthetic(AsFloat(tail), synthetic, ratio=None)
+    balanced = RealAndSynthetic(AsFloat(tail), synthetic)
     print(f"{len(tail)} real images, {np.bincount(tail.targets).tolist()} per class; {len(synthetic)} synthetic images")
 
     x, y = test.tensor().float() / 255, torch.from_numpy(label_of[test.targets])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 Preset = Literal["mef_tiny", "mef_small", "mef_cifar", "mef_glem", "glow_tiny", "glow_fast", "latent", "identity"]
-DrawSource = Literal["gaussian", "rfcm", "mixup"]  # the source of a SyntheticDataset's latents
+DrawSource = Literal["gaussian", "rfcm"]  # the source of a SyntheticDataset's latents
 Format = Literal["imagefolder", "webdataset"]  # of an export
 PolicyName = Literal["mixup", "noise", "adversarial"]  # how GLEMAugment moves latents
 

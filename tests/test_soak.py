@@ -136,8 +136,7 @@ def test_threads_read_what_a_serial_reader_reads(
 
 
 def _data_sets(model: GLEM) -> None:
-    mixed = {"source": "mixup", "real": (pixels(12), labels(12))}
-    for options in ({"cache_bytes": 0}, {"source": "rfcm"}, mixed):
+    for options in ({"cache_bytes": 0}, {"source": "rfcm"}):
         data = SyntheticDataset(model, per_class=4, **options)
         data.images([0, 11, 5])
         copy.deepcopy(data)[3]

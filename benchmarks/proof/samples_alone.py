@@ -20,8 +20,8 @@ A setting is a source of `SyntheticDataset` and options:
     images=     of "real": so many images, equally many of each class, for as many steps
     epochs=     of 20,000 images each, 8 by default; of "real", too; the last option
 
-Stored rows with rank= (a number), parts=, best=, labels= or reconstructions (the real images, encoded and decoded),
-and the quality of sets (FID and others), were measured by the code of commit 309e287.
+Stored rows with rank= (a number), parts=, best=, labels=, mixup or reconstructions (the real images, encoded and
+decoded), and the quality of sets (FID and others), were measured by the code of commit 309e287.
 """
 
 from __future__ import annotations
@@ -113,9 +113,8 @@ class Images:
 
     def draw(self, method: str, source: str, options: dict[str, str], n: int, seed: int) -> tuple[Tensor, ...]:
         model = self.flow(method, options.get("rank", ""))
-        real = self.train if source == "mixup" else None
         drawing: dict[str, Any] = dict(seed=seed, temperature=float(options.get("T", 1)), source=source)
-        data = SyntheticDataset(model, n, real=real, **drawing)
+        data = SyntheticDataset(model, n, **drawing)
         return data.images(range(len(data))), torch.tensor(data.targets)
 
     def measure(self, method: str, setting: str, seed: int, search: bool) -> dict[str, float]:

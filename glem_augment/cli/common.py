@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 EXIT_CODES = "Exit codes: 0 done, 2 an error (one line on stderr says which), 130 interrupted."
 DATA_HELP = "images or arrays: a folder with a folder per class, NAME@ROOT (timm), or bundled:NAME"
+# Usual identifiers of the Hub. Its whole list is at https://huggingface.co/docs/hub/repositories-licenses.
+LICENCES = "mit apache-2.0 bsd-3-clause cc0-1.0 pddl odc-by odbl other unknown".split()
+LICENCES += [f"cc-by{terms}-{version}" for terms in ("", "-sa", "-nc", "-nc-sa", "-nd") for version in ("3.0", "4.0")]
 MODEL_HELP = "a folder from glem fit or train, bundled:NAME, or ORG/NAME[@REVISION] on the Hugging Face Hub"
 
 
@@ -65,6 +68,11 @@ def add_count(parser: argparse._ActionsContainer, flag: str, text: str, default:
 
 def add_out(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--out", type=folder, required=True, metavar="DIR", help=f"{text}; made if missing")
+
+
+def add_license(parser: argparse.ArgumentParser) -> None:
+    text = "licence of the model's training images, as the Hub names it: mit, cc-by-4.0, other, ...; samples inherit it"
+    parser.add_argument("--license", metavar="ID", help=f"{text} (default: the one in the model's record)")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +151,12 @@ def uncovered(args: argparse.Namespace, model: GLEM, *written: Path | None) -> N
         if path is not None and path.resolve().is_relative_to(expand(args.model).resolve()):
             raise ValueError(f"{path} would show real images in a folder that is shared: write it elsewhere")
     note("glem: this uses real images, so the model's privacy does not cover it: share it only if they are public")
+
+
+def note_licence(licence: str | None) -> None:
+    """Say that a licence may be a typing error, where it is no usual one."""
+    if licence is not None and licence not in LICENCES:
+        note(f"glem: {licence!r} is no usual licence: see https://huggingface.co/docs/hub/repositories-licenses")
 
 
 def print_json(obj: dict[str, Any]) -> None:

@@ -28,14 +28,13 @@ The same command again writes missing files.
 
   --source rfcm                    from the mean and covariance of the class's real latents
   --source gaussian                from the class's Gaussian
-  --source mixup --real DATA       two images of DATA mixed along the class's modes
 
-A private model (glem fit --epsilon) refuses balance and mixup, which look at real images.
+A private model (glem fit --epsilon) refuses balance, which looks at real images.
 """
 EXAMPLES = """\
   glem generate bundled:fashion-mnist --per-class 100 --out synthetic/
   glem generate runs/photos --per-class 1000 --temperature 0.8 --format webdataset --out synthetic/
-  glem generate runs/photos --per-class balance --real photos/ --source mixup --out fill/
+  glem generate runs/photos --per-class balance --real photos/ --out fill/
   glem generate runs/photos --per-class cat=50,dog=50 --seed 1 --out pets/
 """
 
@@ -48,15 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_out(parser, "folder to write to")
     common.add_count(parser, "--seed", "seed of all draws", 0)
     parser.add_argument("--format", choices=FORMATS, default="imagefolder", help="see above (default: %(default)s)")
-    licence = "licence of the model's training images, such as mit or cc-by-4.0; samples inherit it"
-    parser.add_argument("--license", metavar="ID", help=licence)
+    common.add_license(parser)
     common.add_device(parser)
     source = parser.add_argument_group("the source of the images")
     source.add_argument("--source", choices=SOURCES, help="see above (default: rfcm, or gaussian without modes)")
-    temperature = "for gaussian and rfcm: factor on the standard deviation (default: 0.9; 1 for a private model)"
+    temperature = "factor on the standard deviation (default: 0.9; 1 for a private model)"
     source.add_argument("--temperature", type=float, metavar="T", help=temperature)
-    purpose = "for --per-class balance and --source mixup; the set takes their class numbers"
-    real = parser.add_argument_group(f"real images, {purpose}")
+    real = parser.add_argument_group("real images, for --per-class balance; the set takes their class numbers")
     real.add_argument("--real", metavar="DATA", help=common.DATA_HELP)
     real.add_argument("--split", default="train", help="split of DATA (default: train)")
     common.add_class_map(real)
@@ -85,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
 
     read_provenance(args.out)  # refuses a folder before any work
     model = common.load_model(args, ranks=True)
+    common.note_licence(args.license)
     real = None if args.real is None else open_source(args.real, args.split)
     about = dict(seed=args.seed, source=args.source, real=real, class_map=args.class_map)
     dataset = SyntheticDataset(model, args.per_class, args.temperature, **about)
@@ -101,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         "per_class": {dataset.model.classes[i]: dataset.counts[i] for i in dataset.draws.order if dataset.counts[i]},
         "model": args.model,
         "source": dataset.source,
-        "temperature": None if args.source == "mixup" else dataset.temperature,
+        "temperature": dataset.temperature,
         "seed": args.seed,
         "real": args.real,
         "out_of_range": out_of_range,

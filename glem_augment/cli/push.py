@@ -24,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     parser.add_argument("repo", metavar="ORG/NAME", help="repository to upload to")
     parser.add_argument("--private", action="store_true", help="a private repository; one that exists must be private")
-    licence = "of the training images, as the Hub names it: mit, other, ... (default: the one in MODEL's record)"
-    parser.add_argument("--license", metavar="ID", help=licence)
+    common.add_license(parser)
     dry = "write the files of the upload to DIR, and upload nothing"
     parser.add_argument("--dry-run", type=common.folder, metavar="DIR", help=dry)
 
@@ -37,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from glem_augment.model.glem import GLEM
 
     validate_repo_id(args.repo)
+    common.note_licence(args.license)
     model = GLEM.from_pretrained(args.model)
     if args.dry_run is not None:
         if args.dry_run.exists() and any(args.dry_run.iterdir()):

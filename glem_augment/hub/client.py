@@ -110,20 +110,6 @@ def _client(cache_dir: str | os.PathLike[str] | None = None, token: str | bool |
     return {"cache_dir": cache, "token": token, "library_name": LIBRARY}
 
 
-def published_models() -> list[dict[str, str]]:
-    """The name, MiB of weights and licence of each model on the Hub with this library's tag. HubError: no answer."""
-    with hub_errors("the models on the Hub can't be listed"):
-        api = HfApi(library_name=LIBRARY)
-        infos = [api.model_info(each.id, files_metadata=True) for each in api.list_models(filter=LIBRARY)]
-    rows = []
-    for info in infos:
-        size = next((file.size for file in info.siblings or () if file.rfilename == WEIGHTS), None)
-        stated = info.card_data and info.card_data.get("license")
-        mib = "-" if size is None else f"{size / 2**20:.1f}"
-        rows.append({"name": info.id, "MiB": mib, "licence": str(stated or "-")})
-    return rows
-
-
 # ---- uploads ---------------------------------------------------------------------------------------------------------
 
 

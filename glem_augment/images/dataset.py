@@ -204,7 +204,7 @@ def open_data(
             - `"bundled:photographs"`: three photographs of 3x256x256 pixels, one class, inside the package;
             - an ImageFolder (any split) of images or arrays, or a folder with ImageFolders named train, test, val,
               validation, ... (test and val stand in for each other if only one is there). Classes are in torchvision's
-              order, or, in a folder that `SyntheticDataset.export` wrote, in the order of its classes.json;
+              order, or, in a folder that `SyntheticDataset.export` wrote, in the order of its labels;
             - a data set of `timm.data.create_dataset`, as `NAME@ROOT`: `torch/cifar10@data` and
               `torch/fashion_mnist@data` (in torchvision's layout, never downloaded), `hfds/ylecun/mnist`, or a .tar
               file with one folder per class;

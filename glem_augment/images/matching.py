@@ -32,7 +32,7 @@ def match_classes(
     """Match the classes of a data set with classes of a model, one to one.
 
     Two classes match if they share an id or a name that no other class has. Equal names are matched first, then names
-    with the same letters and digits in lower case, without a number in front (`03_cat`). Ids that are numbers on both
+    that differ in case alone. Ids that are numbers on both
     sides do not count if both sides have names: class 3 of CIFAR-10 is not class 3 of Fashion-MNIST. A model whose only
     class is "image" takes all classes of the data.
 
@@ -208,17 +208,15 @@ class _Side:
 composed = functools.partial(unicodedata.normalize, "NFC")  # macOS writes an accent as a separate character
 
 
-def _plain(name: str) -> str:
-    """The letters, digits and marks (vowels in many scripts), in lower case; + and #, because C++ and C# are not C."""
-    text = composed(re.sub(r"^\d+\s*[_-]\s*(?=[^\W\d])", "", name).lower())  # 03_cat, but not 737-200
-    return "".join(c for c in text if c.isalnum() or c in "+#" or unicodedata.category(c)[0] == "M")
+def _folded(name: str) -> str:
+    return composed(name).casefold()
 
 
-_FORMS: tuple[Callable[[str], str], ...] = (composed, _plain)  # the surest comparison first
+_FORMS: tuple[Callable[[str], str], ...] = (composed, _folded)  # the surest comparison first
 
 
 def _unique(columns: Sequence[Sequence[str]], form: Callable[[str], str]) -> dict[str, int]:
-    """Index by form, without the empty form and without forms that two classes share ("T-shirt" and "T shirt")."""
+    """Index by form, without the empty form and without forms that two classes share ("cat" and "Cat")."""
     found: dict[str, set[int]] = defaultdict(set)
     for column in columns:
         for i, name in enumerate(column):

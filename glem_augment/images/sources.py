@@ -267,12 +267,12 @@ def _bundled(name: str, split: str) -> Source:
 def _image_folder(folder: Path) -> Source:
     """One folder per class, with the classes, the order and the extensions of torchvision's ImageFolder, and .npy.
 
-    An export has the classes and labels of its classes.json, and some classes may have no folder.
+    An export has the classes and labels of its record, and some classes may have no folder.
     """
     record = _finished(folder)
     try:
-        ids = find_classes(folder)[0] if record is None else _exported_classes(folder)
-        labels = {name: label for label, name in enumerate(ids)}
+        folders = find_classes(folder)[0] if record is None else _exported(folder, record, "folder")
+        labels = {name: label for label, name in enumerate(folders)}
         samples = make_dataset(folder, labels, EXTENSIONS, allow_empty=record is not None)
     except FileNotFoundError as error:
         raise DataError(
@@ -280,11 +280,12 @@ def _image_folder(folder: Path) -> Source:
             f"ROOT/MNIST/raw): {error}"
         ) from None
     paths, targets = [path for path, _ in samples], [label for _, label in samples]
-    if len(ids) == 1 and record is None:
+    if record is not None:
+        ids, names = (_exported(folder, record, key) for key in ("id", "name"))
+        return Source(str(folder), paths, targets, ids, names, pixel_range=_stored_range(record))
+    if len(folders) == 1:
         _check_nesting(folder, paths)
-    source = Source(str(folder), paths, targets, ids, readable_names(ids))
-    source.pixel_range = _stored_range(record)
-    return source
+    return Source(str(folder), paths, targets, folders, readable_names(folders))
 
 
 def _check_classes_of_split(root: Path, folder: Path, source: Source) -> None:
@@ -343,14 +344,17 @@ def _stored_range(record: dict[str, Any] | None) -> PixelRange | None:
         raise DataError(f"{PROVENANCE} is damaged ({error}): export to another folder") from None
 
 
-def _exported_classes(folder: Path) -> list[str]:
-    """The folders of an export in the order of their labels. DataError: they are shards."""
-    if not (folder / CLASS_FILE).exists():
+def _exported(folder: Path, record: dict[str, Any], key: str) -> list[str]:
+    """A text of each class of an export, in the order of labels. DataError: the export has shards, or is damaged."""
+    if record.get("format") == "webdataset":
         raise DataError(f"{folder} holds shards: read them with webdataset or timm, or export imagefolder")
-    labels = _json(folder / CLASS_FILE)
-    if any(Path(name).name != name or not isinstance(label, int) for name, label in labels.items()):
-        raise DataError(f"{folder / CLASS_FILE} is damaged: export to another folder")
-    return sorted(labels, key=labels.__getitem__)
+    try:
+        found = [str(entry[key]) for entry in record["classes"]]
+    except (LookupError, TypeError):
+        found = []
+    if not found or len(set(found)) < len(found) or (key == "folder" and any(Path(n).name != n for n in found)):
+        raise DataError(f"{folder / PROVENANCE} is damaged: export to another folder")
+    return found
 
 
 def _folders(folder: Path) -> list[str]:

@@ -1,9 +1,8 @@
-"""Real and synthetic images in one data set, at a ratio."""
+"""Real and synthetic images in one data set."""
 
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -34,18 +33,17 @@ class RealAndSynthetic(Dataset):
         real: a data set with items (image, label), for example of torchvision or timm, an `ImageData`, a Subset, or
             any other argument of `open_data`. Names and Hugging Face data sets give PIL images as they are stored,
             a pair (images, labels) gives tensors.
-        synthetic: a `SyntheticDataset`, or the folder of an export, with at least `ratio * len(real)` images.
-        ratio: synthetic images per real image: 1 doubles the data. Classes take turns, so each ratio keeps the balance
-            of `synthetic`. None: all synthetic images, as for per_class="balance".
-        share: in place of `ratio`, the data set stays as long as the real one, and each item is with this probability a
-            synthetic image of its class, drawn anew by torch's random numbers each time. Advised beside few images.
+        synthetic: a `SyntheticDataset`, or the folder of an export.
+        share: the data set stays as long as the real one, and each item is with this probability a synthetic image of
+            its class, drawn anew by torch's random numbers each time. Advised beside few images. None: all synthetic
+            images come after the real ones.
         class_map: how the real data's classes map to the model's, see `match_classes`. The real data may have more
             classes than the model. The model may have further classes, if `synthetic` has no images of them.
         transform: applied to every image, real and synthetic. For a DataLoader it must make tensors of one size from
             PIL images.
 
     Raises:
-        DataError: too few synthetic images, classes that do not match, or the folder of an unfinished export.
+        DataError: classes that do not match, or the folder of an unfinished export.
 
     Attributes:
         targets: int labels of all items. classes, class_to_idx: the classes of the real data, if it names any.
@@ -55,7 +53,6 @@ class RealAndSynthetic(Dataset):
         self,
         real: LabelledImages,
         synthetic: SyntheticDataset | ImageData | str | os.PathLike[str],
-        ratio: float | None = 1.0,
         class_map: ClassMap = None,
         transform: Callable[[Any], Any] | None = None,
         share: float | None = None,
@@ -84,15 +81,8 @@ class RealAndSynthetic(Dataset):
             label_of[matched] = np.flatnonzero(index >= 0)
         made = np.asarray(synthetic.targets, dtype=np.int64)
         self.share = None if share is None else check_number("share", share, 0.0, 1.0)
-        if ratio is None or share is not None:
-            self.chosen = np.arange(len(made))
-        else:
-            count = round(check_number("ratio", ratio, 0.0, math.inf) * self._real_count)
-            if count > len(made):
-                raise DataError(f"{ratio=} needs {count} synthetic images, there are {len(made)}: raise per_class")
-            self.chosen = np.sort(_in_turn(made)[:count])
-        labels = label_of[made[self.chosen]]
-        missing = sorted({synthetic.classes[made[i]] for i in self.chosen[labels < 0]})
+        labels = label_of[made]
+        missing = sorted({synthetic.classes[cls] for cls in made[labels < 0]})
         if missing:
             names = ", ".join(missing[:10])
             raise DataError(f"the real data has no class for the synthetic {names}: give class_map, or draw none of it")
@@ -101,12 +91,12 @@ class RealAndSynthetic(Dataset):
         self._of_label = {y: self._real_count + np.flatnonzero(labels == y) for y in np.unique(labels).tolist()}
 
     def __len__(self) -> int:
-        return self._real_count + (len(self.chosen) if self.share is None else 0)
+        return self._real_count + (len(self.synthetic) if self.share is None else 0)
 
     def __repr__(self) -> str:
         shared = "" if self.share is None else f"a share of {self.share:g} of "
         return (
-            f"RealAndSynthetic({self._real_count} real and {shared}{len(self.chosen)} synthetic images of "
+            f"RealAndSynthetic({self._real_count} real and {shared}{len(self.synthetic)} synthetic images of "
             f"{self.synthetic!r})"
         )
 
@@ -124,7 +114,7 @@ class RealAndSynthetic(Dataset):
     def __getitems__(self, indices: Iterable[int]) -> list[tuple[Any, Any]]:
         """Several items; synthetic images are decoded together."""
         places = [self._place(i) for i in indices]
-        chosen = [int(self.chosen[place - self._real_count]) for place in places if place >= self._real_count]
+        chosen = [place - self._real_count for place in places if place >= self._real_count]
         pictures = iter(self._pictures(chosen) if chosen else ())
         label_transform = getattr(self.synthetic, "target_transform", None)
         label_transform = label_transform or getattr(_innermost(self.real), "target_transform", None)
@@ -159,11 +149,3 @@ def _innermost(real: Any) -> Any:
     while isinstance(real, Subset):
         real = real.dataset
     return real
-
-
-def _in_turn(targets: np.ndarray) -> np.ndarray:
-    """Indices of all synthetic images, given their labels int64 [N]: the first of every class, the second, ..."""
-    order = np.argsort(targets, kind="stable")
-    within = np.empty_like(order)
-    within[order] = np.arange(len(order)) - np.searchsorted(targets[order], targets[order])
-    return np.lexsort((targets, within))

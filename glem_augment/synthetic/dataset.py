@@ -47,17 +47,16 @@ class SyntheticDataset(Dataset):
             change afterwards.
         per_class: images of each class: a number for all, a list of K numbers, a table of class names, or "balance",
             which fills up each class of `real` to its largest class. Classes that a table lacks get no images.
-        temperature: factor on the standard deviation, not for "mixup". None: 0.9, or 1.0 for a private model, for whose
+        temperature: factor on the standard deviation. None: 0.9, or 1.0 for a private model, for whose
             sets lower temperatures were worse.
         seed: int >= 0; seed, class and place within the class fix an item's latent.
         transform: PIL image (or tensor) -> anything; target_transform: int -> anything. A DataLoader makes batches of
             tensors alone, so it needs a transform such as torchvision's `ToTensor()`.
         source: "gaussian": the diagonal Gaussian of the class. "rfcm": mean and full covariance of its real latents.
-            "mixup": two images of `real` mixed along the class's modes, as GLEMAugment does by default; the latents of
-            `real` take N * d * 4 bytes of memory. None: rfcm, or gaussian if the model has no modes.
+            None: rfcm, or gaussian if the model has no modes.
         device: where to decode; None: where the model is.
         cache_bytes: memory for decoded images in each process; one block is always kept.
-        real: real images, see `open_data`, for "balance" and "mixup". Labels, also in exports, are the class numbers
+        real: real images, see `open_data`, for "balance". Labels, also in exports, are the class numbers
             of `real`, so `ConcatDataset([real, synthetic])` has one numbering; further classes of the model follow.
         class_map: how the classes of `real` map to the model's, see `match_classes`.
 
@@ -91,7 +90,7 @@ class SyntheticDataset(Dataset):
         self.counts = class_counts(self.model, per_class, matched)
         self.transform, self.target_transform = transform, target_transform
         order = label_order(self.counts, matched)
-        self.draws = Draws(self.model, self.counts, order, matched, source, seed, temperature)
+        self.draws = Draws(self.model, self.counts, order, source, seed, temperature)
         self.source, self.seed, self.temperature = self.draws.source, self.draws.seed, self.draws.temperature
         self.image_shape: tuple[int, int, int] = self.model.image_shape
         self.pixel_range = self.model.pixel_range
@@ -109,9 +108,7 @@ class SyntheticDataset(Dataset):
 
     def __repr__(self) -> str:
         c, h, w = self.image_shape
-        drawn = f"source {self.source!r}, seed {self.seed}"
-        if self.source != "mixup":
-            drawn = f"temperature {self.temperature:g}, {drawn}"
+        drawn = f"temperature {self.temperature:g}, source {self.source!r}, seed {self.seed}"
         classes = sum(count > 0 for count in self.counts)
         return f"SyntheticDataset({len(self)} images {c}x{h}x{w} of {classes} classes, {drawn}, from {self.model!r})"
 
@@ -165,14 +162,15 @@ class SyntheticDataset(Dataset):
 
         Labels are the class numbers of `real`, then of further classes of the model that have images; without `real`
         the model's class numbers. A class without images has no folder, and torchvision's ImageFolder would number the
-        later folders differently. So classes.json holds the label of every folder, for `open_data` and
-        `RealAndSynthetic`. The same export to the same folder writes missing files, and so finishes a killed export.
+        later folders differently. So classes.json holds the label of every folder; `open_data` and `RealAndSynthetic`
+        know it from the record. The same export to the same folder writes missing files, and so finishes a killed
+        export.
 
         Args:
             format: "imagefolder" (folder/<class>/NNNNNN.png of 8 bits or grey of 16 bits, .npy of other images), or
                 "webdataset" (data/train-*.tar of 8-bit grey or RGB images, which timm and the Hub read).
             license: the licence of the model's training images, which samples inherit. None: the licence in the model's
-                record; for mixtures no licence, because it also depends on their real images.
+                record.
 
         Raises:
             FileExistsError: the folder holds an export of other images, or any other files.

@@ -7,7 +7,6 @@ an image depends on its place alone, small classes decode few images in vain, an
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,38 +16,15 @@ import torch
 from torch import Tensor
 
 from glem_augment.checks import check_choice, check_number, check_whole
-from glem_augment.classes.modes import project_on_modes
-from glem_augment.images.dataset import as_image_data
 from glem_augment.model.glem import GLEM
 from glem_augment.names import SOURCES, DrawSource
 from glem_augment.precision import full_precision
-from glem_augment.synthetic.per_class import Real
 from glem_augment.tensors import evaluating
 
 BLOCKS = 8, 64  # the smallest and the largest block; other numbers would change the last bits of images
 NOISE_GROUP = 16  # places of a class that share a generator; another number would change the draws
 TEMPERATURE, PRIVATE_TEMPERATURE = 0.9, 1.0  # by default; less than 1 was worse for sets of private models
 MAX_ATTEMPTS = 5  # draws of an item at most; the last draw is kept
-ALPHA = 1.0  # of "mixup"
-REAL_IMAGES = "real_images_sha256"  # the key in an export's settings that identifies the real images of a mixup
-
-
-class RealLatents:
-    """Latents `z` of real images, float32 [N, d] on the CPU, class after class; `starts`, `counts`: int64 [K].
-
-    `sha256` is the hash of pixels and counts, because the last bits of latents differ between machines.
-    """
-
-    def __init__(self, model: GLEM, real: Real) -> None:
-        self.counts = np.bincount(real.targets, minlength=model.num_classes)
-        self.starts = np.cumsum(self.counts) - self.counts
-        images = as_image_data(real.data, model.image_shape, pixel_range=model.pixel_range)
-        self.name, pixels, parts = images.name, hashlib.sha256(self.counts.tobytes()), []
-        with torch.no_grad(), evaluating(model):
-            for x, _ in images.batches(np.argsort(real.targets, kind="stable"), 256):
-                pixels.update(x.numpy().tobytes())
-                parts.append(model.encode(x)[0].cpu())
-        self.z, self.sha256 = torch.cat(parts), pixels.hexdigest()
 
 
 class Drawn(NamedTuple):
@@ -64,13 +40,10 @@ class Draws:
 
     - "gaussian": z = mu_y + T sigma_y eps, from the class's diagonal Gaussian.
     - "rfcm": the mean and full covariance of the class's real latents, as stored in `model.modes`.
-    - "mixup": z = z_i + (1 - l) P (z_j - z_i). z_i and z_j are real latents of the class, P projects on its top modes,
-      and l ~ Beta(1, 1) is folded to [1/2, 1], as by `Mixup`.
 
     Args:
         counts: images of each of the model's K classes.
         order: the classes of an export, in the order of their labels.
-        real: the real images of "mixup".
         source, seed, temperature: see `SyntheticDataset`.
 
     Attributes:
@@ -83,7 +56,6 @@ class Draws:
         model: GLEM,
         counts: Sequence[int],
         order: Sequence[int],
-        real: Real | None,
         source: DrawSource | None,
         seed: int,
         temperature: float | None,
@@ -91,8 +63,6 @@ class Draws:
         self.model, self.counts, self.order = model, counts, order
         self.source = source = source or ("gaussian" if model.modes is None else "rfcm")
         check_choice("source", source, SOURCES)
-        if source == "mixup" and temperature is not None:
-            raise ValueError("source='mixup' takes no temperature: leave it out")
         if temperature is None:
             temperature = TEMPERATURE if model.config.privacy is None else PRIVATE_TEMPERATURE
         self.seed = check_whole("seed", seed, 0)
@@ -102,18 +72,8 @@ class Draws:
             self.edges.append(self.edges[-1] + int(np.clip(self.edges[-1], *BLOCKS)))
         self.settings: dict[str, Any] = {"temperature": self.temperature, "seed": self.seed, "source": source}
         self.settings |= {"attempts": MAX_ATTEMPTS, "blocks": list(BLOCKS)}
-        if source != "gaussian" and model.modes is None:
+        if source == "rfcm" and model.modes is None:
             raise ValueError(f"source={source!r} needs model.modes: fit them first with model.fit_modes(data)")
-        if source != "mixup":
-            return
-        if real is None:
-            raise ValueError("source='mixup' mixes real images: give real= (--real)")
-        missing = (np.asarray(counts) > 0) & (np.bincount(real.targets, minlength=len(counts)) == 0)
-        if missing.any():
-            names = ", ".join(model.classes[i] for i in np.flatnonzero(missing)[:10])
-            raise ValueError(f"source='mixup' has no real image of {names}: leave these classes out of per_class")
-        self.modes, self.real = model.checked_modes(None), RealLatents(model, real)
-        self.settings |= {"modes": self.modes, "alpha": ALPHA, REAL_IMAGES: self.real.sha256}
 
     def blocks(self) -> list[tuple[int, int]]:
         """(class, number) of every block, class after class in the order of their labels."""
@@ -145,8 +105,6 @@ class Draws:
     def latents(self, cls: int, within: np.ndarray, attempt: int = 0) -> Tensor:
         """Latents float32 [n, d] of one attempt, on the model's device."""
         model, y = self.model, torch.full((len(within),), cls)
-        if self.source == "mixup":
-            return self._mix(y, cls, within, attempt)
         part = model.latent_classes.sampler(self.source)
         noise = np.empty((len(within), part.noise_size), dtype=np.float32)
         for generator, rows, places in self._generators(cls, within, attempt):
@@ -154,24 +112,6 @@ class Draws:
         eps = torch.from_numpy(noise).to(model.device, model.dtype)
         with full_precision(model.device.type):
             return part.sample_from_noise(y, eps, self.temperature)
-
-    def _mix(self, y: Tensor, cls: int, within: np.ndarray, attempt: int) -> Tensor:
-        real, fitted, device = self.real, self.model.modes, self.model.device
-        assert fitted is not None
-        start, count = int(real.starts[cls]), int(real.counts[cls])
-        first, second = np.empty((2, len(within)), dtype=np.int64)
-        away = np.empty(len(within), dtype=np.float32)  # 1 - keep
-        for generator, rows, places in self._generators(cls, within, attempt):
-            i = generator.integers(count, size=NOISE_GROUP)
-            # Any other image of the class; a class of one image is mixed with itself.
-            j = (i + generator.integers(1, max(2, count), size=NOISE_GROUP)) % count
-            mix = generator.beta(ALPHA, ALPHA, size=NOISE_GROUP)
-            first[rows], second[rows] = start + i[places], start + j[places]
-            away[rows] = np.minimum(mix, 1 - mix)[places]
-        z, other = (real.z[rows].to(device) for rows in (first, second))
-        keep, directions = 1 - torch.from_numpy(away).to(device), fitted.directions[:, : self.modes]
-        with full_precision(device.type):
-            return z + (1 - keep)[:, None] * project_on_modes(other - z, fitted.rows(y), directions, alone=True)
 
     def _generators(
         self, cls: int, within: np.ndarray, attempt: int

@@ -30,7 +30,7 @@ from glem_augment.distributed import gather, progress_bar, rank, world_size
 from glem_augment.errors import DataError
 from glem_augment.images.sources import CLASS_FILE, PROVENANCE, read_record
 from glem_augment.io import atomic_write, expand, file_sha256, remove_left_overs, write_json
-from glem_augment.model.config import data_name, data_names, licence_id
+from glem_augment.model.config import data_names, licence_id
 from glem_augment.model.files import weights_sha256
 from glem_augment.names import Format
 from glem_augment.synthetic.draws import Draws
@@ -46,7 +46,8 @@ tags: [synthetic, glem-augment]
 
 # Synthetic images
 
-{count} images, {shape} (channels x height x width), of {classes} classes, {made}.
+{count} images, {shape} (channels x height x width), of {classes} classes, drawn from a class-conditional
+model; none is a photograph.
 A label is the class that the model was asked for; glem-provenance.json lists the classes in the order of their labels.
 
 - Made by: {generator}
@@ -133,9 +134,8 @@ def _record(draws: Draws, form: Format, license: str | None) -> dict[str, Any]: 
         model.check_promise()
     ids, names = ([values[i] for i in order] for values in (config.class_ids, config.class_names))
     described = {key: value for key, value in config.to_dict().items() if key != "training"}  # may name folders
-    sha256, mixup = weights_sha256(model), draws.source == "mixup"
+    sha256 = weights_sha256(model)
     unchanged = model.origin and model.origin_file and file_sha256(model.origin_file) == sha256
-    recorded = None if mixup else licence_id(config.training.get("license"))  # a mixture also depends on real images
     return {
         "synthetic": True,
         "complete": False,
@@ -152,8 +152,7 @@ def _record(draws: Draws, form: Format, license: str | None) -> dict[str, Any]: 
         "model": json.loads(json.dumps(described, default=str)),
         "loaded_from": model.origin if unchanged else None,
         "trained_on": data_names(config.training),
-        "real": data_name(draws.real.name) if mixup else None,
-        "license": license or recorded or "not stated",
+        "license": license or licence_id(config.training.get("license")) or "not stated",
     }
 
 
@@ -165,9 +164,6 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _readme(draws: Draws, record: dict[str, Any]) -> str:
-    made = "drawn from a class-conditional model; none is a photograph"
-    if record["real"] is not None:
-        made = f"each a real image of {record['real']}, moved part of the way to another one"
     promise, licence = draws.model.config.promise, licence_id(record["license"]) or "unknown"
     words = f"Licence: {record['license']}. Samples inherit the licence of the training images."
     if not promise:
@@ -179,7 +175,6 @@ def _readme(draws: Draws, record: dict[str, Any]) -> str:
         "licence": words,
         "shape": "x".join(map(str, record["image_shape"])),
         "classes": len(record["classes"]),
-        "made": made,
         "model": record["loaded_from"] or "a local model",
         "trained_on": ", then ".join(record["trained_on"]),
         "settings": ", ".join(f"{key} {value}" for key, value in draws.settings.items()),
@@ -191,9 +186,8 @@ def _readme(draws: Draws, record: dict[str, Any]) -> str:
 def class_folders(class_ids: Sequence[str], names: Sequence[str]) -> list[str]:
     """A folder name for every class: its id if that is a valid name, else a slug of its name.
 
-    Ids that are numbers are not used, since class 3 of one data set is not class 3 of another. A slug keeps letters and
-    digits, by which classes are matched. If two folders had one name, all names begin with the index of the class,
-    which the matching ignores.
+    Ids that are numbers are not used, since class 3 of one data set is not class 3 of another. If two folders had one
+    name, all names begin with the index of the class.
     """
     numbered = all(i.isdecimal() for i in class_ids) and not all(name.isdecimal() for name in names)
     folders = [

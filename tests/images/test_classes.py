@@ -19,9 +19,9 @@ def side(ids: list[str], names: list[str]) -> SimpleNamespace:
 
 def test_match_by_id_name_and_form() -> None:
     model = side(["n01", "n02", "n03"], ["tench", "Golden Retriever", "T-shirt/top"])
-    for data in (["n03", "n01"], ["T-shirt/top", "tench"], ["t_shirt_top", "Tench"], ["0_T-shirt/top", "2-tench"]):
+    for data in (["n03", "n01"], ["T-shirt/top", "tench"], ["T-SHIRT/TOP", "Tench"]):
         assert match_classes(model, data).tolist() == [2, 0]
-    assert match_classes(model, side(["0", "1"], ["golden_retriever", "TENCH"])).tolist() == [1, 0]
+    assert match_classes(model, side(["0", "1"], ["golden retriever", "TENCH"])).tolist() == [1, 0]
     result = match_classes(model, model)
     assert result.dtype == np.int64 and result.tolist() == [0, 1, 2]
     # Names of torchvision's ImageNet.
@@ -68,7 +68,7 @@ def test_names_in_any_script_and_spelling() -> None:
     apart = [unicodedata.normalize("NFD", name) for name in ("café", "が")]
     assert apart[0] != "café"
     assert match_classes(["が", "café"], apart).tolist() == [1, 0]
-    assert match_classes(["Café au lait"], side([apart[0] + "_au_lait"], ["x"])).tolist() == [0]
+    assert match_classes(["Café au lait"], side([apart[0] + " Au Lait"], ["x"])).tolist() == [0]
 
 
 def test_mismatch_and_partial_match() -> None:
@@ -89,8 +89,8 @@ def test_ambiguous_forms_do_not_match() -> None:
         match_classes(["cat", "dog"], ["cat", "Cat"])
     letters = ["a", "A", "b"]
     assert match_classes(letters, letters[::-1]).tolist() == [2, 1, 0]
-    twice = ["T-shirt", "T shirt", "Dog"]  # either may be the model's
-    assert match_classes(["tshirt", "dog"], twice, partial=True).tolist() == [-1, -1, 1]
+    twice = ["Shirt", "SHIRT", "Dog"]  # either may be the model's
+    assert match_classes(["shirt", "dog"], twice, partial=True).tolist() == [-1, -1, 1]
 
 
 def test_class_maps_by_index() -> None:

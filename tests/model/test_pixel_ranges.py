@@ -107,7 +107,7 @@ def test_from_files_to_moves_samples_and_files(root: Path, kind: str, tmp_path: 
     assert open_data(tmp_path / "made", unlabelled=True).pixel_range == again.pixel_range
     assert torch.equal(again.tensor(), drawn) and again.pixel_range == model.pixel_range
     for real, synthetic in ((data, again), (root / kind, made)):
-        both = RealAndSynthetic(real, synthetic, ratio=0.1)
+        both = RealAndSynthetic(real, synthetic)
         assert torch.equal(both[len(x)][0], drawn[0]) and torch.equal(torch.as_tensor(both[1][0]), x[1])
     with pytest.raises(DataError, match=data.pixel_range.dtype):
         made.export(tmp_path / "shards", "webdataset")

@@ -291,7 +291,7 @@ def test_more_images_than_delta_is_for_are_told() -> None:
 
 
 def test_what_is_refused(model: GLEM, data: ImageData) -> None:
-    for change in (lambda: model.fit_modes(data), lambda: SyntheticDataset(model, 3, source="mixup", real=data)):
+    for change in (lambda: model.fit_modes(data), lambda: SyntheticDataset(model, "balance", real=data)):
         with pytest.raises(ValueError, match="privac"):
             change()
     with pytest.raises(ValueError, match="takes no seed: "):

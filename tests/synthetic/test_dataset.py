@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from glem_augment import GLEM
 from glem_augment.codec.pixel_range import UINT8
-from glem_augment.images.dataset import ImageData
 from glem_augment.synthetic.dataset import SyntheticDataset
 
 NAMES = ["T-shirt/top", "Ankle boot", "Bag"]
@@ -35,14 +34,6 @@ def make_model(shape: tuple[int, int, int] = (1, 8, 8)) -> GLEM:
 @pytest.fixture(scope="module")
 def model() -> GLEM:
     return make_model()
-
-
-@pytest.fixture(scope="module")
-def tail() -> ImageData:
-    """A long tail, whose classes are in another order than the flow's."""
-    return ImageData.from_tensors(
-        pixels(19, seed=1), [0] * 12 + [1] * 5 + [2] * 2, ["Bag", "Ankle boot", "t-shirt top"]
-    )
 
 
 def test_it_looks_like_a_torchvision_data_set(model: GLEM) -> None:
@@ -72,10 +63,10 @@ def test_counts_per_class(model: GLEM) -> None:
     assert SyntheticDataset(accented, {"cafe\u0301": 2}).counts == [2, 0]  # macOS writes the accent separately
 
 
-@pytest.mark.parametrize("source", ["gaussian", "rfcm", "mixup"])
-def test_a_latent_depends_on_seed_class_and_place_alone(model: GLEM, tail: ImageData, source: str) -> None:
+@pytest.mark.parametrize("source", ["gaussian", "rfcm"])
+def test_a_latent_depends_on_seed_class_and_place_alone(model: GLEM, source: str) -> None:
     def latents(per_class: Any, seed: int = 3) -> Any:
-        return SyntheticDataset(model, per_class, seed=seed, source=source, real=tail).latents
+        return SyntheticDataset(model, per_class, seed=seed, source=source).latents
 
     draw = latents(40)
     z = draw(range(120))
@@ -85,9 +76,8 @@ def test_a_latent_depends_on_seed_class_and_place_alone(model: GLEM, tail: Image
     more = latents([100, 0, 50])
     assert torch.equal(more(range(40)), z[:40]) and torch.equal(more(range(100, 140)), z[80:])
     assert not torch.equal(latents(40, seed=4)(range(120)), z)
-    if source != "mixup":  # nothing is drawn twice
-        spread = (z.reshape(3, 40, -1) - z.reshape(3, 40, -1).mean(1, keepdim=True)).flatten(0, 1)
-        assert (torch.corrcoef(spread) - torch.eye(120)).abs().max() < 0.75
+    spread = (z.reshape(3, 40, -1) - z.reshape(3, 40, -1).mean(1, keepdim=True)).flatten(0, 1)
+    assert (torch.corrcoef(spread) - torch.eye(120)).abs().max() < 0.75  # nothing is drawn twice
 
 
 def test_latents_have_the_law_of_the_class(model: GLEM) -> None:
@@ -129,9 +119,9 @@ def test_an_image_does_not_depend_on_how_many_there_are() -> None:
     calls: list[int] = []
     decode = model.decode
     model.decode = lambda z, **options: calls.append(len(z)) or decode(z, **options)  # type: ignore[method-assign]
-    wanted = SyntheticDataset(model, per_class=[17, 0], source="mixup", real=(x, y)).images(range(17))
+    wanted = SyntheticDataset(model, per_class=[17, 0]).images(range(17))
     for count in (1, 9):
-        data = SyntheticDataset(model, per_class=[count, 0], source="mixup", real=(x, y))
+        data = SyntheticDataset(model, per_class=[count, 0])
         assert torch.equal(data.images(range(count)), wanted[:count])
     assert calls == [8, 8, 16, 8, 8, 8]
 
@@ -162,8 +152,7 @@ def test_blocks_are_decoded_once_and_the_cache_is_bounded(model: GLEM, monkeypat
 def test_arguments_are_checked(model: GLEM) -> None:
     for settings, name in (
         ({"temperature": -0.1}, "temperature"), ({"seed": -1}, "seed"),
-        ({"source": "vae"}, "'vae'"), ({"source": "mixup"}, "real="),
-        ({"source": "mixup", "temperature": 1.0}, "temperature"), ({"class_map": "order"}, "class_map"),
+        ({"source": "vae"}, "'vae'"), ({"class_map": "order"}, "class_map"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=name):
             SyntheticDataset(model, **settings)
@@ -172,33 +161,6 @@ def test_arguments_are_checked(model: GLEM) -> None:
     data = SyntheticDataset(model, per_class=2)
     with pytest.raises(IndexError, match="index 6"):
         data[6]
-
-
-def test_mixup_items_lie_between_two_real_images_of_the_class(model: GLEM, tail: ImageData) -> None:
-    data = SyntheticDataset(model, per_class=6, source="mixup", real=tail, seed=1)
-    z = data.latents(range(18))
-    real = model.encode(tail.tensor())[0]
-    of_class = {c: real[[i for i, t in enumerate(tail.targets) if t == 2 - c]] for c in range(3)}
-    for i in range(18):
-        v = model.modes.directions[i // 6]
-        members = of_class[i // 6]
-        outside = [(z[i] - m) - (z[i] - m) @ v.T @ v for m in members]
-        nearest = int(torch.stack([o.norm() for o in outside]).argmin())
-        assert outside[nearest].norm() < 1e-4  # moved along the modes only, from one of them
-        moved = (z[i] - members[nearest]) @ v.T
-        targets = [(m - members[nearest]) @ v.T for j, m in enumerate(members) if j != nearest]
-        shares = [float(moved @ t / (t @ t)) for t in targets]
-        best = min(range(len(targets)), key=lambda j: float((moved - shares[j] * targets[j]).norm()))
-        assert (moved - shares[best] * targets[best]).norm() < 1e-4 and 1e-4 < shares[best] <= 0.5 + 1e-5
-
-
-def test_mixup_with_few_real_images(model: GLEM) -> None:
-    few = (pixels(5), torch.tensor([0, 0, 0, 1, 1]))
-    with pytest.raises(ValueError, match="no real image of Bag.*per_class"):
-        SyntheticDataset(model, source="mixup", real=few)
-    one = (pixels(3), torch.tensor([0, 1, 2]))  # a class of one image is mixed with itself
-    alone = SyntheticDataset(model, per_class=[2, 0, 2], source="mixup", real=one)
-    assert torch.equal(alone.images([0, 3]), one[0][[0, 2]])
 
 
 def test_draws_out_of_range_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def balanced(model: GLEM, real: Any) -> list[int]:
 def test_balance_fills_the_tail_up_to_the_head(model: GLEM, tail: ImageData, image_folder: Path) -> None:
     data = SyntheticDataset(model, per_class="balance", real=tail)
     assert data.counts == [10, 7, 0]
-    assert np.bincount(RealAndSynthetic(tail, data, ratio=None).targets).tolist() == [12, 12, 12]
+    assert np.bincount(RealAndSynthetic(tail, data).targets).tolist() == [12, 12, 12]
     (image_folder / "cat" / "0.png").unlink()
     for real in (ImageFolder(image_folder), ImageDataset(str(image_folder))):  # bird 4, cat 3, dog 4
         assert balanced(model, real) == [0, 1, 0]
@@ -58,21 +58,18 @@ def test_balance_fills_the_tail_up_to_the_head(model: GLEM, tail: ImageData, ima
 
 def test_balance_leaves_out_classes_that_the_real_data_does_not_name(model: GLEM, tail: ImageData) -> None:
     two = tail.subset(range(17)).with_targets([1] * 12 + [0] * 5, ["cat", "bird"])
-    data = SyntheticDataset(model, per_class="balance", real=two, source="mixup")
+    data = SyntheticDataset(model, per_class="balance", real=two)
     assert data.counts == [0, 7, 0]
-    assert np.bincount(RealAndSynthetic(two, data, ratio=None).targets).tolist() == [12, 12]
+    assert np.bincount(RealAndSynthetic(two, data).targets).tolist() == [12, 12]
     empty = tail.subset(range(17))  # names dog, but has no image of it
     assert balanced(model, empty) == [12, 7, 0]
-    with pytest.raises(ValueError, match="no real image of dog"):
-        SyntheticDataset(model, per_class="balance", real=empty, source="mixup")
 
 
 def test_classes_that_do_not_match_name_the_fix(model: GLEM, tail: ImageData) -> None:
     more = tail.with_targets(np.where(tail.targets == 2, 3, tail.targets), ["bird", "cat", "dog", "zebra"])
-    for settings in ({"per_class": "balance"}, {"source": "mixup"}):
-        with pytest.raises(ClassMismatchError, match="'zebra'.*adapt"):
-            SyntheticDataset(model, real=more, **settings)
-    assert RealAndSynthetic(more, SyntheticDataset(model, per_class=7)).targets[-2:] == [0, 0]
+    with pytest.raises(ClassMismatchError, match="'zebra'.*adapt"):
+        SyntheticDataset(model, "balance", real=more)
+    assert RealAndSynthetic(more, SyntheticDataset(model, per_class=7)).targets[19:21] == [2, 2]
     other = tail.with_targets(tail.targets, ["ape", "bear", "crow"])
     with pytest.raises(ClassMismatchError, match="'ape'"):  # and not that there are too few images
         RealAndSynthetic(other, SyntheticDataset(model, per_class=1))
@@ -95,10 +92,10 @@ def test_a_share_of_the_items_are_synthetic_images_of_their_class(model: GLEM, i
     assert all(label == 1 for _, label in [RealAndSynthetic(real, synthetic, share=1)[5] for _ in range(5)])
 
 
-def test_real_and_synthetic_at_a_ratio(model: GLEM, image_folder: Path) -> None:
+def test_real_and_synthetic(model: GLEM, image_folder: Path) -> None:
     real = ImageFolder(image_folder)  # bird, cat, dog: 4 each
-    synthetic = SyntheticDataset(model, per_class=10)
-    both = RealAndSynthetic(real, synthetic, ratio=0.5)
+    synthetic = SyntheticDataset(model, per_class=2)
+    both = RealAndSynthetic(real, synthetic)
     assert (
         "12 real and 6 synthetic" in repr(both)
         and len(both) == 18
@@ -110,22 +107,19 @@ def test_real_and_synthetic_at_a_ratio(model: GLEM, image_folder: Path) -> None:
         image, label = both[i]
         assert image.size == (8, 8) and label == both.targets[i]
         if i >= 12:
-            drawn, flow_label = synthetic[int(both.chosen[i - 12])]
+            drawn, flow_label = synthetic[i - 12]
             assert np.array_equal(np.asarray(image), np.asarray(drawn)) and NAMES[flow_label] == both.classes[label]
     assert [label for _, label in both.__getitems__([13, 2, 17])] == [both.targets[i] for i in (13, 2, 17)]
-    assert len(RealAndSynthetic(real, synthetic, ratio=0)) == 12
     with pytest.raises(IndexError):
         both[18]
     Image.new("RGB", (6, 9)).save(image_folder / "dog" / "0.png")  # PIL images of several sizes
     both = RealAndSynthetic(str(image_folder), synthetic, transform=lambda image: to_tensor(image.resize((5, 4))))
-    assert [x.shape for x, _ in DataLoader(both, batch_size=8)] == [(8, 3, 4, 5)] * 3
-    with pytest.raises(DataError, match="36.*30"):
-        RealAndSynthetic(real, synthetic, ratio=3.0)
+    assert [x.shape for x, _ in DataLoader(both, batch_size=6)] == [(6, 3, 4, 5)] * 3
 
 
 def test_labels_of_both_kinds_look_like_the_real_datas(model: GLEM, image_folder: Path) -> None:
     real = ImageFolder(image_folder, target_transform=lambda label: label + 100)
-    both = RealAndSynthetic(Subset(real, range(12)), SyntheticDataset(model, per_class=2), ratio=None)
+    both = RealAndSynthetic(Subset(real, range(12)), SyntheticDataset(model, per_class=2))
     assert [both[i][1] for i in range(len(both))] == [label + 100 for label in both.targets]
     both.synthetic.target_transform = torch.tensor  # the transform of the synthetic set comes first
     assert isinstance(both[-1][1], Tensor)
@@ -137,7 +131,7 @@ def test_both_kinds_in_timms_own_loader(image_folder: Path, kind: str) -> None:
     grey = GLEM.create("identity", (1, 8, 8), classes=sorted(p.name for p in image_folder.iterdir())).eval()
     whole = ImageDataset(str(image_folder))
     real = Subset(whole, range(4)) if kind == "subset" else whole
-    both = RealAndSynthetic(real, SyntheticDataset(grey, per_class=3), ratio=None)
+    both = RealAndSynthetic(real, SyntheticDataset(grey, per_class=3))
     loader = create_loader(
         both, input_size=(3, 16, 16), batch_size=len(both), is_training=False, num_workers=0,
         persistent_workers=False, use_prefetcher=kind == "prefetched", device=torch.device("cpu"),
@@ -162,10 +156,10 @@ def test_an_export_has_the_real_labels_where_a_class_needs_no_images(
     assert fill.classes == real.classes and fill.targets.tolist() == [1, 2, 2]
     assert torch.equal(fill.tensor(), drawn.images([2, 0, 1]))
     for synthetic in (folder, fill, drawn):
-        both = RealAndSynthetic(real, synthetic, ratio=None)
+        both = RealAndSynthetic(real, synthetic)
         assert np.bincount(both.targets).tolist() == [4, 4, 4] and [both[i][1] for i in range(12)] == both.targets
-        assert both[-1][0].mode == "RGB" and len(RealAndSynthetic(real, synthetic, ratio=0.2)) == 11
-    tensors = RealAndSynthetic(open_data(real), folder, ratio=None)
+        assert both[-1][0].mode == "RGB"
+    tensors = RealAndSynthetic(open_data(real), folder)
     assert torch.equal(tensors[-1][0], fill[2][0])
 
 
@@ -174,9 +168,7 @@ def test_real_data_of_any_kind(model: GLEM, image_folder: Path, kind: str) -> No
     whole = open_data(image_folder)
     x, y = whole.tensor(), torch.tensor([2] * 4 + [1] * 4 + [0] * 4)  # in the flow's numbers
     real: Any = {"name": str(image_folder), "pair": (x, y), "subset": Subset(whole, range(12))}[kind]
-    mixed, expected = (SyntheticDataset(model, 2, source="mixup", real=data) for data in (real, whole))
-    assert torch.equal(mixed.images(range(6)), expected.images(range(6)))
-    both = RealAndSynthetic(real, SyntheticDataset(model, per_class=1), ratio=None)
+    both = RealAndSynthetic(real, SyntheticDataset(model, per_class=1))
     assert np.bincount(both.targets).tolist() == [5, 5, 5]
     if kind == "name":
         assert np.array_equal(np.asarray(both[11][0]).transpose(2, 0, 1), x[11]) and both[14][0].mode == "RGB"
@@ -190,20 +182,20 @@ def test_class_maps(model: GLEM, tail: ImageData) -> None:
     two = tail.subset(range(17)).with_targets([0] * 12 + [1] * 5, ["bird", "cat"])
     synthetic = SyntheticDataset(model, per_class=1)
     with pytest.raises(DataError, match="dog.*class_map"):
-        RealAndSynthetic(two, synthetic, ratio=None)
+        RealAndSynthetic(two, synthetic)
     numbers = TensorDataset(pixels(4), torch.tensor([0, 1, 2, 0]))
-    assert RealAndSynthetic(numbers, synthetic, ratio=None).targets[4:] == [0, 1, 2]
-    assert RealAndSynthetic(numbers, synthetic, None, {"0": "bird", "1": "dog", "2": "cat"}).targets[4:] == [1, 2, 0]
-    assert RealAndSynthetic(tail, synthetic, None, "order").targets[19:] == [0, 1, 2]
+    assert RealAndSynthetic(numbers, synthetic).targets[4:] == [0, 1, 2]
+    assert RealAndSynthetic(numbers, synthetic, {"0": "bird", "1": "dog", "2": "cat"}).targets[4:] == [1, 2, 0]
+    assert RealAndSynthetic(tail, synthetic, "order").targets[19:] == [0, 1, 2]
     more = tail.with_targets(tail.targets, ["zebra", "felix", "oiseau", "dog"])  # without images of the last
-    felix = RealAndSynthetic(more, SyntheticDataset(model, per_class={"cat": 2}), None, {"felix": "cat"})
+    felix = RealAndSynthetic(more, SyntheticDataset(model, per_class={"cat": 2}), {"felix": "cat"})
     assert felix.targets[19:] == [1, 1] and felix.classes == more.classes
 
 
 def test_one_class_for_all_gives_no_labels_and_one_folder(tail: ImageData, tmp_path: Path) -> None:
     one = GLEM.fit(tail.with_targets([0] * len(tail), ["image"]))
     with pytest.raises(DataError, match="several real classes"):
-        RealAndSynthetic(tail, SyntheticDataset(one, 6), ratio=None)
+        RealAndSynthetic(tail, SyntheticDataset(one, 6))
     SyntheticDataset(one, 6).export(tmp_path / "out")
     found = open_data(tmp_path / "out")
     assert found.classes == ["image"] and len(found) == 6
@@ -221,5 +213,5 @@ def test_labels_are_the_class_numbers_of_the_real_data(model: GLEM) -> None:
         same = SyntheticDataset(model, per_class={names[label]: 3})  # the same draws, with the model's numbers
         place = drawn.targets[:index].count(label)
         assert torch.equal(drawn.latents([index]), same.latents([place]))
-    both = RealAndSynthetic(real, drawn, ratio=None)
+    both = RealAndSynthetic(real, drawn)
     assert both.targets == [*y.tolist(), *drawn.targets]
