@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import glem_augment
-from glem_augment.cli import main
 from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
-from glem_augment.codec.published import TAESD, _from_diffusers, load_taesd, open_autoencoder
+from glem_augment.codec.published import TAESD, load_taesd, open_autoencoder
 from glem_augment.errors import ModelFileError
 from glem_augment.io import file_sha256
 
@@ -112,23 +110,14 @@ def test_names_that_are_none_and_files_that_have_changed(tmp_path: Path) -> None
         open_autoencoder("taef3", no_hub)
     with pytest.raises(ModelFileError, match="changed"):
         open_autoencoder("taef2", no_hub, sha256="0" * 64)
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    save_file(load_file(TAEF2), tmp_path / "weights.safetensors")
-    with pytest.raises(ModelFileError, match="UNet2DModel"):
-        open_autoencoder("hub:a/b", lambda name: (tmp_path / "weights.safetensors", f"{name}@1"))
-
-
-def test_an_autoencoder_tiny_that_is_computed_otherwise_is_left_to_diffusers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_file(load_file(TAEF2), tmp_path / "weights.safetensors")
-    asked = []
-    monkeypatch.setattr("glem_augment.codec.published._from_diffusers", lambda *_: asked.append(1) or nn.Identity())
-    usual = dict(act_fn="relu", encoder_block_out_channels=[64] * 4)
-    for config, wanted in (({}, 0), (usual, 0), ({"act_fn": "silu"}, 1), ({"upsampling_scaling_factor": 4}, 2)):
-        (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny", **config}))
-        open_autoencoder("hub:a/b", lambda name: (tmp_path / "weights.safetensors", f"{name}@1"))
-        assert len(asked) == wanted
+    path = tmp_path / "weights.safetensors"
+    save_file(load_file(TAEF2), path)
+    for config in ({"_class_name": "AutoencoderKL"}, {"act_fn": "silu"}, {"upsampling_scaling_factor": 4}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelFileError, match="hub:a/b is not of the TAESD family"):
+            open_autoencoder("hub:a/b", lambda name: (path, f"{name}@1"))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny", "act_fn": "relu"}))
+    assert open_autoencoder("hub:a/b", lambda name: (path, f"{name}@1"))[1]["name"] == "hub:a/b@1"
 
 
 class Halving(nn.Module):
@@ -176,51 +165,3 @@ def test_standardised_latents_have_mean_0_and_variance_1_and_exact_densities() -
     codec.fit(2 * x)  # it happens once
     assert torch.equal(codec.std, before)
     assert not codec.train().training
-
-
-def test_without_diffusers_the_command_names_the_fix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    monkeypatch.setattr("glem_augment.cli.fit.run", lambda args: _from_diffusers(tmp_path, "AutoencoderKL"))
-    assert main(["fit", "photos", "--out", str(tmp_path)]) == 2
-    assert "pip install" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny", "AutoencoderDC"])
-def test_autoencoders_of_diffusers(kind: str, tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    options = {
-        "AutoencoderKL": dict(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4,
-                              down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2),
-        "AutoencoderTiny": dict(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-                                num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=4),
-        "AutoencoderDC": dict(latent_channels=4, attention_head_dim=4, encoder_block_out_channels=(8, 8),
-                              decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1),
-                              decoder_layers_per_block=(1, 1), encoder_block_types="ResBlock",
-                              decoder_block_types="ResBlock", encoder_qkv_multiscales=((), ()),
-                              decoder_qkv_multiscales=((), ())),
-    }  # fmt: skip
-    theirs = getattr(diffusers, kind)(**options[kind]).eval()
-    theirs.save_pretrained(tmp_path)
-    weights = tmp_path / "diffusion_pytorch_model.safetensors"
-    model, facts = open_autoencoder("hub:a/b", lambda name: (weights, f"{name}@abc"))
-    assert facts["name"] == "hub:a/b@abc"
-    x = torch.rand(2, 3, 16, 16)
-    with torch.no_grad():
-        h = model.encode(x)
-        assert h.shape[1:] == latent_shape(model, (3, 16, 16))
-        found = theirs.encode(2 * x - 1)
-        raw = (
-            found.latent_dist.mean
-            if kind == "AutoencoderKL"
-            else found.latents
-            if kind == "AutoencoderTiny"
-            else found.latent
-        )
-        shift, scale = theirs.config.get("shift_factor") or 0.0, theirs.config.get("scaling_factor") or 1.0
-        assert torch.allclose(h, (raw - shift) * scale, atol=1e-5)
-        assert torch.allclose(model.decode(h), (theirs.decode(raw).sample + 1) / 2, atol=1e-4)
-    weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(ModelFileError):
-        open_autoencoder("hub:a/b", lambda name: (weights, f"{name}@abc"))
