@@ -187,7 +187,7 @@ def waits_once(host: GLEM, data: ImageData, device: torch.device) -> None:
     x, y = data.tensor()[:12].to(device), torch.from_numpy(data.targets[:12]).to(device)
     fitted = host.adapt(data, rank=4)
     soft = torch.nn.functional.one_hot(y, host.num_classes).float()
-    for model, policy in product((host, fitted), (Mixup(partner="any"), Mixup(labels="mix"), Noise(0.1))):
+    for model, policy in product((host, fitted), (Mixup(partner="any"), Mixup(), Noise(0.1))):
         for labels in (y, soft):
             aug = GLEMAugment(copy.deepcopy(model).to(device), policy, p=1.0, seed=0, mean=0.0, std=1.0)
             normalised = x.float() / 255

@@ -38,7 +38,6 @@ from glem_augment.parts import find, kinds
 from glem_augment.tensors import evaluating, frozen, send
 
 Partner = Literal["same", "any"]
-Labels = Literal["auto", "hard", "mix"]
 Function = Callable[[Tensor], Tensor]
 HALF_SCALE = 1024.0  # float16 gradients of a loss of order 1 underflow; only their direction matters
 
@@ -111,24 +110,19 @@ class Selected(NamedTuple):
 
 
 class Basis(NamedTuple):
-    """The top modes of the class, or the part of a class, of each of n rows.
+    """The top modes of the class of each of n rows.
 
     Attributes:
-        directions: [C, k, d], orthonormal: the modes of all classes or parts.
+        directions: [C, k, d], orthonormal: the modes of all classes.
         rows: int64 [n], the row of `directions` of each of the n rows.
         scales: [n, k], standard deviations along the modes, 0 where a class has fewer than k.
-        mean: [n, d], the mean of the class or part.
+        mean: [n, d], the mean of the class.
     """
 
     directions: Tensor
     rows: Tensor
     scales: Tensor
-    means: Tensor
-    part: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        return self.means[self.part]
+    mean: Tensor
 
     def along(self, coefficients: Tensor) -> Tensor:
         """sum_m s_m c_m v_m, [n, d], for coefficients [n, k] in units of the modes' standard deviations."""
@@ -175,7 +169,7 @@ class Batch:
         modes, k = self.model.modes, self.selected.modes
         assert modes is not None
         scales = modes.scales[modes.rows(self.cls), :k]
-        return Basis(modes.directions[:, :k], modes.rows(self.params.cls), scales, modes.mean, self.cls)
+        return Basis(modes.directions[:, :k], modes.rows(self.params.cls), scales, modes.mean[self.cls])
 
 
 # ---- policies --------------------------------------------------------------------------------------------------------
@@ -243,18 +237,18 @@ class Mixup(Policy):
     Args:
         alpha: float, the parameter of the Beta distribution of `keep`, the image's share along the modes.
         partner: "same": another row of the same data class, or else a draw from the class's RFCM. "any": any other row.
-        labels: "hard": unchanged. "mix": soft, weighted by the fraction of the move that the modes keep. "auto": "mix"
-            where the label may change (partner "any", or soft labels), else "hard".
+
+    Where a label may change (partner "any", or soft labels) it is mixed, weighted by the fraction of the move that the
+    modes keep.
     """
 
-    def __init__(self, alpha: float = 1.0, partner: Partner = "same", labels: Labels = "auto") -> None:
+    def __init__(self, alpha: float = 1.0, partner: Partner = "same") -> None:
         check_choice("partner", partner, get_args(Partner))
-        check_choice("labels", labels, get_args(Labels))
         self.alpha = check_number("alpha", alpha, 0.0, math.inf, open_low=True)
-        self.partner, self.labels = partner, labels
+        self.partner = partner
 
     def softens(self, soft_in: bool) -> bool:
-        return self.labels == "mix" or (self.labels == "auto" and (self.partner == "any" or soft_in))
+        return self.partner == "any" or soft_in
 
     def draw(self, selected: Selected, generator: torch.Generator) -> dict[str, Tensor]:
         """`partner` int64, a row of the batch, or -1 for a draw from the RFCM of `partner_cls` int64, a class of the

@@ -21,31 +21,14 @@ LABEL_KEYS = ("labels", "label", "targets", "target")
 
 
 class GLEMTransform(v2.Transform):
-    """Augments the images of a sample or batch of any structure, see `augment_sample`.
-
-    With a model of one class also an image without a label: a PIL image, or a tensor.
-    """
+    """Augments the images of a sample or batch of any structure, see `augment_sample`."""
 
     def __init__(self, aug: GLEMAugment) -> None:
         super().__init__()
         self.aug = aug
 
     def forward(self, *inputs: Any) -> Any:
-        sample = inputs[0] if len(inputs) == 1 else inputs
-        if isinstance(sample, (Tensor, Image.Image)) and self.aug.model.num_classes == 1:
-            return _augment_alone(sample, self.aug)
-        return augment_sample(sample, self.aug)
-
-
-def _augment_alone(image: Any, aug: GLEMAugment) -> Any:
-    """A PIL image, an image [C, H, W] or a batch [B, C, H, W], for a model of one class, which needs no labels."""
-    if isinstance(image, Image.Image):
-        if image.mode not in ("L", "RGB"):
-            raise ValueError(f"PIL images must be L or RGB, got {image.mode}: call image.convert('RGB') first")
-        return v2.functional.to_pil_image(_augment_alone(v2.functional.pil_to_tensor(image), aug))
-    x = image.as_subclass(Tensor)
-    out = aug(x) if x.ndim == 4 else aug(x[None])[0]
-    return tv_tensors.wrap(out, like=image) if isinstance(image, tv_tensors.TVTensor) else out
+        return augment_sample(inputs[0] if len(inputs) == 1 else inputs, self.aug)
 
 
 def augment_batch(aug: GLEMAugment, batch: Any, on: bool, device: torch.device | str | None = None) -> Any:

@@ -160,7 +160,7 @@ class GLEMAugment(nn.Module):
     # ---- a call ----------------------------------------------------------------------------------------------
 
     @torch.compiler.disable  # a compiled training step must not trace the draws and the counts
-    def forward(self, x: Tensor, y: Any = None) -> Any:
+    def forward(self, x: Tensor, y: Any = None) -> tuple[Tensor, Tensor]:
         """Augment a batch. For tuples, dicts, tv_tensors and single images see `as_transform`.
 
         Args:
@@ -168,16 +168,12 @@ class GLEMAugment(nn.Module):
                 float in its range. Normalised float if mean and std were given. Any size; grey and RGB are converted
                 into each other. It is never changed in place.
             y: int64 [B] data classes, or soft labels [B, K']. An image that shows several classes at once (multi-hot
-                labels) moves along the modes of the strongest one; use Noise or Adversarial for these. A model of one
-                class needs no labels.
+                labels) moves along the modes of the strongest one; use Noise or Adversarial for these.
 
         Returns:
             (x', y'): x' has the dtype, device and memory format of x, and equals x bit for bit in rows that were not
-            selected. y' is y itself, or float [B, K']. Without labels x' alone.
+            selected. y' is y itself, or float [B, K'].
         """
-        if y is None and self.model.num_classes == 1 and len(self._classes.mapped):
-            self.pixels.check(x)
-            return self.forward(x, self._classes.mapped[:1].expand(len(x)))[0]
         data_cls = self._check(x, y)
         if not self._order_known:
             self._order_known = True
@@ -187,15 +183,11 @@ class GLEMAugment(nn.Module):
                 "index order, as in GLEMAugment(..., classes=data.classes)",
                 stacklevel=5,
             )
-        return self._augmented(x, y, data_cls, self._draw(data_cls, self._generator()))
+        return self._augmented(x, y, data_cls, self._draw(data_cls))
 
-    def draw(self, x: Tensor | Sequence[int], y: Tensor, generator: torch.Generator | None = None) -> AugmentParams:
-        """Draw the random parameters of one call for a batch x, or its shape, with labels y int64 [B] or soft [B, K'].
-
-        A CPU `generator` replaces the one of the next call.
-        """
-        data_cls = self.classes_of(y, int(x.shape[0] if isinstance(x, Tensor) else x[0]))
-        return self._draw(data_cls.cpu(), self._generator() if generator is None else generator)
+    def draw(self, x: Tensor | Sequence[int], y: Tensor) -> AugmentParams:
+        """The random parameters of one call for a batch x, or its shape, with labels y int64 [B] or soft [B, K']."""
+        return self._draw(self.classes_of(y, int(x.shape[0] if isinstance(x, Tensor) else x[0])).cpu())
 
     def replay(self, x: Tensor, y: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
         """Augment with parameters of `draw`; for other arguments and results see `forward`."""
@@ -220,7 +212,8 @@ class GLEMAugment(nn.Module):
         word = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
         return torch.Generator("cpu").manual_seed(word >> 1)
 
-    def _draw(self, data_cls: Tensor, generator: torch.Generator) -> AugmentParams:
+    def _draw(self, data_cls: Tensor) -> AugmentParams:
+        generator = self._generator()
         rows = _choose_rows(len(data_cls), self.p, generator)
         selected = Selected(rows, data_cls, self._classes, self.modes)
         drawn = self.policy.draw(selected, generator) if len(rows) else {}

@@ -208,7 +208,7 @@ def shrunk(
 
 
 @torch.no_grad()
-def fit_modes(statistics: ClassStatistics, rank: int, full: bool = False) -> ClassModes:
+def fit_modes(statistics: ClassStatistics, rank: int) -> ClassModes:
     """Means, principal modes and remaining variances of each class alone, on the CPU (RFCM).
 
     A class keeps min(rank, n - 1, d) modes of the unbiased covariance of its images, fewer where its latents span fewer
@@ -219,7 +219,7 @@ def fit_modes(statistics: ClassStatistics, rank: int, full: bool = False) -> Cla
     # More modes than any class has would cost memory and time in every move.
     rank = max(1, min(rank, max(len((each if each.count > 1 else pooled).directions) for each in classes)))
     common = len(classes) * rank * dim > _MOST_MODES
-    modes = ClassModes(len(classes), rank, dim, shared_rank=dim if full else None, common=common)
+    modes = ClassModes(len(classes), rank, dim, common=common)
     modes.mean.copy_(torch.stack([each.mean for each in classes]))
     modes.counts.copy_(statistics.counts())
     for row, each in enumerate([pooled] if common else classes):

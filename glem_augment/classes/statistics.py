@@ -66,14 +66,6 @@ class Moments:
             pool.add(found, rows)
         return found
 
-    @classmethod
-    def of_covariance(cls, count: int, mean: Tensor, covariance: Tensor) -> Moments:
-        """Moments of `count` latents with this mean [d] and covariance [d, d], which is made positive."""
-        values, vectors = torch.linalg.eigh(covariance.double())
-        values = (values.flip(0).clamp_min(0) * max(1, count - 1)).sqrt()
-        directions = vectors.flip(1).T
-        return cls(count, mean.double(), directions, values, (values[:, None] * directions).square().sum(0))
-
     def rows(self) -> Tensor:
         """F [r, d] with F^T F = S along the stored directions."""
         return self.values[:, None] * self.directions

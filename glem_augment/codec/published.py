@@ -1,4 +1,4 @@
-"""Published autoencoders by their names: bundled ones, the TAESD family and classes of diffusers on the Hub."""
+"""Published autoencoders by their names: bundled ones, and the TAESD family on the Hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from glem_augment.io import file_sha256, load_weights, open_tensors
 
 HUB = "hub:"
 _BUNDLED = Path(__file__).parents[1] / "bundled" / "autoencoders"
-_DIFFUSERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 _WIDTH, _GROUPS, _HALVINGS, _BLOCKS = 64, 4, 3, 3
 
 # From a name on the Hub to the weights file, beside its config.json if there is one, and `org/name@commit`.
@@ -27,8 +26,7 @@ def open_autoencoder(name: str, fetch: Fetch, sha256: str | None = None) -> tupl
 
     Args:
         name: `taef2`; or `hub:org/name` or `hub:org/name@revision`: weights of the TAESD family (`madebyollin/taesd`,
-            `taesdxl`, `taesd3`, `taef1`, `taef2`), or, with the extra `diffusers`, any AutoencoderKL, AutoencoderTiny
-            or AutoencoderDC.
+            `taesdxl`, `taesd3`, `taef1`, `taef2`).
         fetch: downloads from the Hub.
         sha256: expected digest of the weights file; None: not checked.
 
@@ -37,7 +35,7 @@ def open_autoencoder(name: str, fetch: Fetch, sha256: str | None = None) -> tupl
 
     Raises:
         ModelFileError: no such name, or a file that is damaged, foreign, or not the expected one. Its subclass
-            `HubError`: it can't be had. ImportError: it needs diffusers.
+            `HubError`: it can't be had.
     """
     bundled = sorted(entry.name for entry in _BUNDLED.iterdir() if entry.is_dir())
     if name in bundled:
@@ -51,14 +49,9 @@ def open_autoencoder(name: str, fetch: Fetch, sha256: str | None = None) -> tupl
     digest = file_sha256(path)
     if sha256 not in (None, digest):
         raise ModelFileError(f"the autoencoder {name} is not the one that the model was made with: {path} has changed")
-    config = _config(path.with_name("config.json"))
-    kind = config.get("_class_name", "AutoencoderTiny")
-    # The TAESD family needs no further package.
-    ours = kind == "AutoencoderTiny" and _is_taesd(config)
-    if not ours and kind not in _DIFFUSERS:
-        raise ModelFileError(f"{name} is {str(kind)[:80]!r}; the autoencoders that can be used are {_DIFFUSERS}")
-    module = load_taesd(path) if ours else _from_diffusers(path.parent, kind)
-    return module, {"name": pinned, "sha256": digest}
+    if not _is_taesd(_config(path.with_name("config.json"))):
+        raise ModelFileError(f"{name} is not of the TAESD family: wrap it in a module, and give that as autoencoder=")
+    return load_taesd(path), {"name": pinned, "sha256": digest}
 
 
 def prior_file(name: str) -> Path | None:
@@ -77,50 +70,11 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _is_taesd(config: dict[str, Any]) -> bool:
-    """Whether `load_taesd` computes what diffusers would: 64 channels everywhere, ReLU, nearest upsampling by 2."""
-    usual: dict[str, Any] = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}
+    """Whether a config of diffusers, or {} for none, describes what `load_taesd` makes."""
+    usual: dict[str, Any] = {"_class_name": "AutoencoderTiny", "act_fn": "relu", "upsample_fn": "nearest"}
     usual |= dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), [_WIDTH] * (_HALVINGS + 1))
+    usual["upsampling_scaling_factor"] = 2
     return all(config.get(name, value) == value for name, value in usual.items())
-
-
-class DiffusersAutoencoder(nn.Module):
-    """An AutoencoderKL, AutoencoderTiny or AutoencoderDC of diffusers, which sees images in [-1, 1]; see `Autoencoder`.
-
-    Latents are scaled and shifted as the config says, `(h - shift_factor) * scaling_factor`. An AutoencoderKL gives the
-    mean of its latent distribution, so that an image has one latent.
-    """
-
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.module, config = module, module.config
-        self.scale = float(config.get("scaling_factor") or 1.0)
-        self.shift = float(config.get("shift_factor") or 0.0)
-        self.channels = int(config["latent_channels"])
-        stages = config.get("encoder_block_out_channels") or config["block_out_channels"]
-        self.factor = 2 ** (len(stages) - 1)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """RGB images [B,3,H,W] in [0, 1] to latents [B,C,h,w]."""
-        found = self.module.encode(2 * x - 1)
-        h = found.latent_dist.mean if hasattr(found, "latent_dist") else getattr(found, "latents", None)
-        return ((found.latent if h is None else h) - self.shift) * self.scale
-
-    def decode(self, h: Tensor) -> Tensor:
-        """Latents [B,C,h,w] to RGB images [B,3,H,W], which may leave [0, 1] a little."""
-        return (self.module.decode(h / self.scale + self.shift).sample + 1) / 2
-
-
-def _from_diffusers(folder: Path, kind: str) -> nn.Module:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ImportError(f"{kind} needs diffusers: pip install 'glem-augment[diffusers]' ({error})") from None
-    try:
-        module = getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, local_files_only=True)
-        return DiffusersAutoencoder(module).eval().requires_grad_(False)
-    except Exception as error:  # diffusers raises many kinds
-        reason = str(error).partition("\n")[0]
-        raise ModelFileError(f"{folder} can't be read as an {kind} of diffusers: {reason}") from None
 
 
 # ---- the TAESD family ------------------------------------------------------------------------------------------------

@@ -156,11 +156,6 @@ class GLEMConfig:
                 f"it has format_version {_short(values['format_version'])}, this version reads {FORMAT_VERSION}: "
                 "pip install -U glem-augment"
             )
-        # Fields of older files. Classes of several Gaussians have left.
-        if values.pop("modes_parts", 1) != 1 or values.pop("modes_tied", False) is not False:
-            raise ModelFileError(
-                "its classes have several parts, which this version does not read: fit the model again"
-            )
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         missing = sorted({f.name for f in fields(cls)[:5]} - set(values))
         if unknown or missing:

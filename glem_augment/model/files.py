@@ -21,7 +21,6 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from glem_augment.classes.classes import Classes
-from glem_augment.classes.covariances import ClassCovariances
 from glem_augment.classes.gaussians import ClassGaussians, ClassModel
 from glem_augment.classes.modes import SHRUNK, ClassModes
 from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
@@ -38,8 +37,7 @@ CHECKPOINT = "checkpoint.pt"  # of a run of `glem train`
 
 _LEAST_ENTRY = 50  # bytes of a tensor in a header: `"a":{"dtype":"F16","shape":[],"data_offsets":[0,2]}`
 # Errors far above rounding, of half precision too; a flow moves an image only where it gives it back as well.
-_PROBE_NOISE, _PROBE_ERROR, _SKEW = 0.01, 0.5 / 255, 0.02
-_CLASSES = 64  # whose modes are checked at a time
+_PROBE_NOISE, _PROBE_ERROR = 0.01, 0.5 / 255
 SCALES = (1e-8, 1e8)  # of standard deviations or their inverses; real ones lie far inside
 _BUNDLED = Path(__file__).parents[1] / "bundled" / "models"
 
@@ -124,15 +122,6 @@ def codec_facts(codec: nn.Module) -> dict[str, Any]:
     kind = kind_of("codec", codec)
     options = {} if kind is None else recorded(codec)
     return {"name": kind or CUSTOM, "sha256": "", **({"options": options} if options else {})}
-
-
-def named_autoencoder(named: dict[str, Any], **client: Any) -> nn.Module:
-    """The autoencoder that a config names. ModelFileError: it is missing, has changed, or is a user's module."""
-    if named["name"] == CUSTOM:
-        raise ModelFileError(
-            "this model has a codec or an autoencoder of the user's: in Python, pass it as autoencoder="
-        )
-    return find_autoencoder(named["name"], named["image_shape"], named["sha256"], named.get("options"), **client)[0]
 
 
 def _unfinished(folder: Path) -> str | None:
@@ -260,15 +249,6 @@ def load_model(path: Path, config: GLEMConfig, build: Callable[[GLEMConfig], Mod
     with open_tensors(path) as weights:
         # A user's flow and an autoencoder have their weights already.
         load_weights(path, weights, model, partial(stored, config), _limits(config))
-    classes: Any = model.latent_classes
-    modes, fitted = classes.modes, classes.fitted
-    if modes is not None:
-        _check_directions(path, modes.directions, modes.scales)
-        _check_directions(path, modes.shared_directions[None], modes.shared_scales[None])
-    if isinstance(fitted, ClassCovariances):
-        whiten = fitted.coordinates.whiten
-        _check_directions(path, fitted.directions, torch.zeros_like(fitted.variances))
-        _check_directions(path, whiten.directions[None], torch.ones_like(whiten.gain[None]))
     if config.covariance == "full":
         _check_full(path, model.modes)
     _probe(path, model.eval())
@@ -285,24 +265,17 @@ def _probe(path: Path, model: Any) -> None:
         raise ModelFileError(f"{path}: its weights make no invertible flow; download or save the model again")
 
 
-def _check_directions(path: Path, directions: Tensor, scales: Tensor) -> None:
-    """ModelFileError: directions [K, k, d] that are not orthonormal. Rows of zeros have no length [K, k] along them."""
-    for rows, lengths in zip(directions.split(_CLASSES), scales.split(_CLASSES), strict=True):
-        products = rows @ rows.mT
-        present = products.diagonal(dim1=1, dim2=2).round().clamp(0, 1)
-        away = (products - present.diag_embed()).abs().flatten()
-        if not (bool((away < _SKEW).all()) and bool((present >= (lengths > 0)).all())):
-            raise ModelFileError(f"{path}: directions of its classes are not orthonormal; fit and save the model again")
-
-
 def _limits(config: GLEMConfig) -> dict[str, Limits]:
     """Lowest and highest values of tensors in the file."""
     limits = dict.fromkeys(("modes.scales", "modes.rest", "modes.shared_scales"), (0.0, math.inf))
+    whiten = "fitted.coordinates.whiten"
+    for name in ("modes.directions", "modes.shared_directions", "fitted.directions", f"{whiten}.directions"):
+        limits[name] = -1.02, 1.02  # of unit vectors, in half precision too
     limits["modes.counts"] = 0.0, 2.0**40
     limits["autoencoder.std"] = SCALES
     if (config.classes or {}).get("kind") == "covariances":
-        whiten = "coordinates.whiten"
-        for name in ("variances", "rest", "drawn_variances", "drawn_rest", f"{whiten}.scale", f"{whiten}.gain"):
+        limits[f"{whiten}.scale"] = limits[f"{whiten}.gain"] = SCALES
+        for name in ("variances", "rest", "drawn_variances", "drawn_rest"):
             limits[f"fitted.{name}"] = SCALES
     if config.psi is None:
         limits["gaussians.s"] = LOWEST_VARIANCE, math.inf
@@ -331,16 +304,20 @@ def _check_full(path: Path, modes: Any) -> None:
 def autoencoder_of(folder: Path, config: GLEMConfig, given: nn.Module | None, **client: Any) -> nn.Module | None:
     """The autoencoder of a saved model: the user's, the one that the config names, or None.
 
-    ModelFileError: it is missing, or the config has other shapes of images or of numbers.
+    ModelFileError: it is missing or has changed, or the config has other shapes of images or of numbers.
     """
-    path = folder / CONFIG
-    if config.autoencoder is None:
+    path, named = folder / CONFIG, config.autoencoder
+    if named is None:
         if given is not None:
             raise ModelFileError(f"{path} names no autoencoder: leave autoencoder= out")
         return None
+    shape, options = config.image_shape, named.get("options")
     try:
-        module = named_autoencoder(config.autoencoder, **client) if given is None else given
-        found: object = latent_shape(module, config.image_shape)
+        if given is None and named["name"] == CUSTOM:
+            raise ModelFileError("this model has a codec or an autoencoder of the user's: give it as autoencoder=")
+        if given is None:
+            given = find_autoencoder(named["name"], shape, named["sha256"], options, **client)[0]
+        found: object = latent_shape(given, shape)
     except HubError:
         raise
     except ModelFileError as error:
@@ -349,7 +326,7 @@ def autoencoder_of(folder: Path, config: GLEMConfig, given: nn.Module | None, **
         found = error
     if found != config.flow_shape:
         raise ModelFileError(
-            f"{path}: images {list(config.image_shape)} and numbers {list(config.flow_shape)} do not belong to the "
-            f"autoencoder: {found}"
+            f"{path}: images {list(shape)} and numbers {list(config.flow_shape)} do not belong to the autoencoder: "
+            f"{found}"
         )
-    return module
+    return given

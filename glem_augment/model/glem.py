@@ -44,7 +44,6 @@ from glem_augment.model.files import (
     find_autoencoder,
     find_folder,
     load_model,
-    named_autoencoder,
     private_sha256,
     read_config,
     weights_sha256,
@@ -77,8 +76,8 @@ class GLEM(LatentModel):
 
     Args:
         config: describes the model.
-        flow, latent_classes, codec: the parts; by default untrained ones as the config describes them, and the
-            autoencoder that it names. A codec that is no `Codec` is an autoencoder.
+        flow, latent_classes, codec: the parts; by default untrained ones as the config describes them, and a codec of
+            pixels. A codec that is no `Codec` is an autoencoder.
 
     Attributes:
         origin: `org/name@commit` if the model came from the Hub, else None.
@@ -107,8 +106,6 @@ class GLEM(LatentModel):
             latent_classes = Classes(gaussians, modes, full, config.posterior_temperature, fitted)
         dtype = next((p.dtype for p in self.flow.parameters()), torch.float32)
         self.latent_classes = latent_classes.to(dtype)
-        if codec is None and config.autoencoder is not None:
-            codec = named_autoencoder(config.autoencoder)
         if codec is None:
             shape, pixels = config.image_shape, config.pixel_range
             codec = (Values(shape, pixels) if pixels.continuous else Levels(shape, config.bits, pixels)).to(dtype)

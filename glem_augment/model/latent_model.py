@@ -117,9 +117,8 @@ class LatentModel(nn.Module):
 
         Args:
             x: [B,C,H,W], integers or floats of `pixel_range`.
-            generator: adds uniform dequantisation noise to images on levels, see `codec.levels.to_levels`; a whole
-                number is the seed of noise that depends on the image alone. A tensor is the noise itself, from
-                `codec.levels.draw_noise`. None: the middle of the bin. Without effect on an autoencoder's latents.
+            generator: the source of uniform dequantisation noise, see `codec.levels.to_levels`; None: the middle of the
+                bin. Without effect on an autoencoder's latents.
 
         Returns:
             z [B, d] and log|det| [B] in nats, of dz/dlevels or, with an autoencoder E, of dz/dE(x).
@@ -182,9 +181,7 @@ class LatentModel(nn.Module):
     def round_trip_error(self, x: Tensor) -> Tensor:
         """|decode(encode(x)) - x| of every pixel in uint8 steps, 1/255 of the range: [B,C,H,W].
 
-        It is infinite where nothing finite came back.
-
-        Below half a step, rounding gives the pixel back exactly.
+        It is infinite where nothing finite came back. Below half a step, rounding gives the pixel back exactly.
         """
         return self._pixel_error(x, self.inverse(self.encode(x)[0]))
 

@@ -89,10 +89,6 @@ def test_results_of_the_wrong_size_are_named(model: GLEM, monkeypatch: pytest.Mo
     monkeypatch.setattr(Towards, "draw", lambda self, selected, generator: {"partner": torch.zeros(1)})
     with pytest.raises(ValueError, match="partner"):
         aug(images(6), labels(6))
-
-
-def test_a_policy_that_can_not_be_used_or_saved_is_told_so(model: GLEM, monkeypatch: pytest.MonkeyPatch) -> None:
-    aug = GLEMAugment(model, Towards(), seed=0)
     monkeypatch.setattr(Towards, "draw", lambda self, selected, generator: torch.zeros(len(selected.rows)))
     with pytest.raises(TypeError, match="Towards"):
         aug(images(6), labels(6))

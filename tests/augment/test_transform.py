@@ -13,23 +13,22 @@ import torch
 from augment_cases import CLASSES, images, labels, make_model
 from torch import Tensor
 from torch.utils.data import DataLoader
-from walk import files_passed
 
 from glem_augment import GLEM, GLEMAugment, Mixup, Noise, Policy
 
 ALL: list[Policy] = [Mixup(), Mixup(partner="any"), Noise()]
 
 
-@pytest.mark.parametrize("kind", ["auto", "mix", "hard"])
-def test_p_zero_gives_back_the_same_images_with_labels_of_the_usual_form(model: GLEM, kind: str) -> None:
+@pytest.mark.parametrize("partner", ["same", "any"])
+def test_p_zero_gives_back_the_same_images_with_labels_of_the_usual_form(model: GLEM, partner: Any) -> None:
     x, y = images(6), labels(6)
-    aug = GLEMAugment(model, Mixup(partner="any", labels=kind), p=0.0)
+    aug = GLEMAugment(model, Mixup(partner=partner), p=0.0)
     out, target = aug(x, y)
     assert out is x and torch.equal(target, aug.target(y))
     # A loop must not meet hard labels in one epoch and soft ones in the next.
     aug.p = 1.0
     assert aug(x, y)[1].shape == target.shape
-    assert target is y if kind == "hard" else torch.equal(target, torch.eye(4)[y])
+    assert target is y if partner == "same" else torch.equal(target, torch.eye(4)[y])
 
 
 @pytest.mark.parametrize(
@@ -85,9 +84,7 @@ def test_the_flow_is_not_part_of_the_transform() -> None:
 def test_seeds_generators_copies_and_state(model: GLEM, tmp_path: Path) -> None:
     x, y = images(16), labels(16)
     aug, other = GLEMAugment(model, "mixup", seed=0), GLEMAugment(model, "mixup", seed=0)
-    a, b = (aug.draw(x, y, generator=torch.Generator().manual_seed(9)) for _ in range(2))
-    assert torch.equal(a.rows, b.rows) and all(torch.equal(a.drawn[name], b.drawn[name]) for name in ("seeds", "keep"))
-    assert torch.equal(aug(x, y)[0], other(x, y)[0])  # a given generator leaves the own one alone
+    assert torch.equal(aug(x, y)[0], other(x, y)[0])
     for twin in (pickle.loads(pickle.dumps(aug)), copy.deepcopy(aug)):
         assert twin.stats == aug.stats and twin.stats["selected"] == 8
         assert torch.equal(twin(x, y)[0], copy.deepcopy(aug)(x, y)[0]) and aug.stats["selected"] == 8
@@ -153,13 +150,12 @@ def test_hard_labels_stay_hard_where_the_class_stays_and_soft_ones_soft(model: G
     smooth = (torch.eye(4)[y] * 0.9 + 0.025).double()
     for policy in (Noise(), Mixup()):
         assert GLEMAugment(model, policy, p=1.0)(x, y)[1] is y
-    for policy in (Noise(), Mixup(), Mixup(labels="mix"), Mixup(labels="hard")):
+    for policy in (Noise(), Mixup()):
         # Partners of the class change no label, and neither do draws when the batch holds each class once.
         out = GLEMAugment(model, policy, p=1.0)(x[:4], smooth[:4])[1]
         assert out.dtype == torch.float64 and torch.allclose(out, smooth[:4], atol=1e-7)
     target = GLEMAugment(model, Mixup(partner="any"), p=1.0)(x, y)[1]
     assert target.shape == (8, 4) and target.dtype == torch.float32
-    assert GLEMAugment(model, Mixup(partner="any", labels="hard"), p=1.0)(x, y)[1] is y
 
 
 @pytest.mark.parametrize(("modes", "soft"), [(7, False), (64, True)])
@@ -197,11 +193,11 @@ def test_a_drawn_partner_brings_the_label_of_its_class_alone(model: GLEM, smooth
 def test_partial_class_map(model: GLEM) -> None:
     given = [2, -1, 0, None, 3]
     x, y = images(20) / 255, labels(20, 5)
-    aug = GLEMAugment(model, Mixup(labels="mix"), p=1.0, class_map=given, seed=0)
+    aug = GLEMAugment(model, Mixup(), p=1.0, class_map=given, seed=0)
     assert aug.num_classes == 5
     params = aug.draw(x, y)
     assert params.cls[:5].tolist() == [2, -1, 0, -1, 3]
-    out, target = aug.replay(x, y, params)
+    out, target = aug.replay(x, torch.eye(5)[y], params)
     absent = (y == 1) | (y == 3)
     assert torch.equal(out[absent], x[absent]) and torch.equal(target, torch.eye(5)[y])
     assert (out[~absent] != x[~absent]).flatten(1).any(1).all()
@@ -214,11 +210,11 @@ def test_partial_class_map(model: GLEM) -> None:
 def test_data_classes_of_the_same_class_of_the_model() -> None:
     own = make_model()
     x, y = images(16) / 255, labels(16, 2)
-    aug = GLEMAugment(own, Mixup(labels="mix"), p=1.0, class_map=[0, 0, 2], seed=0)
+    aug = GLEMAugment(own, Mixup(), p=1.0, class_map=[0, 0, 2], seed=0)
     for n in (16, 2):  # partners, from the batch or drawn, are of the row's own data class
         params = aug.draw(x[:n], y[:n])
         assert (params.drawn["partner"] >= 0).all() == (n == 16)
-        assert torch.allclose(aug.replay(x[:n], y[:n], params)[1], torch.eye(3)[y[:n]])
+        assert torch.allclose(aug.replay(x[:n], torch.eye(3)[y[:n]], params)[1], torch.eye(3)[y[:n]])
 
 
 @pytest.mark.parametrize(
@@ -336,12 +332,3 @@ def test_a_users_compiled_step_gives_what_the_plain_one_gives(model: GLEM) -> No
     compiled = torch.compile(lambda x, y: (inside(x * 1.0, y)[0] + 0.0, y), backend="eager")
     for _ in range(3):
         torch.testing.assert_close(compiled(x, y)[0], plain(x, y)[0])
-
-
-def test_a_batch_enters_few_files_of_the_package(bundled_train: Any) -> None:
-    """A reader can follow one augmented batch of 16 through the bundled flow."""
-    aug = GLEMAugment("bundled:fashion-mnist", p=1.0, seed=0)
-    x, y = bundled_train.tensor()[:16], torch.from_numpy(bundled_train.targets[:16])
-    aug(x, y)  # constants are computed once
-    passed, moves = files_passed(lambda: aug(x, y), leave_out=("flows/", "classes/"))
-    assert len(set(passed)) <= 11 and moves <= 120 and passed.count("precision.py") <= 4, (sorted(set(passed)), moves)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from augment_cases import images, labels, make_model
+from augment_cases import images, labels
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -59,22 +59,6 @@ def test_single_images_of_a_data_set(rgb: GLEM, label: Any, partner: str) -> Non
         assert isinstance(target, Tensor) and target.ndim == (1 if partner == "any" else label.ndim)
     else:
         assert target == 1 and isinstance(target, int)
-
-
-def test_one_class_needs_no_labels() -> None:
-    one = make_model(3, ["thing"])
-    aug = GLEMAugment(one, p=1.0, seed=0)
-    x = images(3, 3)
-    moved = aug(x)
-    assert torch.equal(moved, GLEMAugment(one, p=1.0, seed=0)(x, labels(3, 1))[0]) and not torch.equal(moved, x)
-    pictures = [v2.functional.to_pil_image(image) for image in (x[0], x[0, :1])]
-    transform = v2.Compose([v2.Resize(12), aug.as_transform()])
-    for image in (x[0], tv_tensors.Image(x[0]), x, *pictures):
-        out = transform(image)
-        assert type(out) is type(image) or isinstance(out, Image.Image) and out.mode == image.mode
-    assert out.size == (12, 12)
-    with pytest.raises(ValueError, match="RGB"):
-        transform(pictures[0].convert("P"))
 
 
 def test_samples_that_cannot_be_used(rgb: GLEM) -> None:

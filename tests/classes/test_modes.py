@@ -174,17 +174,6 @@ def test_moves_use_the_modes_of_each_rows_class() -> None:
     assert torch.equal(project_on_modes(delta[3:4], y[3:4], v)[0], project_on_modes(delta, y, v, alone=True)[3])
 
 
-def test_samples_have_the_variances_of_the_fit() -> None:
-    """Exactly: samples are linear in the noise, so the identity as noise gives a root of their covariance."""
-    modes = fit(make_latents([30, 12], dim=16), rank=4).double()
-    for y in (0, 1):
-        root = modes.sample_from_noise(torch.full((20,), y), torch.eye(20).double(), 0.5) - modes.mean[y]
-        cov, v = root.T @ root / 0.25, modes.directions[y]
-        torch.testing.assert_close(cov.diagonal(), variance(modes)[y])
-        along = torch.diag(modes.scales[y].square()) + v * modes.rest[y] @ v.T  # the rest has a part along the modes
-        torch.testing.assert_close(v @ cov @ v.T, along, atol=1e-6, rtol=1e-5)
-
-
 def test_samples_are_their_formula() -> None:
     modes = fit(make_latents([6, 200], dim=8), rank=3)
     mixed = torch.tensor([0, 1, 0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import glem_augment
-from glem_augment.cli import main
 from glem_augment.codec.autoencoder import StandardisedAutoencoder, latent_shape
-from glem_augment.codec.published import TAESD, _from_diffusers, load_taesd, open_autoencoder
+from glem_augment.codec.published import TAESD, load_taesd, open_autoencoder
 from glem_augment.errors import ModelFileError
 from glem_augment.io import file_sha256
 
@@ -26,53 +24,14 @@ def no_hub(name: str) -> tuple[Path, str]:
     raise AssertionError("nothing is downloaded here")
 
 
-def reference_block(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
-    """A block as published, from its weights."""
-    if f"{name}.pool.0.weight" in w:
-        h = F.group_norm(
-            F.conv2d(x, w[f"{name}.pool.0.weight"]), 4, w[f"{name}.pool.1.weight"], w[f"{name}.pool.1.bias"]
-        )
-        x = x + F.conv2d(h.relu(), w[f"{name}.pool.3.weight"])
-    h = x
-    for index in (0, 2, 4):
-        h = F.conv2d(h, w[f"{name}.conv.{index}.weight"], w[f"{name}.conv.{index}.bias"], padding=1)
-        h = h.relu() if index < 4 else h
-    return (h + x).relu()
-
-
-def reference(x: Tensor, w: dict[str, Tensor], part: str) -> Tensor:
-    """The encoder or decoder, layer by layer, from the names of its weights alone."""
-    decoder = part == "decoder"
-    if decoder:
-        x = torch.tanh(x / 3) * 3
-    last = max(int(name.split(".")[2]) for name in w if name.startswith(part))
-    for index in range(last + 1):
-        name = f"{part}.layers.{index}"
-        if f"{name}.conv.0.weight" in w:
-            x = reference_block(x, w, name)
-        elif f"{name}.weight" in w:
-            halves = not decoder and index > 0 and f"{name}.bias" not in w
-            x = F.conv2d(x, w[f"{name}.weight"], w.get(f"{name}.bias"), padding=1, stride=2 if halves else 1)
-        elif index == 1:
-            x = x.relu()
-        else:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-    return x
-
-
-@pytest.mark.parametrize(("channels", "pooled"), [(4, False), (32, True)])
-def test_the_family_equals_a_reference_forward_pass(channels: int, pooled: bool, tmp_path: Path) -> None:
-    save_file(
-        {k: v.half().contiguous() for k, v in TAESD(channels, pooled).state_dict().items()},
-        tmp_path / "weights.safetensors",
-    )
-    model = load_taesd(tmp_path / "weights.safetensors")
-    weights = {name: tensor.float() for name, tensor in load_file(tmp_path / "weights.safetensors").items()}
-    x = torch.rand(2, 3, 16, 24)
+def test_files_of_half_precision_give_the_same_autoencoder(tmp_path: Path) -> None:
+    module, path = TAESD(4, pooled=False), tmp_path / "weights.safetensors"
+    save_file({k: v.half().contiguous() for k, v in module.state_dict().items()}, path)
+    model, x = load_taesd(path), torch.rand(2, 3, 16, 24)
     h = model.encode(x)
-    assert h.shape == (2, channels, 2, 3)
-    assert torch.allclose(h, reference(x, weights, "encoder"), atol=1e-5)
-    assert torch.allclose(model.decode(5 * h), reference(5 * h, weights, "decoder"), atol=1e-5)
+    assert h.shape == (2, 4, 2, 3) and h.dtype == torch.float32
+    torch.testing.assert_close(h, module.encode(x), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(model.decode(h), module.decode(h), rtol=1e-2, atol=1e-2)
 
 
 def test_taef2_ships_works_offline_and_shows_what_it_encodes() -> None:
@@ -112,23 +71,14 @@ def test_names_that_are_none_and_files_that_have_changed(tmp_path: Path) -> None
         open_autoencoder("taef3", no_hub)
     with pytest.raises(ModelFileError, match="changed"):
         open_autoencoder("taef2", no_hub, sha256="0" * 64)
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    save_file(load_file(TAEF2), tmp_path / "weights.safetensors")
-    with pytest.raises(ModelFileError, match="UNet2DModel"):
-        open_autoencoder("hub:a/b", lambda name: (tmp_path / "weights.safetensors", f"{name}@1"))
-
-
-def test_an_autoencoder_tiny_that_is_computed_otherwise_is_left_to_diffusers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_file(load_file(TAEF2), tmp_path / "weights.safetensors")
-    asked = []
-    monkeypatch.setattr("glem_augment.codec.published._from_diffusers", lambda *_: asked.append(1) or nn.Identity())
-    usual = dict(act_fn="relu", encoder_block_out_channels=[64] * 4)
-    for config, wanted in (({}, 0), (usual, 0), ({"act_fn": "silu"}, 1), ({"upsampling_scaling_factor": 4}, 2)):
-        (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny", **config}))
-        open_autoencoder("hub:a/b", lambda name: (tmp_path / "weights.safetensors", f"{name}@1"))
-        assert len(asked) == wanted
+    path = tmp_path / "weights.safetensors"
+    save_file(load_file(TAEF2), path)
+    for config in ({"_class_name": "AutoencoderKL"}, {"act_fn": "silu"}, {"upsampling_scaling_factor": 4}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelFileError, match="hub:a/b is not of the TAESD family"):
+            open_autoencoder("hub:a/b", lambda name: (path, f"{name}@1"))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny", "act_fn": "relu"}))
+    assert open_autoencoder("hub:a/b", lambda name: (path, f"{name}@1"))[1]["name"] == "hub:a/b@1"
 
 
 class Halving(nn.Module):
@@ -176,51 +126,3 @@ def test_standardised_latents_have_mean_0_and_variance_1_and_exact_densities() -
     codec.fit(2 * x)  # it happens once
     assert torch.equal(codec.std, before)
     assert not codec.train().training
-
-
-def test_without_diffusers_the_command_names_the_fix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    monkeypatch.setattr("glem_augment.cli.fit.run", lambda args: _from_diffusers(tmp_path, "AutoencoderKL"))
-    assert main(["fit", "photos", "--out", str(tmp_path)]) == 2
-    assert "pip install" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny", "AutoencoderDC"])
-def test_autoencoders_of_diffusers(kind: str, tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    options = {
-        "AutoencoderKL": dict(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4,
-                              down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2),
-        "AutoencoderTiny": dict(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-                                num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=4),
-        "AutoencoderDC": dict(latent_channels=4, attention_head_dim=4, encoder_block_out_channels=(8, 8),
-                              decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1),
-                              decoder_layers_per_block=(1, 1), encoder_block_types="ResBlock",
-                              decoder_block_types="ResBlock", encoder_qkv_multiscales=((), ()),
-                              decoder_qkv_multiscales=((), ())),
-    }  # fmt: skip
-    theirs = getattr(diffusers, kind)(**options[kind]).eval()
-    theirs.save_pretrained(tmp_path)
-    weights = tmp_path / "diffusion_pytorch_model.safetensors"
-    model, facts = open_autoencoder("hub:a/b", lambda name: (weights, f"{name}@abc"))
-    assert facts["name"] == "hub:a/b@abc"
-    x = torch.rand(2, 3, 16, 16)
-    with torch.no_grad():
-        h = model.encode(x)
-        assert h.shape[1:] == latent_shape(model, (3, 16, 16))
-        found = theirs.encode(2 * x - 1)
-        raw = (
-            found.latent_dist.mean
-            if kind == "AutoencoderKL"
-            else found.latents
-            if kind == "AutoencoderTiny"
-            else found.latent
-        )
-        shift, scale = theirs.config.get("shift_factor") or 0.0, theirs.config.get("scaling_factor") or 1.0
-        assert torch.allclose(h, (raw - shift) * scale, atol=1e-5)
-        assert torch.allclose(model.decode(h), (theirs.decode(raw).sample + 1) / 2, atol=1e-4)
-    weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(ModelFileError):
-        open_autoencoder("hub:a/b", lambda name: (weights, f"{name}@abc"))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from glem_augment.flows.subnets import ACTIVATIONS, SUBNETS, Subnet
 
@@ -37,26 +36,6 @@ def test_shape_format_and_start(kind: str, activation: str) -> None:
     assert y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
     assert y.abs().max() > 0 and torch.equal(x, before)
     assert net.double()(x.double()).is_contiguous(memory_format=torch.channels_last)
-
-
-def test_the_published_block_is_unchanged() -> None:
-    """The formula written out, with the names under which saved models hold the weights."""
-    net = filled(small("residual"))
-    w = net.state_dict()
-
-    def conv(name: str, x: Tensor) -> Tensor:
-        weight = w[f"{name}.weight"]
-        return F.conv2d(x, weight, w[f"{name}.bias"], padding=weight.shape[-1] // 2)
-
-    x = torch.randn(2, 3, 4, 6)
-    h = conv("head", x)
-    for block in ("blocks.0", "blocks.1"):
-        inner = conv(f"{block}.conv2", F.elu(conv(f"{block}.conv1", F.elu(h))))
-        h = h + conv(f"{block}.conv3", F.elu(inner))
-    torch.testing.assert_close(net(x), conv("tail", F.elu(h)))
-    layers = ("head", "tail", *(f"blocks.{i}.conv{j}" for i in (0, 1) for j in (1, 2, 3)))
-    assert set(w) == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
-    assert [net.blocks[0].get_parameter(f"conv{j}.weight").shape[3] for j in (1, 2, 3)] == [3, 1, 3]
 
 
 @pytest.mark.parametrize("kind", SUBNETS)

@@ -56,14 +56,6 @@ def test_its_facts_and_its_likelihoods(model: GLEM, photos: tuple[Tensor, Tensor
     assert float((model.predict(x) == y).float().mean()) > 0.9
 
 
-def test_the_round_trip_has_the_errors_of_flow_and_autoencoder(model: GLEM, photos: tuple[Tensor, Tensor]) -> None:
-    x = photos[0][:8]
-    found = model.check_invertibility(x)
-    assert found["flow_error"] < 1e-4 and found["psnr"] > 10 and found["max_error"] > 0.5
-    back = model.codec.decode(model.numbers(x))
-    assert torch.allclose(model.decode(model.encode(x)[0], clamp=False), back, atol=1e-4)
-
-
 def test_its_file_names_the_autoencoder_and_does_not_hold_it(
     model: GLEM, photos: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
@@ -112,29 +104,6 @@ def test_grey_images_and_other_sizes_are_extended_and_cropped(shape: tuple[int, 
     assert torch.allclose(model.codec.decode(model.numbers(x)), back, atol=1e-4)
     with pytest.raises(ValueError, match="4 channels"):
         GLEM.create("identity", (4, 16, 16), ["a"], autoencoder="taef2")
-
-
-def test_many_images_give_a_model_that_is_saved_whole(photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
-    x, y = photos[0][..., ::2, ::2], photos[1]  # 32 numbers each
-    g = torch.Generator().manual_seed(1)
-    many = (x.repeat(8, 1, 1, 1).float() + 12 * torch.randn(320, 3, 8, 8, generator=g)).clamp(0, 255)
-    full = GLEM.create("identity", (3, 8, 8), ["a", "b"], autoencoder="taef2")
-    full = full.adapt((many.to(torch.uint8), y.repeat(8)), rank=16)
-    strengths = {"nu0": 96.0, "nu1": 64.0, "nu1_images": 4.0}
-    kind = {"kind": "covariances", "rank": 32, "shared_rank": 32, "target": "public"}
-    assert full.config.classes == kind | strengths
-    assert full.modes is not None and (full.modes.rank, full.modes.num_classes) == (16, 2)
-    assert torch.equal(full.log_prob(x, y), full.log_prob_per_class(x).gather(1, y[:, None])[:, 0])
-    assert float((full.predict(x) == y).float().mean()) > 0.9
-    full.save(tmp_path)
-    again = GLEM.from_pretrained(tmp_path)
-    assert torch.equal(again.posterior(x), full.posterior(x))
-    noise = full.sample(y, 0.9, torch.Generator().manual_seed(0), "rfcm")
-    assert torch.equal(again.sample(y, 0.9, torch.Generator().manual_seed(0), "rfcm"), noise)
-    moved, _ = GLEMAugment(again, Noise(0.5), p=1.0, modes=8, seed=0)(x, y)
-    assert not torch.equal(moved, x)
-    again.fit_modes((many.to(torch.uint8), y.repeat(8)), rank=3)  # all of the classes is fitted again
-    assert again.modes is not None and again.modes.rank == 3
 
 
 @pytest.mark.parametrize("policy", [Mixup(), Noise(0.5), Adversarial(0.5)])

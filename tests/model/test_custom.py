@@ -59,20 +59,7 @@ def test_a_users_flow_is_adapted_and_augments(tmp_path: Path) -> None:
     assert SyntheticDataset(again, per_class=2, seed=0)[5][1] == 2
 
 
-class Latent(GainAndShift):
-    """The same in an autoencoder's latents."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image_shape = (32, 2, 2)
-        self.gain, self.shift = (nn.Parameter(t.detach()[:2].reshape(32, 2, 2)) for t in (self.gain, self.shift))
-
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        x = (z.unflatten(1, self.image_shape) - self.shift) * (-self.gain).exp()
-        return x, -self.gain.sum().expand(len(z))
-
-
-def test_a_users_flow_is_trained_and_takes_an_autoencoder(tmp_path: Path) -> None:
+def test_a_users_flow_is_trained(tmp_path: Path) -> None:
     x, y = torch.randint(0, 256, (40, *SHAPE), dtype=torch.uint8), torch.arange(40) % 2
     start = GLEM.from_bijection(GainAndShift(), SHAPE)
     before = start.flow.gain.clone()
@@ -81,12 +68,6 @@ def test_a_users_flow_is_trained_and_takes_an_autoencoder(tmp_path: Path) -> Non
     assert torch.equal(start.flow.gain, before) and not torch.equal(found.flow.gain, before)
     again = GLEM.from_pretrained(tmp_path / "run", module=GainAndShift())
     assert torch.equal(again.encode(x)[0], found.encode(x)[0])
-    model = GLEM.from_bijection(Latent(), (3, 16, 16), autoencoder="taef2")
-    x = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
-    model = model.adapt((x, y[:8]), rank=2)
-    model.save(tmp_path / "latent")
-    again = GLEM.from_pretrained(tmp_path / "latent", module=Latent())
-    assert again.numbers_are == "through taef2" and torch.equal(again.encode(x)[0], model.encode(x)[0])
 
 
 def test_a_flow_keeps_its_statistics_and_its_precision(tmp_path: Path) -> None:

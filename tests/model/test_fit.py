@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from model_cases import tiny_model
 from torch import Tensor
-from walk import files_passed, returns
 
 from glem_augment import GLEM, GLEMAugment, open_data
-from glem_augment.cli import main
 from glem_augment.codec.codec import Codec, Dequantisation, to_unit
 from glem_augment.evaluation.metrics import evaluate
 from glem_augment.images.dataset import ImageData
@@ -135,15 +132,3 @@ def test_a_codec_that_says_exact_and_is_not_is_refused() -> None:
     Later.ready = False
     lossy = GLEM.create("identity", (3, 16, 16), ["a", "b"], autoencoder=Later((3, 16, 16)))
     assert lossy.check_invertibility(images().tensor())["max_error"] > 1
-
-
-def test_the_command(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = ["--image-size", "16", "--rank", "3"]
-    argv = ["fit", str(image_folder), "--autoencoder", "taef2", *base]
-    other = ("flows/", "classes/", "parts.py")
-    passed, moves = files_passed(lambda: main([*argv, "--out", str(tmp_path / "a")]), leave_out=other)
-    assert json.loads(capsys.readouterr().out)["classes"] == ["bird", "cat", "dog"]
-    assert len(set(passed)) <= 20 and len(returns(passed)) <= 30, (len(set(passed)), len(returns(passed)), passed)
-    argv = ["fit", str(image_folder), "--flow", str(tmp_path / "a"), *base]
-    assert main([*argv, "--out", str(tmp_path / "c")]) == 2
-    assert "image_size" in capsys.readouterr().err

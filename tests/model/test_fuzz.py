@@ -46,7 +46,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
     # full covariances of the first format, a whitened flow of an autoencoder's latents, and fitted classes
     full, z = tiny_model("identity"), images(150)
     z = [full.encode(z[torch.arange(150) % 3 == y])[0] for y in range(3)]
-    modes = fit_modes(class_statistics(z.__getitem__, range(3), full.dim, 3), 3, full=True)
+    modes = fit_modes(class_statistics(z.__getitem__, range(3), full.dim, full.dim), full.dim)  # all of the space
     full.latent_classes = Classes(full.gaussians, modes, full=True)
     latent = tiny_model("latent", (3, 16, 16), autoencoder="taef2", whiten=4, **small)
     fitted = GLEM.fit((images(9, (3, 16, 16)), torch.arange(9) % 3), "taef2")
@@ -237,8 +237,6 @@ def first(value: float) -> Callable[[Tensor], Tensor]:
         (FULL, "modes.directions", first(1e8)),
         (FULL, "modes.counts", torch.zeros_like),
         (FULL, "modes.directions", lambda t: t * 1e6),
-        (FULL, "modes.directions", torch.zeros_like),
-        (0, "modes.directions", lambda t: t[:, :1].expand_as(t)),
         (0, "flow.levels.1.layers.1.log_scale", lambda t: t * 1e6),
         (0, "flow.levels.0.layers.2.weight", lambda t: t * 1e6),
         (0, "flow.levels.0.layers.3.net.tail.weight", lambda t: t * 1e6),

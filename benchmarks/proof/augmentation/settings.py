@@ -171,9 +171,7 @@ METHODS: dict[str, Method] = {
     "noise": Method("ours", _each("strength", 0.5, 1.0, 2.0, policy="noise", p=0.5), flow=True),
     "mode-mixup": Method("ours", _each("alpha", 0.3, 1.0, 4.0, policy="mixup", p=0.5), flow=True),
     "synthetic": Method("ours", _each("temperature", 0.5, 0.75, 1.0, p=0.25, source="rfcm"), flow=True),
-    "mode-mixup-any": Method(
-        "ours", _each("alpha", 0.3, 1.0, 4.0, policy="mixup", partner="any", labels="mix", p=0.5), flow=True
-    ),
+    "mode-mixup-any": Method("ours", _each("alpha", 0.3, 1.0, 4.0, policy="mixup", partner="any", p=0.5), flow=True),
     "noise-shared": Method("ours", _each("strength", 0.5, 1.0, 2.0, policy="noise", basis="shared", p=0.5), flow=True),
     "adversarial-shared": Method(
         "ours", _each("strength", 0.25, 0.5, 1.0, policy="adversarial", basis="shared", p=0.5), flow=True
