@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
-from benchmarks.common import holm, interval, read_csv
+from benchmarks.common import holm, interval
 from benchmarks.paper.continuum import mantel
 from benchmarks.paper.rfcm import ThinCovariances, fit_covariances
-from benchmarks.speed import speed
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(p for p in (ROOT / "benchmarks").rglob("*.py") if '__name__ == "__main__"' in p.read_text())
@@ -72,17 +70,3 @@ def test_thin_covariances_are_the_dense_ones(count: int, ridge: float) -> None:
         if ridge or len(own) > 15:
             expected = torch.distributions.MultivariateNormal(thin.mean[y].double(), dense(thin, y)).log_prob(z)
             torch.testing.assert_close(scores[:, y], expected, rtol=1e-7, atol=1e-6)
-
-
-# ---- speed -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_speed_measures_every_side(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    small = {"image_shape": (1, 8, 8), "batch": 2, "overrides": {"depth": [2], "blocks": [1], "width": [8]}}
-    cases = {"mef_tiny": {**small, "preset": "mef_tiny"}, "glow_tiny_0": {**small, "preset": "glow_tiny"}}
-    monkeypatch.setattr(speed, "CASES", cases)
-    monkeypatch.setattr(sys, "argv", ["speed.py", "--rounds", "1", "--out", str(tmp_path)])
-    speed.main()
-    found = {(row["setting"], row["arm"]) for row in read_csv(tmp_path / "speed.csv")}
-    assert {("mef_tiny", speed.OURS), ("glow_tiny_0", speed.OURS), ("mef_tiny", "train / its networks")} <= found
