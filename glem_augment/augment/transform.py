@@ -402,6 +402,8 @@ class GLEMAugment(nn.Module):
 
     def extra_repr(self) -> str:
         settings = {"policy": self.policy, **self._settings()}
+        if isinstance(found := settings.get("class_map"), tuple) and len(found) > 20:
+            settings["class_map"] = f"{sum(cls >= 0 for cls in found)} of {len(found)} classes"
         return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
 
