@@ -4,6 +4,7 @@
     GLEM_DATA=... python benchmarks/proof/models.py --data cifar10 --model runs/cifar10-gaussians --name Gaussians
 
 The numbers are those of `glem eval`. recipes/cifar10_gaussians.py makes the second model.
+The Gaussians of Tiny ImageNet: `glem fit tiny-imagenet/ --autoencoder taef2 --image-size 64 --rank 1 --out ...`.
 """
 
 from __future__ import annotations
