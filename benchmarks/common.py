@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from torch import Tensor, nn
+from torch import Tensor
 
 from glem_augment import __version__
 from glem_augment.io import atomic_write
@@ -265,7 +265,7 @@ def seconds(task: Callable[[], Any]) -> float:
 
 
 def descend(
-    network: nn.Module,
+    network: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     after: Callable[[int], object] = lambda step: None,

@@ -33,6 +33,7 @@ PLACES = {
     "cifar10": ("cifar10", None, "test"),
     "imagenette": ("imagenette128", None, "val"),
     "mnist": ("mnist", None, "test"),
+    "tiny-imagenet": ("tiny-imagenet", None, "val"),  # val/<wnid>/*.JPEG, by val_annotations.txt
     "notmnist": ("notmnist", None, "test"),  # glyphs of A to J; make_notmnist.py in commit 309e287 makes them
     "bundled": (None, "bundled:fashion-mnist", "test"),
 }

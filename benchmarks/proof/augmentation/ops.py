@@ -220,14 +220,15 @@ class Pool:
 
     Args:
         images: uint8 [K, n, C, H, W], n images of each class.
+        p: for all classes, or of each class [K].
         labels: of these images, soft [K, n, K]; None: the class.
     """
 
-    def __init__(self, images: Tensor, p: float, labels: Tensor | None = None) -> None:
-        self.images, self.p, self.labels = images, p, labels
+    def __init__(self, images: Tensor, p: float | Tensor, labels: Tensor | None = None) -> None:
+        self.images, self.p, self.labels = images, torch.as_tensor(p).expand(len(images)), labels
 
     def __call__(self, rows: Tensor, x: Tensor, y: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-        chosen = (torch.rand(len(x), generator=g) < self.p).nonzero()[:, 0]
+        chosen = (torch.rand(len(x), generator=g) < self.p[y]).nonzero()[:, 0]
         which = torch.randint(self.images.shape[1], (len(chosen),), generator=g)
         images, classes = self.images[y[chosen], which], y[chosen]
         if images.shape[1:] != x.shape[1:]:

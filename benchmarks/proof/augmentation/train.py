@@ -85,27 +85,36 @@ def train(
     seed: int,
     bf16: bool,
     change: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    start: Classifier | None = None,
+    lr: float = LR,
+    prior: Tensor | None = None,
 ) -> Classifier:
-    """One classifier, trained from scratch, in eval mode.
+    """One classifier, in eval mode.
 
     Args:
         images: uint8 [N,C,H,W], int64 [N]. components: see `Stack`.
         change: what happens to a batch before the stack, such as a `Pool`.
+        start: a network of the same kind; training starts from its weights, except for the last layer's.
+        prior: log-shares [K] of the classes, added to the logits in training (logit adjustment, Menon et al. 2021).
     """
     x, y = images
     batch = min(batch, len(y))
     torch.manual_seed(seed)
     everything = as_float(x).transpose(0, 1).flatten(1)
     body = make_body(name, x.shape[1], num_classes, x.shape[2]).to(memory_format=torch.channels_last)
+    if start is not None:
+        kept = {k: v for k, v in start.body.state_dict().items() if not k.startswith("fc.")}
+        body.load_state_dict(kept, strict=False)
     network = Classifier(body, everything.mean(1), everything.std(1).clamp_min(1e-3), bf16).train()
-    optimizer = torch.optim.AdamW(network.parameters(), LR, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=WARM_UP)
+    optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=WARM_UP)
     rows = order_of(y, batch, steps, seed, oversampled="natural" not in dict(components))
     torch.manual_seed(seed + 1)  # torchvision's transforms draw from the global generator
     stack = Stack(components, flows, network, len(y), num_classes, seed)
     stack.first += [change] if change else []
     batches = (stack(chosen, x[chosen], y[chosen]) for chosen in rows)
-    descend(network, batches, optimizer, lambda _: schedule.step())
+    scores = network if prior is None else lambda x: network(x) + prior
+    descend(scores, batches, optimizer, lambda _: schedule.step())
     return network.eval()
 
 
