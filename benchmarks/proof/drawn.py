@@ -25,8 +25,8 @@ class had been filled up to the size of the largest.
 "Tiny ImageNet's network" is for those who say that the prior of `GLEM.fit` has seen Tiny ImageNet: a ResNet18 with a
 quarter of the channels, trained on its 100,000 images at 32 pixels (`KNOWN_STEPS` steps of 64) until --work has it.
 Its last layer alone is fitted as the linear layer is, or all of it is fine-tuned with ColorJitter, for half the steps,
-at the rate that validation images chose out of `RATES`. A row has the CPU seconds of its arm, with the fit and the draws
-if the arm is the first of its seed that needs them. "Equal time" trains `LONGER` times as many steps.
+at the rate that validation images chose out of `RATES`. A row has the CPU seconds of its arm, with the fit and draws if
+the arm is the first of its seed that needs them. "Equal time" trains `LONGER` times as many steps.
 
 Stored rows of "strided cnn" without a number of steps were measured by the code of commit 07f427a9.
 """
