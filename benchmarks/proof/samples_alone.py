@@ -19,6 +19,8 @@ A setting is a source of `SyntheticDataset` and options:
     x=          so many times 20,000 images, each of them shown less often
     images=     of "real": so many images, equally many of each class, for as many steps
     epochs=     of 20,000 images each, 8 by default; of "real", too; the last option
+    judged      instead of training: the share in % of the samples to which a classifier of all real training images,
+                trained for 30 epochs with seed 0, gives the class that was asked for; the last option
 
 Stored rows with rank= (a number), parts=, best=, labels=, mixup or reconstructions (the real images, encoded and
 decoded), and the quality of sets (FID and others), were measured by the code of commit 309e287.
@@ -44,7 +46,8 @@ from glem_augment import GLEM, SyntheticDataset, open_data
 from glem_augment.images.dataset import ImageData, images_for
 
 NAME = "samples_alone"
-PER_CLASS, EPOCHS = 2000, 8
+PER_CLASS, EPOCHS, JUDGE_EPOCHS = 2000, 8, 30
+JUDGED = " judged"
 AUGMENT: dict[str, tuple[str, ...]] = {"fashion-mnist": ("crop",)}  # all shoes point the same way
 FLOW = "bundled"
 
@@ -97,6 +100,13 @@ class Images:
         recipe = Recipe(arch=arch, epochs=epochs, augment=AUGMENT.get(self.name, ("flip", "crop")), seed=seed)
         return train_classifier(lambda epoch: (x[parts[epoch]], y[parts[epoch]]), 10, recipe)
 
+    def judge(self) -> Classifier:
+        """A classifier of all real training images, in the folder `work` once it is trained."""
+        place = self.work / "judge.safetensors"
+        if not place.is_file():
+            self.classifier(*labelled(self.train), 0, JUDGE_EPOCHS).save(place)
+        return Classifier.load(place)
+
     def samples(self, method: str, setting: str, seed: int) -> tuple[Tensor, Tensor]:
         """Images uint8 [N, C, H, W], and labels int64 [N]."""
         source, *pairs = setting.split()
@@ -122,6 +132,9 @@ class Images:
         judged = self.val if search else self.test
         real = labelled(self.fit if search else self.train)
         count = subset(setting)
+        if setting.endswith(JUDGED):
+            judge, (x, y) = self.judge(), self.samples(method, setting.removesuffix(JUDGED), seed)
+            return {"recognised": 100 * judge.accuracy(x, y), "judge": 100 * judge.accuracy(*labelled(self.test))}
         setting, _, epochs = setting.partition("epochs=")
         if method == "real":
             x, y = some(*real, count, seed) if count else real
