@@ -81,7 +81,7 @@ LATENTS = {"cifar10": "cifar10", "fashion-mnist": "fashion-mnist", "imagenette":
 SEED, TRIAL_SEED = 300, 1300
 TEST_IMAGES, COPIES, EACH = 5000, 4, 1000
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-SHARE, RATE, LONGER = 0.5, 1e-3, 2.2
+SHARE, RATE, LONGER = 0.5, 3e-3, 1.8
 RATES = (3e-4, 1e-3, 3e-3)
 
 
