@@ -58,9 +58,9 @@ def bundled() -> list[dict[str, str]]:
     return [row | {"made by": f"`{row['made by']}`"} for row in found]
 
 
-@table("models/brief", "Models in the package", "name | size | codec | flow | accuracy | licence")
+@table("models/brief", "Models in the package", "name | size | flow | accuracy | licence")
 def _() -> Lines:
-    yield from ([row[name] for name in ("name", "size", "codec", "flow", "accuracy", "licence")] for row in bundled())
+    yield from ([row[name] for name in ("name", "size", "flow", "accuracy", "licence")] for row in bundled())
 
 
 @table("models/files", "All facts of the models in the package", " | ".join(bundled()[0]))
@@ -163,17 +163,18 @@ def _() -> Lines:
 # ---- drawn beside real images ----------------------------------------------------------------------------------------
 
 DRAWN = {"cifar10": "CIFAR-10", "fashion": "Fashion-MNIST", "photographs": "photographs, 64 pixels"}
-WITHOUT_MODEL = ("real", "ColorJitter", "tuned stack")
+WITHOUT_MODEL = ("real", "ColorJitter", "tuned stack", "tuned stack, equal time", "logit adjustment, ColorJitter")
 ADVISED, SHORT = "half drawn, ColorJitter", ", a third of the steps"
+LAST_LAYER = "Tiny ImageNet's network, last layer"
 
 
 @cache
-def drawn() -> dict[str, dict[str, dict[str, float]]]:
-    """Test accuracies by data with images per class, arm and seed; without a number of steps, the older, short runs."""
+def drawn(metric: str = "accuracy") -> dict[str, dict[str, dict[str, float]]]:
+    """Test rows by data with images per class, arm and seed; without a number of steps, the older, short runs."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name in rows("drawn").settings():
         data, per_class = name.partition("/")[0].split("-")
-        arms = {arm: values for arm, split, _, values in rows("drawn").arms(name) if split == "test"}
+        arms = {arm: values for arm, *what, values in rows("drawn").arms(name) if what == ["test", metric]}
         short = name.endswith("cnn")
         found.setdefault(f"{DRAWN[data]}, {per_class}{SHORT if short else ''}", {}).update(arms)
     return {name: found[name] for name in sorted(found, key=lambda n: SHORT in n) if ADVISED in found[name]}
@@ -186,15 +187,14 @@ def best_without_model(arms: dict[str, dict[str, float]]) -> str:
 
 @table("drawn/brief", "Half of each batch drawn from a fit to the real images, with ColorJitter: accuracy of a small "
        "network in %, gains in points",
-       "real images, of each class | crop + flip | best other stack | half drawn | over crop + flip | "
-       "over the best other stack | `predict`, no network")  # fmt: skip
+       "real images, of each class | best other stack | half drawn | gain | `predict`, no network | "
+       "Tiny ImageNet's network, last layer")  # fmt: skip
 def _() -> Lines:
     for name, arms in drawn().items():
-        if SHORT in name:
-            continue
-        ours, best = arms[ADVISED], arms[best_without_model(arms)]
-        gains = (gained(paired(ours, other)) for other in (arms["real"], best))
-        yield [name, *map(mean, (arms["real"], best, ours)), *gains, mean(arms.get("predict", {}))]
+        if SHORT not in name:
+            ours, best = arms[ADVISED], arms[best_without_model(arms)]
+            others = (arms.get(arm, {}) for arm in ("predict", LAST_LAYER))
+            yield [name, mean(best), mean(ours), gained(paired(ours, best)), *map(mean, others)]
 
 
 @table("drawn/arms", "Accuracy on real test images in %, by data and real images of each class",
@@ -204,21 +204,29 @@ def _() -> Lines:
         yield [arm, *(mean(arms.get(arm, {})) for arms in drawn().values())]
 
 
+@table("drawn/seconds", "CPU seconds of an arm, with the fit and the draws if it is the first that needs them",
+       " | ".join(["arm", *drawn("CPU-s")]))  # fmt: skip
+def _() -> Lines:
+    found = drawn("CPU-s").values()
+    for arm in dict.fromkeys(arm for arms in found for arm in arms):
+        yield [arm, *(mean(arms.get(arm, {}), 0) for arms in found)]
+
+
 @table("drawn/gains", "Gains of drawn images with ColorJitter in points, bold if clear",
-       "real images, of each class | over crop + flip | over ColorJitter | over the tuned stack | over linear layer | "
-       "over `predict`")  # fmt: skip
+       "real images, of each class | over crop + flip | over ColorJitter | over the tuned stack | over equal time | "
+       "over logit adjustment | over linear layer | over `predict` | over Tiny ImageNet's last layer")  # fmt: skip
 def _() -> Lines:
     for name, arms in drawn().items():
-        others = (*WITHOUT_MODEL, "linear layer", "predict")
+        others = (*WITHOUT_MODEL, "linear layer", "predict", LAST_LAYER)
         yield [name, *(gained(paired(arms[ADVISED], arms.get(other, {}))) for other in others)]
 
 
 @table("drawn/trials", "Trials on validation images, CIFAR-10, 50 images of each class, one seed: accuracy in %",
-       "half drawn with | accuracy")  # fmt: skip
+       "trial, of half drawn if no network is named | accuracy")  # fmt: skip
 def _() -> Lines:
     for setting in rows("drawn").settings():
         found = rows("drawn").arms(setting)
-        yield from ([arm, mean(values, 1)] for arm, split, _, values in found if split == "validation")
+        yield from ([arm, mean(values)] for arm, *what, values in found if what == ["validation", "accuracy"])
 
 
 # ---- samples and augmentation ----------------------------------------------------------------------------------------
@@ -236,6 +244,15 @@ def _() -> Lines:
         if values and (arm, data) != ("bundled rfcm T=0.9", "fashion-mnist"):
             share = interval(values.values()).mean / interval(real.values()).mean
             yield [SETS[data], SHOWN[arm], mean(values), f"{share:.2f}"]
+
+
+@table("samples/recognised", "Drawn images to which a classifier of all real training images gives the class that was "
+       "asked for, in %", "data | drawn from | drawn images | its accuracy on real images")  # fmt: skip
+def _() -> Lines:
+    for data in rows("samples").settings():
+        for arm in dict.fromkeys(arm for arm, _, metric, _ in rows("samples").arms(data) if metric == "recognised"):
+            values = (cell("samples", data, arm, metric) for metric in ("recognised", "judge"))
+            yield [SETS[data], f"`{arm.removesuffix(' judged')}`", *values]
 
 
 @cache

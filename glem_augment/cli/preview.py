@@ -25,8 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     common.add_data(parser, nargs="?")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture")
-    channels = "three channels to show as red, green and blue, or one (default: the first three, or the first of two)"
-    parser.add_argument("--channels", nargs="+", type=int, metavar="N", help=channels)
     common.add_device(parser)
 
 
@@ -45,6 +43,6 @@ def run(args: argparse.Namespace) -> None:
         data = images_for(model, args.data, split=args.split, cache_bytes=0)  # it shows few of the images
     modules, found = tuple(f"{name}." for name in args.modules), kinds("policy").items()
     own = [name for name, kind in found if not kind.wants_classifier and f"{kind.__module__}.".startswith(modules)]
-    picture = preview(model, data, name=args.model, channels=args.channels, policies=own)
+    picture = preview(model, data, name=args.model, policies=own)
     save_png(picture, args.out)
     common.note(f"wrote {args.out} ({picture.width}x{picture.height})")

@@ -15,7 +15,6 @@ The token comes from HF_TOKEN, or from hf auth login. HF_ENDPOINT chooses anothe
 """
 EXAMPLES = """\
   glem push runs/photos org/photos --license cc-by-4.0 --private
-  glem push bundled:fashion-mnist org/fashion --dry-run look/
 """
 
 
@@ -25,27 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", metavar="ORG/NAME", help="repository to upload to")
     parser.add_argument("--private", action="store_true", help="a private repository; one that exists must be private")
     common.add_license(parser)
-    dry = "write the files of the upload to DIR, and upload nothing"
-    parser.add_argument("--dry-run", type=common.folder, metavar="DIR", help=dry)
 
 
 def run(args: argparse.Namespace) -> None:
     from huggingface_hub.utils import validate_repo_id
 
-    from glem_augment.hub.client import push_to_hub, write_repository
+    from glem_augment.hub.client import push_to_hub
     from glem_augment.model.glem import GLEM
 
     validate_repo_id(args.repo)
     common.note_licence(args.license)
     model = GLEM.from_pretrained(args.model)
-    if args.dry_run is not None:
-        if args.dry_run.exists() and any(args.dry_run.iterdir()):
-            raise FileExistsError(f"{args.dry_run} is not empty: give a new folder")
-        write_repository(model, args.repo, args.dry_run, args.license)
-        common.note("nothing was uploaded")
-        files = {path.name: path.stat().st_size for path in sorted(args.dry_run.iterdir())}
-        common.print_json({"repo": args.repo, "files": files})
-        return
     commit = push_to_hub(model, args.repo, license=args.license, private=args.private or None)
     repo, oid = commit.repo_url.repo_id, commit.oid
     common.print_json({"repo": repo, "commit": oid, "pinned": f"{repo}@{oid}", "url": str(commit.commit_url)})

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from glem_augment.training import Trainer
 
 DESCRIPTION = """\
-Train a model of labelled images, or of images without classes (--unlabelled). DIR gets the model
-(model.safetensors, config.json), checkpoint.pt, metrics.jsonl and samples/. After a stop, even a kill, the same command
-with --resume goes on, and ends with the weights of an uninterrupted run (on a CPU, with the same --threads). Ctrl-C and
-SIGTERM write a checkpoint first, so this trains in pieces of nine minutes (timeout exits with 124):
+Train a model of labelled images. DIR gets the model (model.safetensors, config.json), checkpoint.pt, metrics.jsonl
+and samples/. After a stop, even a kill, the same command with --resume goes on, and ends with the weights of an
+uninterrupted run (on a CPU, with the same --threads). Ctrl-C and SIGTERM write a checkpoint first, so this trains in
+pieces of nine minutes (timeout exits with 124):
 
   while timeout -s TERM 9m glem train DATA --out DIR --resume; [ $? = 124 ]; do :; done
 
@@ -31,7 +31,6 @@ EXAMPLES = """\
   glem train bundled:fashion-mnist --epochs 5 --out runs/quick
   glem train torch/cifar10@data --objective glem --preset mef_cifar --bits 5 --epochs 500 --out runs/cifar
   glem train photos/ --config settings.yaml --lr 5e-3 --out runs/photos2
-  glem train --unlabelled unsorted/ --image-size 32 --out runs/unsorted
   glem train photos/ --init runs/photos --lr 3e-3 --warmup-steps 100 --out runs/tuned
 """
 METAVARS = {int: "N", float: "X", "names": "LIST", "text": "NAME"}  # of settings, by kind
@@ -55,8 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     view.add_argument("--split", default="train", help="split of DATA (default: train)")
     common.add_image_size(view, "above 64 a flow is slow on a CPU (default: the common size of the images)")
     view.add_argument("--channels", type=int, choices=(1, 3), help="grey or RGB (default: as in the files)")
-    unlabelled = "train by likelihood on all images in DATA and its folders; glem fit gives the model classes later"
-    view.add_argument("--unlabelled", action="store_true", help=unlabelled)
     add_settings(parser)
 
 
@@ -118,10 +115,8 @@ def run(args: argparse.Namespace) -> None:
         channels, *side = init_model.image_shape
         size = size or side
         args.channels = args.channels or (channels if channels in (1, 3) else None)
-    if args.unlabelled:
-        settings.setdefault("objective", "mle")
     config = TrainConfig(**settings)  # checked before the data is opened
-    data = open_data(args.data, args.split, size, args.channels, unlabelled=args.unlabelled)
+    data = open_data(args.data, args.split, size, args.channels)
     trainer = Trainer(data, config, out, args.resume, init_model, device, ready=_tell)
     model = trainer.fit()
     common.say(f"saved {out} after {tqdm.format_interval(trainer.seconds())}: {model!r}")

@@ -30,7 +30,6 @@ def preview(
     rows: int = 6,
     seed: int = 0,
     name: str = "",
-    channels: Sequence[int] | None = None,
     policies: Sequence[str] = (),
 ) -> Image.Image:
     """Moves at rising strength, samples and interpolations in one picture.
@@ -41,25 +40,19 @@ def preview(
         rows: real images to move, of as many classes as possible.
         seed: the same call gives the same picture.
         name: of the model, for the title.
-        channels: three channels to show as red, green and blue, or one. None: the first three, or the first of two.
         policies: names of further policies, whose moves with their defaults are shown.
 
     Raises:
-        DataError: no images. ValueError: channels that the images lack.
+        DataError: no images.
     """
     if data is not None and not len(data):
         raise DataError(f"{data.name} holds no images")
     c, h, w = model.image_shape
-    shown = list(channels or range(c))
-    if channels is not None and (len(shown) not in (1, 3) or not set(shown) <= set(range(c))):
-        raise ValueError(f"channels must be one or three of 0 to {c - 1}, got {shown}")
     sections = [class_samples(model, seed)]
     if data is not None:
         kinds = () if model.modes is None else ("mixup", "noise", *policies)
         moves = [_moves(model, data, rows, kind, seed) for kind in kinds]
         sections = [*moves, *sections, *_interpolations(model, data, seed)]
-    for section in sections:
-        section.cells = section.cells[:, :, shown]
     title = f"{name or model.origin or 'Model'}: {c}x{h}x{w} {model.numbers_are}, {model.num_classes} classes"
     return compose(title, sections)
 

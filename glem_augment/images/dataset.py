@@ -192,10 +192,9 @@ def open_data(
     image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     cache_bytes: int = CACHE_BYTES,
-    unlabelled: bool = False,
     value_range: Limits | None = None,
 ) -> ImageData:
-    """Open labelled images, or images without classes.
+    """Open labelled images.
 
     Args:
         data: one of
@@ -222,8 +221,6 @@ def open_data(
             keep their channels. As in torchvision and timm, transparency and EXIF orientation are ignored, and
             animations give their first frame.
         cache_bytes: keep all decoded images in memory if they take no more than this.
-        unlabelled: give all images one class, called "image". A folder may then nest its images in any way (folders
-            named train, test, ... are splits), and a tensor [N,C,H,W] needs no labels.
         value_range: (low, high), the values of black and white, or the `pixel_range` of a model or of training images,
             which test images need. Values outside are clipped, with a warning. None: the range that an export has
             stored, 0 to 255 for uint8, 0 to 65535 for uint16, 0 to 1 for floats; floats outside it and int16 are
@@ -240,7 +237,7 @@ def open_data(
             must be stated.
         TypeError: another kind of `data`, or labels that are no integers.
     """
-    size, source = _pair(image_size), open_source(data, split, unlabelled)
+    size, source = _pair(image_size), open_source(data, split)
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1, 3 or None, got {channels!r}")
     if len(source) == 0:

@@ -26,7 +26,6 @@ from glem_augment.checks import closest
 from glem_augment.codec.pixel_range import DTYPES, PixelRange
 from glem_augment.errors import BadImageError, DataError
 from glem_augment.images.matching import (
-    ONE_CLASS,
     Integers,
     check_names,
     check_targets,
@@ -183,10 +182,8 @@ class Source(Dataset):
         )
 
 
-def open_source(data: Any, split: str = "train", unlabelled: bool = False) -> Source:
+def open_source(data: Any, split: str = "train") -> Source:
     """Open an argument of `open_data`. Images are decoded only where labels cannot be read otherwise."""
-    if unlabelled:
-        return _without_labels(data, split)
     if isinstance(data, Source):
         return data
     if isinstance(data, str | os.PathLike):
@@ -202,25 +199,6 @@ def open_source(data: Any, split: str = "train", unlabelled: bool = False) -> So
             f"(image, label) by index; got {type(data).__name__}"
         )
     return _data_set(data)
-
-
-def _without_labels(data: Any, split: str) -> Source:
-    """Images as one class, from an argument of `open_source`, a folder of any nesting, or a tensor."""
-    if isinstance(data, Tensor):
-        data = data, np.zeros(len(data), np.int64)
-    folder = expand(data) if isinstance(data, str | os.PathLike) else None
-    if folder is not None and folder.is_dir():
-        inside = _split_folder(folder, split, classes=False)
-        record = _finished(inside)
-        paths = [path for path, _ in make_dataset(inside, {"": 0}, EXTENSIONS, allow_empty=True)]
-        source = Source(str(folder), paths, [0] * len(paths), [], [])
-        source.pixel_range = _stored_range(record)
-    elif of_hugging_face(data) and hasattr(data, "__len__"):
-        image = feature_column(data.features, "Image")
-        source = Source(type(data).__name__, data.with_format(None), [0] * len(data), [], [], image)
-    else:
-        source = open_source(data, split)
-    return replace(source, classes=[ONE_CLASS], class_ids=[ONE_CLASS], targets=np.zeros(len(source), np.int64))
 
 
 # ---- names ---------------------------------------------------------------------------------------------------------
@@ -304,8 +282,7 @@ def _check_nesting(folder: Path, paths: list[str]) -> None:
     inner = {os.path.dirname(path) for path in paths}
     if len(inner) > 1 and (common := os.path.commonpath(inner)) not in inner:
         raise DataError(
-            f"{folder} would be one class, but its images lie in {len(inner)} folders of {common}: give that one, or "
-            "say that the images have no classes (unlabelled=True)"
+            f"{folder} would be one class, but its images lie in {len(inner)} folders of {common}: give that one"
         )
 
 
@@ -367,19 +344,19 @@ def without_splits(spec: str) -> bool:
     return spec == _BUNDLED[1] or tar_file(spec) is not None or (folder.is_dir() and not _split_folders(folder))
 
 
-def _split_folders(folder: Path, split: str = "", classes: bool = True) -> dict[str, Path]:
+def _split_folders(folder: Path, split: str = "") -> dict[str, Path]:
     """The folders that are named after a usual split or `split`, by their names in lower case.
 
-    A class may be called "test" too, so where there are `classes` a folder counts only if it holds visible folders.
+    A class may be called "test" too, so a folder counts only if it holds visible folders.
     """
     named = [name for name in _folders(folder) if name.lower() in (*_SPLIT_FOLDERS, split)]
-    visible = [n for n in named if not classes or any(not c.startswith(".") for c in _folders(folder / n))]
+    visible = [n for n in named if any(not c.startswith(".") for c in _folders(folder / n))]
     return {name.lower(): folder / name for name in visible}
 
 
-def _split_folder(folder: Path, split: str, classes: bool = True) -> Path:
+def _split_folder(folder: Path, split: str) -> Path:
     """The folder of a split, which is the folder itself if it has no splits."""
-    inside = _split_folders(folder, split.lower(), classes)
+    inside = _split_folders(folder, split.lower())
     if not _SPLIT_FOLDERS.keys() & inside:
         if split.lower() not in _TRAIN + _TEST:  # which are defaults; another split was asked for
             raise DataError(f"{folder} has no splits, such as train/ and val/ folders: leave the split out")

@@ -25,7 +25,6 @@ from PIL import Image
 from torchvision.io import encode_png
 
 from glem_augment import __version__
-from glem_augment.augment.counts import MOST_REJECTED
 from glem_augment.distributed import gather, progress_bar, rank, world_size
 from glem_augment.errors import DataError
 from glem_augment.images.sources import CLASS_FILE, PROVENANCE, read_record
@@ -37,6 +36,7 @@ from glem_augment.synthetic.draws import Draws
 
 # Many shards, since a loader gives each worker whole shards; a shard has 4 blocks or more.
 MAX_SHARDS, SHARD_BLOCKS = 64, 4
+MOST_REJECTED = 0.05  # more rejected samples than this part of all are reported
 _IN_PNG = ((1, "uint8"), (3, "uint8"), (1, "uint16"))  # channels and dtypes that PNG files hold
 _README = """\
 ---

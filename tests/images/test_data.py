@@ -130,28 +130,6 @@ def test_splits(tmp_path: Path) -> None:
         open_data(tmp_path, "test")
 
 
-def test_images_without_classes(image_folder: Path, tmp_path: Path) -> None:
-    labelled = open_data(image_folder)
-    for folder in ("mixed/a/b", "mixed/test", "flat/train", "flat/test", "none/a"):
-        (tmp_path / folder).mkdir(parents=True)
-    for name, target in (("bird", "flat/train"), ("cat", "flat/test"), ("dog", "flat/test")):
-        shutil.copytree(image_folder / name, tmp_path / target, dirs_exist_ok=True)
-    with pytest.raises(DataError, match="none"):
-        open_data(tmp_path / "none", unlabelled=True)
-    for path in (image_folder / "dog").iterdir():
-        path.unlink()
-    found = [
-        open_data(image_folder, unlabelled=True),  # though a class has no image
-        open_data(labelled.subset(range(8)), unlabelled=True),
-        open_data(labelled.tensor()[:8], unlabelled=True),
-    ]
-    for data in found:
-        assert torch.equal(data.tensor(), labelled.tensor()[:8]) and data.targets.tolist() == [0] * 8
-        assert data.named and data.classes == data.class_ids == ["image"]
-    # In a folder that names splits, images of other splits are not trained on, though they lie in no folder of a class.
-    assert torch.equal(open_data(tmp_path / "flat", "train", unlabelled=True).tensor(), labelled.tensor()[:4])
-
-
 def test_geometry(tmp_path: Path) -> None:
     png(tmp_path / "a" / "0.png", (6, 10), "L", 50)
     png(tmp_path / "a" / "1.png", (6, 10), "1", 1)
@@ -319,8 +297,6 @@ def test_data_sets_of_hugging_face(image_folder: Path) -> None:
     assert match_classes(["dog", "cat", "bird"], whole).tolist() == [2, 1, 0]
     numbers = open_data(whole.cast_column("kind", datasets.Value("int32")).rename_column("kind", "label"))
     assert numbers.classes == ["0", "1", "2"] and not numbers.named
-    images = open_data(whole.remove_columns("kind"), unlabelled=True)
-    assert torch.equal(images.tensor(), reference.tensor()) and images.classes == ["image"]
     for wrong in (whole.remove_columns("kind"), whole.to_iterable_dataset()):
         with pytest.raises((DataError, TypeError)):
             open_data(wrong)
